@@ -1,0 +1,32 @@
+# make quickstart   train, distil, stream and evaluate on the sprites world; ends with a report to open
+# make test         checks and tests
+# Each makes the virtual environment it needs. VENV=/path uses another one; PYTHON picks the interpreter.
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(abspath $(VENV))/bin
+WORKERS ?= 2
+
+.PHONY: help install quickstart test check clean
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(RUN)/.installed: setup.py constraints.txt
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+install: $(RUN)/.installed
+
+quickstart: install
+	$(RUN)/python -m train.quickstart
+
+check: install
+	$(RUN)/ruff check .
+	$(RUN)/lint-imports
+	$(RUN)/mypy
+
+test: check
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(WORKERS)
+
+clean:
+	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,307 @@
+"""The Hydra entry that every command shares: schemas, composing, the command line, errors of one line.
+
+A YAML file with a `_target_: package.module.Class` is typed by the dataclass of that class (`Class.Config`,
+or the class itself where it is a dataclass). The file lists `<file name>_schema` first in its defaults, so a
+key that the dataclass does not have is refused when the configuration is composed, before anything is built.
+`stage.name` (the file's name) is added to each schema that has no such field.
+
+Left out: what a configuration means. `build_config` returns the plain dataclass; its owner validates it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.config_errors import ConfigError, explain, leaf_keys, refuse_added_keys
+
+log = logging.getLogger(__name__)
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+REPO_DIR = CONF_DIR.parent
+EXIT_CONFIG = 2  # exit code of a refused configuration
+_ADDED_FIELDS = ("_target_", "name")
+
+# why a schema could not be registered ("stage/teacher" -> error): told only if that file is asked for
+_schema_failures: dict[str, Exception] = {}
+# file that each registered schema came from, and when it was written: unchanged files are not read again
+_schema_files: dict[str, tuple[Path, int]] = {}
+
+
+# --------------------------------------------------------------------------------------------- schemas
+def target_class(target: str) -> type:
+    """The class at a dotted path. Raises ImportError or AttributeError."""
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def target_config(target: str) -> type:
+    """The dataclass that types a YAML file: `<target>.Config`, or the target if it is a dataclass itself."""
+    cls = target_class(target)
+    config = cls.__dict__["Config"] if isinstance(cls, type) and "Config" in cls.__dict__ else cls
+    if not dataclasses.is_dataclass(config):
+        raise ConfigError(f"_target_={target} has no dataclass named Config and is none itself; give it one")
+    return config
+
+
+def register_schemas(conf_dir: Path | None = None) -> list[str]:
+    """Put `<name>_schema` into Hydra's ConfigStore for each YAML under `conf_dir` with a `_target_`.
+
+    Returns the registered names ("stage/teacher_schema"). A target that cannot be imported is remembered, and
+    reported when a configuration that needs it is composed.
+    """
+    conf_dir = conf_dir or CONF_DIR
+    registered = []
+    for path in sorted(conf_dir.rglob("*.yaml")):
+        group, name = path.parent.relative_to(conf_dir).as_posix(), path.stem
+        schema, version = _config_id(group, f"{name}_schema"), (path, path.stat().st_mtime_ns)
+        if _schema_files.get(schema) == version:
+            registered.append(schema)
+            continue
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict) or "_target_" not in content:
+            continue
+        try:
+            node = _schema_node(target_config(content["_target_"]), content["_target_"], name)
+        except Exception as error:  # any failure of a foreign import: kept, and raised where it matters
+            _schema_failures[_config_id(group, name)] = error
+            continue
+        _schema_failures.pop(_config_id(group, name), None)
+        ConfigStore.instance().store(name=f"{name}_schema", group=None if group == "." else group, node=node)
+        registered.append(schema)
+        _schema_files[schema] = version
+    return registered
+
+
+def _config_id(group: str, name: str) -> str:
+    return name if group == "." else f"{group}/{name}"
+
+
+def _schema_node(config: type, target: str, name: str) -> type:
+    have = {field.name for field in dataclasses.fields(config)}
+    defaults = {"_target_": target, "name": name}
+    added = [
+        (key, str, dataclasses.field(default=defaults[key], kw_only=True))
+        for key in _ADDED_FIELDS
+        if key not in have
+    ]
+    return dataclasses.make_dataclass(
+        config.__name__, added, bases=(config,), namespace={"__post_init__": _unchecked}
+    )
+
+
+def _unchecked(self: Any) -> None:
+    """A schema holds defaults, perhaps incomplete ones: only `build_config` runs the real `__post_init__`."""
+
+
+# --------------------------------------------------------------------------------------------- composing
+def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose conf/<config_name>.yaml as the command line would. Raises ConfigError (one line)."""
+    register_schemas()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+            cfg = hydra.compose(config_name, overrides=list(overrides))
+        refuse_added_keys(cfg)
+        return cfg
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(
+            error, CONF_DIR, _schema_failures, lambda: _known_keys(config_name, overrides)
+        ) from error
+
+
+def _known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
+    """Dotted names of all fields, with the group choices of `overrides` but none of their values."""
+    groups = {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
+    choices = [o for o in overrides if o.split("=")[0].lstrip("+") in groups and "," not in o]
+    for attempt in (choices, [c for c in choices if not c.lstrip("+").startswith("experiment")], []):
+        try:
+            with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+                return leaf_keys(hydra.compose(config_name, overrides=list(attempt)))
+        except (HydraException, OmegaConfBaseException) as error:
+            log.debug("no field names from %s %s: %s", config_name, attempt, error)
+    return _schema_keys()
+
+
+def _schema_keys() -> list[str]:
+    """Dotted names of the fields of all registered schemas: for when the YAML files do not compose."""
+    keys: list[str] = []
+    for schema in _schema_files:
+        group = schema.rpartition("/")[0]
+        node = ConfigStore.instance().load(f"{schema}.yaml").node
+        keys += leaf_keys(node, f"{group.replace('/', '.')}." if group else "")
+    return sorted(set(keys))
+
+
+def build_config(node: DictConfig, config: type | None = None) -> Any:
+    """The dataclass instance of a composed node (`config`, or the one its `_target_` names), validated.
+
+    Interpolations are resolved. Raises ConfigError for a missing mandatory value, and lets through the
+    ValueError that the dataclass's own `__post_init__` raises.
+    """
+    config = config or target_config(node["_target_"])
+    names = {field.name for field in dataclasses.fields(config)}
+    for key in sorted(OmegaConf.missing_keys(node)):
+        key = ".".join(part for part in (node._get_full_key(None), key) if part)
+        raise ConfigError(f"{key} has no value and needs one; set it: {key}=…")
+    try:
+        plain = OmegaConf.to_container(node, resolve=True)
+        assert isinstance(plain, dict), "a composed node is a mapping"
+        kept = {key: value for key, value in plain.items() if key in names or key not in _ADDED_FIELDS}
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), kept))
+    except OmegaConfBaseException as error:
+        raise explain(error, CONF_DIR, _schema_failures, lambda: leaf_keys(node)) from error
+
+
+def build_target(node: DictConfig) -> Any:
+    """The object of a composed node: `<_target_>(build_config(node))`."""
+    config = build_config(node)
+    cls = target_class(node["_target_"])
+    return config if isinstance(config, cls) else cls(config)
+
+
+# --------------------------------------------------------------------------------------------- running
+def run_app(config_name: str, main: Callable[[DictConfig], int | None]) -> None:
+    """Run `main(cfg)` as the Hydra app conf/<config_name>.yaml, and exit.
+
+    The run directory is the config's `output_dir`; the working directory is not changed. A refused
+    configuration, and any ValueError, FileNotFoundError or ImportError raised by this repository's own code,
+    is told in one line (exit code 2; the traceback goes to <output_dir>/traceback.txt, or to the terminal
+    with MARIONETTE_DEBUG=1 or hydra.verbose=true). An integer returned by `main` is the exit code.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text(config_name))
+        sys.exit(0)
+    register_schemas()
+    overrides = [arg for arg in sys.argv[1:] if arg.startswith("~") or ("=" in arg and arg[0] != "-")]
+    options = [arg for arg in sys.argv[1:] if arg not in overrides]
+    sys.argv = [sys.argv[0], *options, *_hydra_settings(config_name), *overrides]
+    full_error = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing them
+
+    def task(cfg: DictConfig) -> None:
+        _restore_env("HYDRA_FULL_ERROR", full_error)
+        refuse_added_keys(cfg)
+        if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
+            cfg.output_dir = HydraConfig.get().runtime.output_dir
+        code = _guarded(main, cfg)
+        if code:
+            sys.exit(code)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(task)()
+    except (HydraException, OmegaConfBaseException, ConfigError) as error:
+        if _debug():
+            raise
+        line = explain(error, CONF_DIR, _schema_failures, lambda: _known_keys(config_name, overrides))
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG)
+
+
+def _hydra_settings(config_name: str) -> list[str]:
+    """All that Hydra writes goes into `output_dir`; the user's own hydra.* overrides come later and win."""
+    return [
+        "hydra.run.dir=${output_dir}",
+        "hydra.sweep.dir=${output_dir}",
+        "hydra.job.chdir=false",
+        f"hydra.job.name={config_name}",
+    ]
+
+
+def _restore_env(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def _debug() -> bool:
+    return bool(os.environ.get("MARIONETTE_DEBUG")) or any(
+        arg.startswith("hydra.verbose=") and not arg.endswith("=false") for arg in sys.argv
+    )
+
+
+def _guarded(main: Callable[[DictConfig], int | None], cfg: DictConfig) -> int:
+    try:
+        return main(cfg) or 0
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        if _debug() or not (isinstance(error, ConfigError) or _raised_here(error)):
+            raise
+        log.debug("refused", exc_info=error)
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        (folder / "traceback.txt").write_text("".join(traceback.format_exception(error)))
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_CONFIG
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether our own code raised it on purpose: an error out of a library keeps its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return (
+        bool(frames)
+        and Path(frames[-1].filename).resolve().is_relative_to(REPO_DIR)
+        and "site-packages" not in frames[-1].filename
+    )
+
+
+# --------------------------------------------------------------------------------------------- help
+def help_text(config_name: str) -> str:
+    """The opening comment of conf/<config_name>.yaml, its groups with their choices, and how to override."""
+    path = CONF_DIR / f"{config_name}.yaml"
+    lines = [f"python -m {config_name} [group=choice …] [field=value …]", "", *_opening_comment(path), ""]
+    content = yaml.safe_load(path.read_text()) or {}
+    chosen = dict(_group_defaults(content.get("defaults", [])))
+    lines.append("Groups (group=choice):")
+    for group, default in chosen.items():
+        for file in sorted((CONF_DIR / group).rglob("*.yaml")):
+            choice = file.relative_to(CONF_DIR / group).with_suffix("").as_posix()
+            mark = "*" if choice == default else " "
+            first = (_opening_comment(file) or [""])[0]
+            lines.append(f"  {mark} {group + '=' + choice:<34} {first}".rstrip())
+    fields = [f"{key}={value}" for key, value in content.items() if not isinstance(value, (dict, list))]
+    lines += ["  (* = default)", "", "Fields of this command and their values in the YAML:"]
+    lines += [f"    {field}" for field in fields if not field.startswith("_target_")]
+    lines += [
+        "",
+        "Overrides: any field of any group, e.g. seed=1 output_dir=outputs/try; an unknown one is refused.",
+        "  --cfg job           print the composed configuration and stop",
+        "  --multirun a=1,2    one run for each value",
+        "  --hydra-help        the options of Hydra itself",
+        "  MARIONETTE_DEBUG=1  show tracebacks of refused configurations",
+    ]
+    return "\n".join(lines)
+
+
+def _opening_comment(path: Path) -> list[str]:
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            lines.append(line.lstrip("#").strip())
+    return lines
+
+
+def _group_defaults(defaults: list[Any]) -> Iterator[tuple[str, str | None]]:
+    for entry in defaults:
+        if isinstance(entry, dict):
+            for group, choice in entry.items():
+                name = group.removeprefix("optional ").removeprefix("override ").split("@")[0]
+                if (CONF_DIR / name).is_dir():
+                    yield name, choice

@@ -1,0 +1,182 @@
+"""The encode step: clips to latents, captions to text embeddings, first frames to CLIP features.
+
+Which encoders, and where their weights are, is told by the composed `model` config. Their fingerprints are
+written into the index, so that latents of another VAE are refused by the loader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from data.progress import done_keys, forget_others, mark, marker, stamp, write_json
+from data.shards import trim_text
+from data.video import read_video
+
+if TYPE_CHECKING:
+    from models.assemble import ModelConfig
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SAMPLED_BYTES = 1 << 20  # of the start and the end of each weight file: enough to tell versions apart
+
+
+@dataclass
+class EncodeConfig:
+    batch_size: int = 8  # clips per forward pass
+    device: str = "cpu"  # cpu | cuda
+    dtype: str = "float32"  # float32 | bfloat16: weights of VAE, text encoder and CLIP
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"encode.batch_size={self.batch_size} must be >= 1")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"encode.dtype={self.dtype!r} must be one of {sorted(DTYPES)}")
+
+
+@dataclass
+class Encoders:
+    vae: Any
+    text: Any
+    image: Any | None
+    fingerprints: dict[str, str]
+
+
+def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool = False) -> int:
+    """Encode every tracked clip that is not encoded with these weights yet; returns the number of usable
+    clips.
+
+    may_skip: without VAE weights do nothing, saying so (step=all), instead of failing (step=encode).
+    """
+    keys = done_keys(out, "track")
+    if may_skip and (reason := _no_vae(model)):
+        log.info("encode: skipped, %s; then run step=encode and step=pack", reason)
+        return len(keys)
+    encoders = build_encoders(cfg, model)
+    forget_others(out, "encode", set(keys))
+    stamps = {
+        key: stamp(encoders.fingerprints, cfg.dtype, marker(out, "render", key)["stamp"]) for key in keys
+    }
+    pending = [key for key in keys if marker(out, "encode", key).get("stamp") != stamps[key]]
+    log.info("encode: %d of %d clips to do", len(pending), len(keys))
+    (out / "encoded").mkdir(exist_ok=True)
+    text_len = encoders.text.null().shape[1]
+    write_json(out / "encoded" / "about.json", {"text_len": text_len, "fingerprints": encoders.fingerprints})
+    with tqdm(total=len(pending), desc="encode", unit="clip") as bar:
+        for group in _groups(pending, cfg.batch_size):
+            for key, arrays, reason in _encode_group(cfg, encoders, out, group):
+                if reason is None:
+                    _save(out / "encoded" / f"{key}.npz", arrays)
+                else:
+                    log.warning("encode: %s rejected: %s", key, reason)
+                mark(out, "encode", key, stamps[key], marker(out, "render", key)["origin"], reason)
+                bar.update()
+    return len(done_keys(out, "encode")) or len(keys)
+
+
+def _no_vae(model: DictConfig) -> str | None:
+    path = OmegaConf.select(model, "vae.path")
+    if path is None:
+        return "model.vae.path is null: set it to a VAE folder to store latents with the clips"
+    if not (Path(path) / "config.json").is_file():
+        return f"model.vae.path={path} holds no VAE yet: train one with `python -m train stage=vae`"
+    return None
+
+
+def build_encoders(cfg: EncodeConfig, model: DictConfig) -> Encoders:
+    """VAE, text encoder and, where model.clip_encoder is set, CLIP, frozen on cfg.device."""
+    from data.app import build_config
+    from models.assemble import ModelConfig, build_clip_encoder, build_text_encoder, build_vae
+
+    settings = build_config(model, ModelConfig)
+    vae, text, image = build_vae(settings), build_text_encoder(settings), build_clip_encoder(settings)
+    for module in (vae, text, image):
+        if isinstance(module, torch.nn.Module):
+            module.to(cfg.device, DTYPES[cfg.dtype]).eval().requires_grad_(False)
+    return Encoders(vae, text, image, fingerprints(settings))
+
+
+def fingerprints(model: ModelConfig) -> dict[str, str]:
+    """What makes latents and embeddings, known by the content of the weights, not by their place."""
+    found = {
+        "vae": fingerprint(model.vae.path),
+        "text": fingerprint(model.text.path, model.text.kind, model.dit.text_len),
+    }
+    if model.clip_encoder is not None:
+        found["clip"] = fingerprint(model.clip_encoder)
+    return found
+
+
+def fingerprint(path: str | None, *settings: str | int) -> str:
+    """Hash of settings and of the files at a path: their names, sizes, first and last MiB."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    root = Path(path) if path else None
+    files = (
+        sorted(p for p in root.rglob("*") if p.is_file())
+        if root and root.is_dir()
+        else [root]
+        if root
+        else []
+    )
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(SAMPLED_BYTES))
+            content.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(content.read(SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def _encode_group(
+    cfg: EncodeConfig, encoders: Encoders, out: Path, keys: list[str]
+) -> Iterator[tuple[str, dict[str, np.ndarray], str | None]]:
+    """(key, arrays, None) or (key, {}, why its caption cannot be encoded)."""
+    usable, texts = [], []
+    for key in keys:
+        caption = json.loads((out / "clips" / f"{key}.json").read_text())["caption"]
+        try:
+            texts.append(_half(encoders.text.encode([caption]))[0])
+            usable.append(key)
+        except ValueError as error:  # a word or a length that this text encoder does not know
+            yield key, {}, str(error)
+    if not usable:
+        return
+    frames = np.stack([read_video(out / "clips" / f"{key}.mp4") for key in usable])
+    pixels = torch.from_numpy(frames).permute(0, 4, 1, 2, 3).to(cfg.device).to(DTYPES[cfg.dtype]) / 127.5 - 1
+    latents = _half(encoders.vae.encode(pixels))
+    features = None if encoders.image is None else _half(encoders.image.encode(pixels[:, :, 0]))
+    for n, key in enumerate(usable):
+        arrays = {"latents": latents[n], "text": trim_text(texts[n])}
+        if features is not None:
+            arrays["clip"] = features[n]
+        yield key, arrays, None
+
+
+def _half(values: Tensor) -> np.ndarray:
+    return values.float().cpu().numpy().astype(np.float16)
+
+
+def _groups(keys: Sequence[str], size: int) -> Iterator[list[str]]:
+    for start in range(0, len(keys), size):
+        yield list(keys[start : start + size])
+
+
+def _save(path: Path, arrays: dict[str, Any]) -> None:
+    partial = path.with_name(path.stem + ".partial.npz")
+    np.savez(partial, **arrays)
+    os.replace(partial, path)

@@ -1,0 +1,133 @@
+"""The data loader: an endless, exactly resumable stream of batches.
+
+Epoch e visits the samples in a permutation drawn from (seed, e); batches run on across the end of an epoch,
+so nothing is dropped. The global order is the same for any world size and any number of workers, and the
+state is two numbers: {"epoch", "samples_seen"}. Nothing is fast-forwarded on resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.batch import Batch, collate
+from data.shards import ShardDataset
+from models.condition import ClipGeometry
+
+
+class ResumableSampler(Sampler[list[int]]):
+    """Yields, without end, the sample indices of this rank's share of each global batch.
+
+    Rank r of w takes elements r, r + w, r + 2w … of the global batch. Iterating does not change the state
+    (workers read ahead of training); `advance` does, once a batch has been handed out.
+    """
+
+    def __init__(self, num_samples: int, global_batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} must be >= 1: the data set is empty")
+        if world < 1 or not 0 <= rank < world:
+            raise ValueError(f"rank={rank} must lie in 0..world-1 with world={world} >= 1")
+        if global_batch < 1 or global_batch % world:
+            raise ValueError(
+                f"global_batch={global_batch} must be a positive multiple of world={world}; "
+                f"nearest: {max(1, round(global_batch / world)) * world}"
+            )
+        self.num_samples, self.global_batch, self.seed = num_samples, global_batch, seed
+        self.rank, self.world = rank, world
+        self.epoch, self.samples_seen = 0, 0
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """Sample order of an epoch: [num_samples]."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, position = self.epoch, self.samples_seen
+        order = self.permutation(epoch)
+        while True:
+            taken: list[int] = []
+            while len(taken) < self.global_batch:
+                if position == self.num_samples:
+                    epoch, position = epoch + 1, 0
+                    order = self.permutation(epoch)
+                part = order[position : position + self.global_batch - len(taken)]
+                taken.extend(part.tolist())
+                position += len(part)
+            yield taken[self.rank :: self.world]
+
+    def advance(self) -> None:
+        """Count one global batch as consumed."""
+        consumed = self.samples_seen + self.global_batch
+        self.epoch, self.samples_seen = self.epoch + consumed // self.num_samples, consumed % self.num_samples
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "samples_seen": self.samples_seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if not 0 <= state["samples_seen"] < self.num_samples:
+            raise ValueError(
+                f"samples_seen={state['samples_seen']} must lie in 0..{self.num_samples - 1}, the size of "
+                "this data set; the state belongs to another one"
+            )
+        self.epoch, self.samples_seen = int(state["epoch"]), int(state["samples_seen"])
+
+
+@dataclass
+class LoaderConfig:
+    path: str = ""  # folder of shards with index.json
+    fields: list[str] = field(default_factory=lambda: ["latents", "prompt_embeds", "tracks"])  # what to load
+    batch_size: int = 8  # clips per process and optimizer micro-step
+    num_workers: int = 0  # loading processes; 0 loads in the training process
+    cache: bool = False  # keep loaded samples in memory (each worker its own)
+    seed: int = 0  # order of the samples
+
+
+class Loader:
+    """Iterates batches for ever; `state_dict` counts the batches handed out, not those read ahead."""
+
+    def __init__(self, dataset: Dataset, sampler: ResumableSampler, num_workers: int = 0) -> None:
+        self.dataset, self.sampler, self.num_workers = dataset, sampler, num_workers
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            # a forked process inherits decoder and OpenMP threads in an unknown state
+            multiprocessing_context="spawn" if self.num_workers else None,
+            persistent_workers=False,
+        )
+        for batch in loader:
+            self.sampler.advance()
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.sampler.load_state_dict(state)
+
+
+def build_loader(
+    cfg: LoaderConfig,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    fields: Sequence[str] | None = None,
+    geometry: ClipGeometry | None = None,
+    fingerprints: dict[str, str] | None = None,
+) -> Loader:
+    """Open the shards at cfg.path and check them against the model. `fields` overrides cfg.fields.
+
+    Raises FileNotFoundError or ShardError before anything is loaded.
+    """
+    if not cfg.path:
+        raise ValueError("loader path is empty; set it to a folder made by `python -m data step=all … out=…`")
+    dataset = ShardDataset(
+        cfg.path, fields or cfg.fields, geometry=geometry, fingerprints=fingerprints, cache=cfg.cache
+    )
+    sampler = ResumableSampler(len(dataset), cfg.batch_size * world, cfg.seed, rank, world)
+    return Loader(dataset, sampler, cfg.num_workers)

@@ -1,0 +1,202 @@
+"""Prepares a data set in four steps, each resumable: render, track, encode, pack.
+
+    <out>/clips/<key>.mp4, .json        render: the clip at model.clip size, caption and origin
+    <out>/tracks/<key>.npz              track: points and visibility of a grid of queries on frame 0
+    <out>/previews/<key>.preview.mp4    the clip with its tracks drawn
+    <out>/encoded/<key>.npz             encode: latents, text embedding, CLIP features
+    <out>/shards/*.tar, index.json      pack: what training reads
+    <out>/rejected.jsonl                file, step and reason of every clip left out
+
+A finished item leaves a marker with a hash of the settings that made it, so a second run does only what is
+missing or was made with other settings. Files appear under their name only when complete.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from data.app import build_config, build_target
+from data.encode import EncodeConfig, encode_clips
+from data.progress import Call, done_keys, marker, run_items, stamp, write_json, write_rejected
+from data.shards import npy_bytes, write_shards
+from data.sources import Source, SourceItem, scene_of
+from data.trackers import TrackerConfig, build_tracker, grid_queries
+from data.video import draw_tracks_on, read_video, write_video
+from models.condition import ClipGeometry
+from models.motion.tracks import Tracks
+
+log = logging.getLogger(__name__)
+
+STEPS = ("render", "track", "encode", "pack")
+
+
+@dataclass
+class PrepareConfig:
+    step: str = "all"  # render | track | encode | pack | all
+    out: str = "outputs/data"  # folder of the data set
+    output_dir: str = "outputs/data/run"  # Hydra's own files
+    num_workers: int = 0  # processes for render and track; 0 = none beside this one
+    previews: str = "8"  # clips that get a preview with tracks: all, or a number
+    max_shard_mb: float = 1000.0  # size at which a new shard begins
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    source: Any = None
+    model: Any = None
+    experiment: Any = None
+
+    def __post_init__(self) -> None:
+        if self.step not in (*STEPS, "all"):
+            raise ValueError(f"step={self.step!r} must be one of {(*STEPS, 'all')}")
+        if self.previews != "all" and not self.previews.isdigit():
+            raise ValueError(f"previews={self.previews!r} must be 'all' or a number >= 0")
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one item needs in any process."""
+
+    out: Path
+    geometry: ClipGeometry
+    source: Source
+    tracker: TrackerConfig
+
+
+def main(cfg: DictConfig) -> int:
+    """Entry of `python -m data`. Exit code 1 if no clip at all came through."""
+    settings = build_config(cfg, PrepareConfig)
+    out = Path(settings.out)
+    job = Job(out, ClipGeometry(**cfg.model.clip), build_target(cfg.source), settings.tracker)
+    out.mkdir(parents=True, exist_ok=True)
+    steps = STEPS if settings.step == "all" else (settings.step,)
+    alive = 0
+    for step in steps:
+        alive = run_step(step, settings, job, cfg)
+        write_rejected(out)
+    return 0 if alive else 1
+
+
+def run_step(step: str, settings: PrepareConfig, job: Job, cfg: DictConfig) -> int:
+    """Run one step over all its items; returns the number of clips it leaves usable."""
+    if step == "encode":
+        return encode_clips(settings.encode, job.out, cfg.model, may_skip=settings.step == "all")
+    if step == "pack":
+        return pack(settings, job.out, job.geometry)
+    calls = render_calls(job) if step == "render" else track_calls(job, settings.previews)
+    return run_items(step, job.out, calls, settings.num_workers)
+
+
+def render_calls(job: Job) -> list[Call]:
+    job.source.write_manifest(job.out)
+    made_by = asdict(job.geometry), _source_settings(job)
+    return [
+        Call(
+            item.key,
+            item.origin,
+            stamp(*made_by, asdict(item), _file_state(item.path)),
+            render_item,
+            (job, item),
+        )
+        for item in job.source.items()
+    ]
+
+
+def track_calls(job: Job, previews: str) -> list[Call]:
+    keys = done_keys(job.out, "render")
+    chosen = set(keys if previews == "all" else keys[: int(previews)])
+    calls = []
+    for key in keys:
+        clip = marker(job.out, "render", key)
+        made_with = stamp(asdict(job.tracker), key in chosen, clip["stamp"])
+        calls.append(Call(key, clip["origin"], made_with, track_item, (job, key, key in chosen)))
+    return calls
+
+
+# ------------------------------------------------------------------------------------------ one item
+def render_item(job: Job, item: SourceItem) -> None:
+    folder = job.out / "clips"
+    folder.mkdir(parents=True, exist_ok=True)
+    sidecar = job.source.render(item, job.geometry, folder / f"{item.key}.mp4")
+    write_json(folder / f"{item.key}.json", {"caption": item.caption, **asdict(job.geometry), **sidecar})
+
+
+def track_item(job: Job, key: str, preview: bool) -> None:
+    frames = read_video(job.out / "clips" / f"{key}.mp4")
+    height, width = frames.shape[1:3]
+    scene = scene_of(read_sidecar(job.out, key))
+    queries = grid_queries(height, width, job.tracker.rows, job.tracker.cols)
+    points, visibility = build_tracker(job.tracker, scene).track(frames, queries)
+    (job.out / "tracks").mkdir(parents=True, exist_ok=True)
+    partial = job.out / "tracks" / f"{key}.partial.npz"
+    Tracks.from_arrays(points, visibility, height, width).save(partial)
+    os.replace(partial, job.out / "tracks" / f"{key}.npz")
+    if preview:
+        drawn = draw_tracks_on(frames, points, visibility)
+        write_video(job.out / "previews" / f"{key}.preview.mp4", drawn, job.geometry.fps)
+
+
+def read_sidecar(out: Path, key: str) -> dict[str, Any]:
+    return json.loads((out / "clips" / f"{key}.json").read_text())
+
+
+def _source_settings(job: Job) -> dict[str, Any]:
+    return {
+        name: value for name, value in asdict(job.source.cfg).items() if name in ("crf", "world", "aspect")
+    }
+
+
+def _file_state(path: str | None) -> tuple[int, int] | None:
+    """Size and time of change, so that a replaced file is tried again."""
+    if path is None or not os.path.exists(path):
+        return None
+    return os.path.getsize(path), os.stat(path).st_mtime_ns
+
+
+# ------------------------------------------------------------------------------------------ pack
+def pack(settings: PrepareConfig, out: Path, geometry: ClipGeometry) -> int:
+    """Write the shards of all tracked clips; if any clip is encoded, only of those that are."""
+    keys, encoded = done_keys(out, "track"), set(done_keys(out, "encode"))
+    if encoded:
+        left_out = [key for key in keys if key not in encoded]
+        if left_out:
+            log.warning("pack: %d clips are not encoded and left out, e.g. %s", len(left_out), left_out[0])
+        keys = [key for key in keys if key in encoded]
+    note = json.loads((out / "encoded" / "about.json").read_text()) if encoded else {}
+    index = write_shards(
+        tqdm(
+            ((key, _members(out, key, key in encoded)) for key in keys),
+            total=len(keys),
+            desc="pack",
+            unit="clip",
+        ),
+        out / "shards",
+        geometry,
+        max_shard_bytes=settings.max_shard_mb * 1e6,
+        text_len=note.get("text_len"),
+        fingerprints=note.get("fingerprints"),
+    )
+    log.info("pack: %d clips in %d shards, fields %s", len(keys), len(index.shards), ", ".join(index.fields))
+    return len(keys)
+
+
+def _members(out: Path, key: str, encoded: bool) -> dict[str, bytes]:
+    clip = out / "clips" / key
+    with np.load(out / "tracks" / f"{key}.npz") as tracks:
+        members = {
+            "mp4": clip.with_suffix(".mp4").read_bytes(),
+            "json": clip.with_suffix(".json").read_bytes(),
+            "tracks.npy": npy_bytes(tracks["points"].astype(np.float32)),
+            "visibility.npy": npy_bytes(tracks["visibility"]),
+        }
+    if encoded:
+        with np.load(out / "encoded" / f"{key}.npz") as arrays:
+            members |= {f"{name}.npy": npy_bytes(arrays[name]) for name in arrays.files}
+    return members

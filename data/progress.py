@@ -1,0 +1,147 @@
+"""Resumable work over items: markers of what is done or rejected, and running what is missing.
+
+A marker holds a hash of the settings that made the item, so an item is done again when they change. Clips
+that cannot be used raise VideoError and are noted with the reason; any other error is ours and ends the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data.video import VideoError
+
+log = logging.getLogger(__name__)
+
+STEPS = ("render", "track", "encode", "pack")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One item of work; function and arguments must be picklable."""
+
+    key: str
+    origin: str  # file name or seed, for the user
+    stamp: str  # hash of the settings
+    function: Callable[..., None]
+    arguments: tuple
+
+
+def stamp(*settings: Any) -> str:
+    """Hash of the settings that an item is made with."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomic: the file is old or new, never half."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content))
+    os.replace(partial, path)
+
+
+# ------------------------------------------------------------------------------------------ markers
+def marker_path(out: Path, step: str, key: str) -> Path:
+    return out / "markers" / step / f"{key}.json"
+
+
+def marker(out: Path, step: str, key: str) -> dict[str, Any]:
+    """The note of an item, or {} if the step has not reached it."""
+    path = marker_path(out, step, key)
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def mark(out: Path, step: str, key: str, made_with: str, origin: str, reason: str | None = None) -> None:
+    """Note that an item is done, or rejected for a reason."""
+    path = marker_path(out, step, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"stamp": made_with, "origin": origin, "rejected": reason})
+
+
+def done_keys(out: Path, step: str) -> list[str]:
+    """Keys that the step finished and did not reject, sorted."""
+    paths = sorted((out / "markers" / step).glob("*.json"))
+    return [path.stem for path in paths if json.loads(path.read_text())["rejected"] is None]
+
+
+def forget_others(out: Path, step: str, keys: set[str]) -> None:
+    """Drop the markers of clips that are no longer asked for, so that they are not packed."""
+    for path in (out / "markers" / step).glob("*.json"):
+        if path.stem not in keys:
+            path.unlink()
+
+
+def write_rejected(out: Path) -> None:
+    """rejected.jsonl, made anew from the markers: one line {file, key, step, reason} per clip left out."""
+    lines = []
+    for step in STEPS:
+        for path in sorted((out / "markers" / step).glob("*.json")):
+            note = json.loads(path.read_text())
+            if note["rejected"] is not None:
+                line = {"file": note["origin"], "key": path.stem, "step": step, "reason": note["rejected"]}
+                lines.append(json.dumps(line, ensure_ascii=False))
+    partial = out / "rejected.jsonl.partial"
+    partial.write_text("".join(f"{line}\n" for line in lines))
+    os.replace(partial, out / "rejected.jsonl")
+
+
+# ------------------------------------------------------------------------------------------ running
+def run_items(step: str, out: Path, calls: list[Call], num_workers: int) -> int:
+    """Do the calls whose marker is absent or of other settings; returns how many items are usable now."""
+    forget_others(out, step, {call.key for call in calls})
+    pending = [call for call in calls if marker(out, step, call.key).get("stamp") != call.stamp]
+    log.info("%s: %d of %d items to do", step, len(pending), len(calls))
+    for call, reason in tqdm(_results(pending, num_workers), total=len(pending), desc=step, unit="clip"):
+        if reason is not None:
+            log.warning("%s: %s rejected: %s", step, call.origin, reason)
+        mark(out, step, call.key, call.stamp, call.origin, reason)
+    usable = len(done_keys(out, step))
+    log.info("%s: %d usable, %d rejected", step, usable, len(calls) - usable)
+    return usable
+
+
+def _results(calls: list[Call], num_workers: int) -> Iterator[tuple[Call, str | None]]:
+    """(call, reason of rejection or None) as they finish."""
+    if num_workers == 0:
+        for call in calls:
+            yield call, attempt(call)
+        return
+    unfinished = dict(enumerate(calls))
+    try:
+        with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(attempt, call): n for n, call in unfinished.items()}
+            for future in as_completed(futures):
+                reason = future.result()
+                yield unfinished.pop(futures[future]), reason
+    except BrokenProcessPool:
+        # a decoder can crash its process: the rest goes one by one, each in a process of its own
+        log.warning("a worker process died; %d items are tried one by one", len(unfinished))
+        for call in unfinished.values():
+            yield call, _attempt_alone(call)
+
+
+def _attempt_alone(call: Call) -> str | None:
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(attempt, call).result()
+    except BrokenProcessPool:
+        return "its process died: the decoder crashed on this file"
+
+
+def attempt(call: Call) -> str | None:
+    """None, or why the clip is unusable."""
+    try:
+        call.function(*call.arguments)
+    except VideoError as error:
+        return str(error)
+    return None

@@ -1,0 +1,328 @@
+"""Where clips come from: the sprites world, a folder of videos, OpenVid-1M, VidProM.
+
+A source lists its items and writes each as an mp4 at the model's clip geometry beside a json sidecar
+(caption, origin, and for sprites the seed and configuration from which exact tracks are simulated again).
+
+Filters of OpenVid-1M are MotionStream's (at least 81 frames, 16:9, sampled at the clip's 16 fps). VidProM is
+a list of prompts: its videos are generated elsewhere and found as <path>/<uuid>.mp4.
+Left out: downloading. Licences: OpenVid-1M CC-BY-4.0, VidProM CC-BY-NC-4.0.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from data.sprites import Scene, SpritesConfig, render_clip, simulate, split_seed
+from data.video import VideoError, probe_video, read_video, write_video
+from models.condition import ClipGeometry
+
+log = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+NSFW_COLUMNS = ("toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")
+
+
+@dataclass(frozen=True)
+class SourceItem:
+    key: str  # unique, no dots: the webdataset key
+    caption: str
+    origin: str  # file name or seed, for messages
+    path: str | None = None  # video file of a real clip
+    seed: int | None = None  # sprites
+
+
+class Source(Protocol):
+    cfg: Any
+
+    def items(self) -> Iterator[SourceItem]:
+        """All clips that the manifest lets pass. FileNotFoundError if the source is not there."""
+        ...
+
+    def render(self, item: SourceItem, geometry: ClipGeometry, target: Path) -> dict[str, Any]:
+        """Write the clip to `target` (mp4) and return its sidecar. Raises VideoError with the reason."""
+        ...
+
+    def write_manifest(self, folder: Path) -> None:
+        """Leave beside the clips what else the source knows (VidProM: the filtered prompts)."""
+        ...
+
+
+def clip_key(name: str) -> str:
+    """A webdataset key from a file name: webdataset ends keys at the first dot."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "clip"
+
+
+# ------------------------------------------------------------------------------------------ sprites
+class SpritesSource:
+    @dataclass
+    class Config:
+        world: SpritesConfig = field(default_factory=SpritesConfig)  # its size follows model.clip
+        num_clips: int = 256
+        split: str = "train"  # train | val | test: disjoint seeds
+        first_index: int = 0  # index of the first clip within the split
+        crf: int = 8  # H.264 quality of the mp4, 0 (lossless) .. 51
+        default_tracker: str = "exact"
+        default_grid: int = 16  # rows and columns of the query grid
+        default_previews: str = "8"
+        default_layers: int = 0
+
+    def __init__(self, cfg: Config) -> None:
+        if cfg.num_clips < 1:
+            raise ValueError(f"source.num_clips={cfg.num_clips} must be >= 1")
+        self.cfg = cfg
+
+    def items(self) -> Iterator[SourceItem]:
+        for index in range(self.cfg.first_index, self.cfg.first_index + self.cfg.num_clips):
+            seed = split_seed(self.cfg.split, index)
+            caption = simulate(self.cfg.world, seed).caption
+            yield SourceItem(f"{self.cfg.split}-{index:06d}", caption, f"seed {seed}", seed=seed)
+
+    def render(self, item: SourceItem, geometry: ClipGeometry, target: Path) -> dict[str, Any]:
+        world = self.cfg.world
+        if (world.height, world.width, world.num_frames, world.fps) != _size(geometry):
+            raise ValueError(
+                f"source.world {_world_size(world)} must be model.clip {_size(geometry)} (h, w, T, fps)"
+            )
+        clip = render_clip(world, item.seed or 0)
+        write_video(target, clip.frames, geometry.fps, self.cfg.crf)
+        return {"seed": item.seed, "sprites": asdict(world)}
+
+    def write_manifest(self, folder: Path) -> None:
+        """Nothing to add: a sprites clip is known by its seed."""
+
+
+def _size(geometry: ClipGeometry) -> tuple[int, int, int, int]:
+    return geometry.height, geometry.width, geometry.num_frames, geometry.fps
+
+
+def _world_size(world: SpritesConfig) -> tuple[int, int, int, int]:
+    return world.height, world.width, world.num_frames, world.fps
+
+
+def scene_of(sidecar: dict[str, Any]) -> Scene | None:
+    """The scene a sprites clip was drawn from, or None for any other clip."""
+    if "sprites" not in sidecar:
+        return None
+    return simulate(SpritesConfig(**sidecar["sprites"]), sidecar["seed"])
+
+
+# ------------------------------------------------------------------------------------------ folders
+class FolderSource:
+    """Videos of a folder. Caption: <name>.txt, or "caption" in <name>.json, or a row of one CSV (file,
+    caption).
+    """
+
+    @dataclass
+    class Config:
+        path: str = ""  # folder of videos, searched recursively
+        captions: str | None = None  # CSV with the columns file and caption
+        default_caption: str = ""  # for clips without one
+        crf: int = 8  # H.264 quality of the prepared mp4
+        default_tracker: str = "lucas_kanade"
+        default_grid: int = 50
+        default_previews: str = "all"
+        default_layers: int = 0
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.folder = _required_folder(cfg.path)
+
+    def items(self) -> Iterator[SourceItem]:
+        table = _caption_table(Path(self.cfg.captions)) if self.cfg.captions else {}
+        paths = sorted(
+            p for p in self.folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()
+        )
+        if not paths:
+            raise FileNotFoundError(
+                f"source.path={self.folder} holds no videos ({', '.join(VIDEO_SUFFIXES)})"
+            )
+        seen: set[str] = set()
+        bare = 0
+        for path in paths:
+            relative = path.relative_to(self.folder)
+            key = _unused(clip_key(relative.with_suffix("").as_posix()), seen)
+            caption = _sidecar_caption(path) or table.get(relative.as_posix()) or table.get(path.name)
+            bare += caption is None
+            yield SourceItem(key, caption or self.cfg.default_caption, relative.as_posix(), path=str(path))
+        if bare:
+            log.warning(
+                "%d of %d clips have no caption; using %r", bare, len(paths), self.cfg.default_caption
+            )
+
+    def render(self, item: SourceItem, geometry: ClipGeometry, target: Path) -> dict[str, Any]:
+        return _render_video(item, geometry, target, self.cfg.crf)
+
+    def write_manifest(self, folder: Path) -> None:
+        """Nothing to add: captions are in the sidecars."""
+
+
+def _render_video(item: SourceItem, geometry: ClipGeometry, target: Path, crf: int) -> dict[str, Any]:
+    if item.path is None:
+        raise VideoError("the item names no video file")
+    write_video(target, read_video(item.path, geometry), geometry.fps, crf)
+    return {"source": item.origin}
+
+
+def _required_folder(path: str) -> Path:
+    if not path:
+        raise ValueError("source.path is empty; set it to the folder of the videos")
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"source.path={path} is no folder (looked in {os.getcwd()})")
+    return Path(path)
+
+
+def _unused(key: str, seen: set[str]) -> str:
+    candidate, number = key, 1
+    while candidate in seen:
+        number += 1
+        candidate = f"{key}-{number}"
+    seen.add(candidate)
+    return candidate
+
+
+def _sidecar_caption(path: Path) -> str | None:
+    text, data = path.with_suffix(".txt"), path.with_suffix(".json")
+    if text.is_file():
+        return text.read_text(encoding="utf-8").strip()
+    if data.is_file():
+        content = json.loads(data.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
+            raise ValueError(f"{data}: must be an object with a text field 'caption'")
+        return content["caption"].strip()
+    return None
+
+
+def _caption_table(path: Path) -> dict[str, str]:
+    rows = _rows(path, ("file", "caption"))
+    return {row["file"]: row["caption"] for row in rows}
+
+
+def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """Rows of a CSV, read as they come (the OpenVid list has 767 MB)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such CSV: {path}")
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in columns if name not in (reader.fieldnames or [])]
+        if missing:
+            raise ValueError(f"{path}: columns {missing} are missing; it has {reader.fieldnames}")
+        yield from reader
+
+
+# ------------------------------------------------------------------------------------------ OpenVid-1M
+class OpenVidSource:
+    """Clips of nkp37/OpenVid-1M, unzipped flat into one folder, chosen by its CSV (video, caption, frame,
+    fps).
+    """
+
+    @dataclass
+    class Config:
+        path: str = ""  # folder of the mp4 files
+        manifest: str = ""  # OpenVid-1M.csv or OpenVidHD.csv
+        min_frames: int = 81  # frames of the stored video
+        aspect: float = 16 / 9  # width / height
+        aspect_tolerance: float = 0.02  # relative
+        max_clips: int | None = None  # stop after so many; None = all
+        crf: int = 8  # H.264 quality of the prepared mp4
+        default_tracker: str = "cotracker3"
+        default_grid: int = 50
+        default_previews: str = "8"
+        default_layers: int = 0
+
+    def __init__(self, cfg: Config) -> None:
+        if not cfg.manifest:
+            raise ValueError(
+                "source.manifest is empty; set it to data/train/OpenVid-1M.csv of nkp37/OpenVid-1M"
+            )
+        self.cfg = cfg
+        self.folder = _required_folder(cfg.path)
+
+    def items(self) -> Iterator[SourceItem]:
+        count = 0
+        for row in _rows(Path(self.cfg.manifest), ("video", "caption", "frame")):
+            if float(row["frame"] or 0) < self.cfg.min_frames or not row["caption"]:
+                continue
+            if self.cfg.max_clips is not None and count >= self.cfg.max_clips:
+                return
+            count += 1
+            path = self.folder / row["video"]
+            yield SourceItem(clip_key(path.stem), row["caption"], row["video"], path=str(path))
+
+    def render(self, item: SourceItem, geometry: ClipGeometry, target: Path) -> dict[str, Any]:
+        info = probe_video(item.path or "")
+        aspect = info.width / info.height
+        if abs(aspect / self.cfg.aspect - 1) > self.cfg.aspect_tolerance:
+            raise VideoError(f"aspect {info.width}x{info.height} = {aspect:.3f} is not {self.cfg.aspect:.3f}")
+        if info.num_frames < self.cfg.min_frames:
+            raise VideoError(
+                f"{info.num_frames} frames are fewer than source.min_frames={self.cfg.min_frames}"
+            )
+        return _render_video(item, geometry, target, self.cfg.crf)
+
+    def write_manifest(self, folder: Path) -> None:
+        """Nothing to add: the CSV stays where it is."""
+
+
+# ------------------------------------------------------------------------------------------ VidProM
+class VidPromSource:
+    """Prompts of VidProM_unique.csv whose NSFW scores are all below a limit, and videos generated from them.
+
+    `write_manifest` leaves the chosen prompts in prompts.jsonl: give it to any text-to-video model, store
+    its videos as <path>/<uuid>.mp4, and run the same command again.
+    """
+
+    @dataclass
+    class Config:
+        path: str = ""  # folder of the generated videos
+        manifest: str = ""  # VidProM_unique.csv
+        max_nsfw: float = 0.2  # each of the six scores must be below this, 0..1
+        max_prompts: int | None = None  # stop after so many; None = all
+        crf: int = 8  # H.264 quality of the prepared mp4
+        default_tracker: str = "cotracker3"
+        default_grid: int = 50
+        default_previews: str = "8"
+        default_layers: int = 0
+
+    def __init__(self, cfg: Config) -> None:
+        if not cfg.manifest:
+            raise ValueError("source.manifest is empty; set it to VidProM_unique.csv of WenhaoWang/VidProM")
+        self.cfg = cfg
+
+    def prompts(self) -> Iterator[tuple[str, str]]:
+        """(uuid, prompt) of the rows that pass."""
+        count = 0
+        for row in _rows(Path(self.cfg.manifest), ("uuid", "prompt", *NSFW_COLUMNS)):
+            if (
+                any(float(row[name] or 1) >= self.cfg.max_nsfw for name in NSFW_COLUMNS)
+                or not row["prompt"].strip()
+            ):
+                continue
+            if self.cfg.max_prompts is not None and count >= self.cfg.max_prompts:
+                return
+            count += 1
+            yield row["uuid"], row["prompt"].strip()
+
+    def items(self) -> Iterator[SourceItem]:
+        folder = _required_folder(self.cfg.path)
+        for uuid, prompt in self.prompts():
+            yield SourceItem(clip_key(uuid), prompt, uuid, path=str(folder / f"{uuid}.mp4"))
+
+    def render(self, item: SourceItem, geometry: ClipGeometry, target: Path) -> dict[str, Any]:
+        return _render_video(item, geometry, target, self.cfg.crf)
+
+    def write_manifest(self, folder: Path) -> None:
+        partial = folder / "prompts.jsonl.partial"
+        with partial.open("w", encoding="utf-8") as file:
+            for uuid, prompt in self.prompts():
+                file.write(json.dumps({"uuid": uuid, "prompt": prompt}, ensure_ascii=False) + "\n")
+        os.replace(partial, folder / "prompts.jsonl")

@@ -1,0 +1,167 @@
+"""Point trackers behind one interface: exact (sprites), Lucas-Kanade, CoTracker3.
+
+Coordinates are those of `models.motion.tracks`: pixel column i covers x in [i, i + 1). OpenCV and CoTracker
+put the centre of the first pixel at 0, so their adapters shift by half a pixel.
+CoTracker3 (CC-BY-NC 4.0) is not on PyPI; it comes from torch.hub or an installed `cotracker` package.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from data.lucas_kanade import LucasKanadeConfig, LucasKanadeTracker
+from data.sprites import Scene
+
+log = logging.getLogger(__name__)
+
+TRACKERS = ("exact", "lucas_kanade", "cotracker3")
+COTRACKER_HELP = (
+    "install it with `pip install git+https://github.com/facebookresearch/co-tracker` (its licence is "
+    "CC-BY-NC 4.0), or let torch.hub fetch it with tracker.allow_download=true"
+)
+
+
+class Tracker(Protocol):
+    def track(self, frames: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """frames uint8 [T, H, W, 3], queries [N, 2] (x, y) px on frame 0.
+
+        -> points float32 [T, N, 2] px, visibility bool [T, N].
+        """
+        ...
+
+
+@dataclass
+class TrackerConfig:
+    name: str = "lucas_kanade"  # exact (sprites only) | lucas_kanade | cotracker3
+    rows: int = 50  # query grid on frame 0
+    cols: int = 50
+    window_px: float = 7.0  # lucas_kanade: side of the window
+    levels: int = 3  # lucas_kanade: pyramid levels above the first
+    upsample: int = 2  # lucas_kanade: cubic enlargement of the frames before tracking, 1..4
+    max_roundtrip_px: float = 0.5  # lucas_kanade: forward-backward error beyond which a point is lost
+    max_layers: int = 6  # lucas_kanade: rigid layers that carry points through occlusion; 0 = off
+    mode: str = "offline"  # cotracker3: offline (whole clip, more accurate) | online (windows of 16 frames)
+    checkpoint: str | None = None  # cotracker3: weights file for an installed `cotracker`
+    allow_download: bool = False  # cotracker3: may torch.hub fetch code and weights
+    device: str = "cpu"  # cotracker3
+
+    def __post_init__(self) -> None:
+        if self.name not in TRACKERS:
+            raise ValueError(f"tracker.name={self.name!r} must be one of {TRACKERS}")
+        if self.rows < 1 or self.cols < 1:
+            raise ValueError(f"tracker.rows={self.rows} and tracker.cols={self.cols} must be >= 1")
+
+
+def build_tracker(cfg: TrackerConfig | str, scene: Scene | None = None) -> Tracker:
+    """The tracker of a config, or of a name with default settings.
+
+    `exact` needs the scene of the clip, simulated again from the seed stored beside the video. ImportError if
+    CoTracker3 is asked for and absent.
+    """
+    cfg = TrackerConfig(name=cfg) if isinstance(cfg, str) else cfg
+    if cfg.name == "exact":
+        if scene is None:
+            raise ValueError(
+                "tracker.name=exact needs a sprites clip; use lucas_kanade or cotracker3 for real video"
+            )
+        return ExactTracker(scene)
+    if cfg.name == "lucas_kanade":
+        return LucasKanadeTracker(
+            LucasKanadeConfig(cfg.window_px, cfg.levels, cfg.upsample, cfg.max_roundtrip_px, cfg.max_layers)
+        )
+    return CoTracker3(cfg.mode, cfg.checkpoint, cfg.allow_download, cfg.device)
+
+
+def grid_queries(height: int, width: int, rows: int, cols: int) -> np.ndarray:
+    """Cell centres of a rows x cols grid over the frame: [rows * cols, 2] (x, y) px, row by row."""
+    x = (np.arange(cols) + 0.5) * width / cols
+    y = (np.arange(rows) + 0.5) * height / rows
+    return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2).astype(np.float32)
+
+
+class ExactTracker:
+    """Reads the motion off the scene; the frames only have to be as many as the scene's."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+
+    def track(self, frames: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cfg = self.scene.cfg
+        if frames.shape[:3] != (cfg.num_frames, cfg.height, cfg.width):
+            raise ValueError(
+                f"frames {frames.shape[:3]} must be {(cfg.num_frames, cfg.height, cfg.width)} (T, H, W), "
+                "the scene's"
+            )
+        at_start = np.concatenate([np.zeros((len(queries), 1)), queries], axis=1)
+        return self.scene.track(at_start)
+
+
+class CoTracker3:
+    """Adapter for facebookresearch/co-tracker, offline (window 60, both directions) or online (window 16,
+    step 8).
+
+    The predictors take [B, T, 3, H, W] float 0..255 and queries (frame, x, y) in input pixels, and return
+    visibility that is already boolean (offline score > 0.9, online visibility * confidence > 0.6).
+    """
+
+    def __init__(
+        self,
+        mode: str = "offline",
+        checkpoint: str | None = None,
+        allow_download: bool = False,
+        device: str = "cpu",
+    ) -> None:
+        if mode not in ("offline", "online"):
+            raise ValueError(f"tracker.mode={mode!r} must be offline or online")
+        self.mode, self.device = mode, device
+        self.model = self._load(checkpoint, allow_download).to(device)
+
+    def _load(self, checkpoint: str | None, allow_download: bool) -> Any:
+        import torch
+
+        if checkpoint is not None:
+            return self._installed(checkpoint)
+        if allow_download:
+            return torch.hub.load("facebookresearch/co-tracker", f"cotracker3_{self.mode}")
+        if "cotracker" not in sys.modules:
+            raise ImportError(f"CoTracker3 is not set up: tracker.checkpoint is null; {COTRACKER_HELP}")
+        return self._installed(None)
+
+    def _installed(self, checkpoint: str | None) -> Any:
+        try:
+            from cotracker.predictor import CoTrackerOnlinePredictor, CoTrackerPredictor
+        except ImportError as error:
+            raise ImportError(f"CoTracker3 needs the package `cotracker`; {COTRACKER_HELP}") from error
+        if self.mode == "online":
+            return CoTrackerOnlinePredictor(checkpoint=checkpoint)
+        return CoTrackerPredictor(checkpoint=checkpoint)
+
+    def track(self, frames: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+
+        video = (
+            torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)[None].float().to(self.device)
+        )
+        at_start = np.concatenate([np.zeros((len(queries), 1)), queries - 0.5], axis=1)
+        query = torch.from_numpy(at_start).float()[None].to(self.device)
+        with torch.no_grad():
+            points, visibility = (
+                self._online(video, query) if self.mode == "online" else self.model(video, queries=query)
+            )
+        points, visibility = points[0, : len(frames)].float() + 0.5, visibility[0, : len(frames)]
+        return points.cpu().numpy(), visibility.reshape(points.shape[:2]).bool().cpu().numpy()
+
+    def _online(self, video: Any, query: Any) -> tuple[Any, Any]:
+        """First call only sets the queries; then windows of 2 * step that overlap by step."""
+        step, num_frames = self.model.step, video.shape[1]
+        self.model(video_chunk=video, is_first_step=True, queries=query)
+        points, visibility = None, None
+        for start in range(0, max(1, num_frames - step), step):
+            window = video[:, start : start + 2 * step]
+            points, visibility = self.model(video_chunk=window)
+        return points, visibility

@@ -1,0 +1,324 @@
+"""Video files: probing, reading at a stated size and rate (decord), writing (PyAV, H.264), drawing tracks.
+
+A broken file is refused with a `VideoError` that says why. Because decoders can crash or hang on cut files,
+the box structure of an mp4 is checked in plain Python before any decoder opens it.
+Left out: audio, rotation metadata, variable frame rate (frames are taken by the average rate).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from models.condition import ClipGeometry
+
+Result = TypeVar("Result")
+
+ISO_SUFFIXES = (".mp4", ".m4v", ".mov")
+DECODE_FRAMES = 8  # frames decoded at a time: bounds the memory of full-resolution frames
+
+
+class VideoError(ValueError):
+    """A video that cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    num_frames: int
+    fps: float
+    height: int  # px
+    width: int  # px
+
+
+def probe_video(path: str | Path) -> VideoInfo:
+    """Size, rate and length of a video. Raises VideoError: empty, not a video, cut off, no frames."""
+    source = Path(path)
+    _check_file(source)
+    return _first_that_works(source, source.name, lambda reader: _info(reader, source.name))
+
+
+def read_video(source: str | Path | bytes, geometry: ClipGeometry | None = None) -> np.ndarray:
+    """Decode a clip -> uint8 [T, H, W, 3] RGB.
+
+    With a geometry: frames nearest to 0, 1/fps, 2/fps … for geometry.num_frames, cropped about the centre to
+    its aspect, resized (area when shrinking, cubic when enlarging). Without: every frame as stored.
+    Raises VideoError if the file is broken or too short.
+    """
+    name = "video bytes" if isinstance(source, bytes) else Path(source).name
+    if not isinstance(source, bytes):
+        _check_file(Path(source))
+    return _first_that_works(source, name, lambda reader: _read(reader, geometry, name))
+
+
+def _read(reader: DecordReader | PyavReader, geometry: ClipGeometry | None, name: str) -> np.ndarray:
+    if geometry is None:
+        return np.stack(reader.frames(range(reader.num_frames)))
+    indices = _resampled(_info(reader, name), geometry, name)
+    frames: list[np.ndarray] = []
+    for start in range(0, len(indices), DECODE_FRAMES):
+        decoded = reader.frames(indices[start : start + DECODE_FRAMES])
+        frames.extend(resize_frame(frame, geometry.height, geometry.width) for frame in decoded)
+    return np.stack(frames)
+
+
+def resize_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Centre crop to the aspect of height x width, then resize: uint8 [h, w, 3] -> [height, width, 3]."""
+    import cv2
+
+    have_h, have_w = frame.shape[:2]
+    if (have_h, have_w) == (height, width):
+        return frame
+    scale = max(height / have_h, width / have_w)
+    crop_h, crop_w = min(have_h, round(height / scale)), min(have_w, round(width / scale))
+    top, left = (have_h - crop_h) // 2, (have_w - crop_w) // 2
+    crop = frame[top : top + crop_h, left : left + crop_w]
+    return cv2.resize(crop, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+
+
+# ------------------------------------------------------------------------------------------ reading
+class DecodeFailure(Exception):
+    """One decoder gave up; another may not."""
+
+
+class DecordReader:
+    """Random access by decord, with one thread; drop it after use, it decodes ahead while it lives."""
+
+    def __init__(self, source: str | Path | bytes) -> None:
+        import decord
+
+        decord.logging.set_level(decord.logging.FATAL)  # the reason is in the exception
+        self._errors = (decord.DECORDError, RuntimeError, IndexError)
+        try:
+            stream = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+            self._reader = decord.VideoReader(stream, num_threads=1)
+            self.num_frames, self.fps = len(self._reader), float(self._reader.get_avg_fps())
+        except self._errors as error:
+            raise DecodeFailure(_first_line(error)) from error
+
+    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        try:
+            return list(self._reader.get_batch(list(indices)).asnumpy().copy())
+        except self._errors as error:
+            raise DecodeFailure(f"frames {indices[0]}..{indices[-1]}: {_first_line(error)}") from error
+
+
+class PyavReader:
+    """Sequential access by PyAV, for what decord refuses (among others, it fails on frames 48 px wide)."""
+
+    def __init__(self, source: str | Path | bytes) -> None:
+        import av
+
+        try:
+            stream = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+            with av.open(stream) as container:
+                video = container.streams.video[0]
+                self.fps = float(video.average_rate or 0)
+                self._decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video)]
+        except (av.FFmpegError, IndexError, ValueError) as error:
+            raise DecodeFailure(_first_line(error)) from error
+        self.num_frames = len(self._decoded)
+
+    def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
+        return [self._decoded[index] for index in indices]
+
+
+def _first_that_works(source: str | Path | bytes, name: str, use: Callable[[Any], Result]) -> Result:
+    try:
+        return use(DecordReader(source))
+    except DecodeFailure as first:
+        try:
+            return use(PyavReader(source))
+        except DecodeFailure as second:
+            raise VideoError(f"{name} is not decodable as video: {first}; {second}") from second
+
+
+def _info(reader: DecordReader | PyavReader, name: str) -> VideoInfo:
+    if reader.num_frames < 1 or reader.fps <= 0:
+        raise VideoError(f"{name} has no frames (frames={reader.num_frames}, fps={reader.fps})")
+    height, width = reader.frames([0])[0].shape[:2]
+    return VideoInfo(reader.num_frames, reader.fps, height, width)
+
+
+def _resampled(info: VideoInfo, geometry: ClipGeometry, name: str) -> list[int]:
+    available = int((info.num_frames - 1) * geometry.fps / info.fps + 1e-6) + 1
+    if available < geometry.num_frames:
+        raise VideoError(
+            f"{name} is too short: {info.num_frames} frames at {info.fps:.4g} fps give {available} at "
+            f"{geometry.fps} fps, and {geometry.num_frames} are needed"
+        )
+    step = info.fps / geometry.fps
+    return [min(round(i * step), info.num_frames - 1) for i in range(geometry.num_frames)]
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].split("] ")[-1][:200] if lines else type(error).__name__
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise VideoError(f"no such file: {path}")
+    size = path.stat().st_size
+    if size == 0:
+        raise VideoError("empty file (0 bytes)")
+    if path.suffix.lower() in ISO_SUFFIXES:
+        with path.open("rb") as file:
+            _check_boxes(file, size)
+
+
+def _check_boxes(file: io.BufferedReader, size: int) -> None:
+    """Walk the top-level boxes of an ISO media file (ISO/IEC 14496-12, 4.2)."""
+    seen: list[str] = []
+    position = 0
+    while position + 8 <= size:
+        file.seek(position)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        if not seen and kind not in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"pnot"):
+            raise VideoError("not an mp4 file: no ISO media header at the start")
+        name = kind.decode("latin-1")
+        if length == 1:
+            length = struct.unpack(">Q", file.read(8).rjust(8, b"\0"))[0]
+        elif length == 0:  # "to the end of the file"
+            length = size - position
+        if length < 8 or position + length > size:
+            missing = "" if "moov" in seen else ", moov (the frame index) missing"
+            raise VideoError(
+                f"truncated: box '{name}' at byte {position} states {length} bytes, the file has "
+                f"{size - position} left{missing}"
+            )
+        seen.append(name)
+        position += length
+    if not seen:
+        raise VideoError("not an mp4 file: no ISO media header at the start")
+    if "moov" not in seen:
+        raise VideoError(f"truncated: moov (the frame index) missing; boxes found: {', '.join(seen)}")
+
+
+# ------------------------------------------------------------------------------------------ writing
+class VideoWriter:
+    """H.264 mp4 written frame by frame; appears under its name only once closed without an error.
+
+    frames: uint8 [H, W, 3] RGB, H and W even (yuv420p). crf: 0 (lossless) .. 51.
+    """
+
+    def __init__(self, path: str | Path, fps: float, crf: int = 12, preset: str = "veryfast") -> None:
+        import av
+
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._av = av
+        self._container = av.open(str(self.partial), "w", format="mp4")
+        self._stream = self._container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        self._stream.options = {"crf": str(crf), "preset": preset}
+        self._stream.thread_count = 1
+        self._stream.pix_fmt = "yuv420p"
+        self.num_frames = 0
+
+    def write(self, frame: np.ndarray) -> None:
+        height, width = self._checked_size(frame)
+        if self.num_frames == 0:
+            self._stream.height, self._stream.width = height, width
+        elif (self._stream.height, self._stream.width) != (height, width):
+            raise ValueError(
+                f"{self.path.name}: frame {self.num_frames} is {height}x{width}, the first was "
+                f"{self._stream.height}x{self._stream.width}; all frames of a video must agree"
+            )
+        video_frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        for packet in self._stream.encode(video_frame):
+            self._container.mux(packet)
+        self.num_frames += 1
+
+    def _checked_size(self, frame: np.ndarray) -> tuple[int, int]:
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+            raise ValueError(f"frame {frame.shape} {frame.dtype} must be [H, W, 3] uint8")
+        height, width = frame.shape[:2]
+        if height % 2 or width % 2:
+            raise ValueError(f"frame size {height}x{width} must be even (yuv420p); resize or crop it first")
+        return height, width
+
+    def close(self) -> None:
+        if self.num_frames == 0:
+            self.discard()
+            raise ValueError(f"{self.path.name}: no frame was written")
+        for packet in self._stream.encode():
+            self._container.mux(packet)
+        self._container.close()
+        os.replace(self.partial, self.path)
+
+    def discard(self) -> None:
+        self._container.close()
+        self.partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float, crf: int = 12) -> None:
+    """Write uint8 frames [H, W, 3] (an array [T, H, W, 3] or any iterable) to an mp4."""
+    with VideoWriter(path, fps, crf) as writer:
+        for frame in frames:
+            writer.write(frame)
+
+
+# ------------------------------------------------------------------------------------------ drawing
+def track_colors(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Colour by initial position: points [N, 2] px -> uint8 [N, 3]; hue by angle, saturation by distance."""
+    import cv2
+
+    if len(points) == 0:
+        return np.zeros((0, 3), np.uint8)
+    offset = points / np.array([width, height]) - 0.5
+    hue = (np.arctan2(offset[:, 1], offset[:, 0]) / (2 * np.pi) % 1 * 179).astype(np.uint8)
+    saturation = np.clip(110 + 290 * np.linalg.norm(offset, axis=1), 0, 255).astype(np.uint8)
+    hsv = np.stack([hue, saturation, np.full_like(hue, 255)], axis=1)
+    return cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
+
+
+def draw_tracks_on(
+    frames: np.ndarray, points: np.ndarray, visibility: np.ndarray, tail_frames: int = 8
+) -> np.ndarray:
+    """Draw tracks with fading tails: frames uint8 [T, H, W, 3], points [T, N, 2] px, visibility [T, N] ->
+    copy.
+
+    A visible point is a disc in the colour of its initial position; its last `tail_frames` steps fade out.
+    """
+    import cv2
+
+    height, width = frames.shape[1:3]
+    colors = [tuple(int(c) for c in color) for color in track_colors(points[0], height, width)]
+    radius, shift = max(1, round(height / 160)), 4
+    # cv2 takes integers with `shift` fractional bits and puts pixel centres on integers
+    fixed = np.round((np.nan_to_num(points).clip(-1e4, 1e4) - 0.5) * 2**shift).astype(np.int64)
+    drawn = []
+    for t, frame in enumerate(frames):
+        canvas = frame.copy()
+        for s in range(max(0, t - tail_frames), t):
+            layer = canvas.copy()
+            for n in np.flatnonzero(visibility[s] & visibility[s + 1]):
+                start, end = (tuple(int(v) for v in fixed[i, n]) for i in (s, s + 1))
+                cv2.line(layer, start, end, colors[n], 1, cv2.LINE_AA, shift)
+            fade = 1 - (t - s) / (tail_frames + 1)
+            canvas = cv2.addWeighted(layer, fade, canvas, 1 - fade, 0)
+        for n in np.flatnonzero(visibility[t]):
+            center = tuple(int(v) for v in fixed[t, n])
+            cv2.circle(canvas, center, radius << shift, colors[n], -1, cv2.LINE_AA, shift)
+        drawn.append(canvas)
+    return np.stack(drawn)

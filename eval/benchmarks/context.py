@@ -1,0 +1,58 @@
+"""What every benchmark is given, and what it hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+from eval.report import Section
+from eval.results import Results
+from eval.roles import load_dit_role
+from models.assemble import ModelConfig
+from models.diffusion.noise import KeyedNoise
+from models.wan.dit import WanDiT
+from stream.codecs import Codecs
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """The model under test and the run's settings."""
+
+    model_cfg: ModelConfig
+    codecs: Codecs
+    device: torch.device
+    seed: int
+
+    @property
+    def noise(self) -> KeyedNoise:
+        return KeyedNoise(self.seed)
+
+    def load(self, role: str) -> WanDiT:
+        """The weights of "teacher" or "student" on the device."""
+        return load_dit_role(self.model_cfg, role, self.device)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Figures and the pages that show them."""
+
+    results: Results
+    sections: list[Section]
+
+
+class Benchmark(Protocol):
+    """Constructed from its `Config`; conf/bench/<name>.yaml names the class."""
+
+    def run(self, context: EvalContext) -> Outcome: ...
+
+
+@contextmanager
+def progress_bar(total: int, what: str, unit: str = "clip") -> Iterator[tqdm]:
+    """A bar on a terminal, nothing in a log file."""
+    with tqdm(total=total, desc=what, unit=unit, disable=None, leave=False) as bar:
+        yield bar

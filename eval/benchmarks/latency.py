@@ -1,0 +1,164 @@
+"""How long a chunk takes, how long until the first frame, and whether either grows with the stream.
+
+Paper: MotionStream section 5 (latency = wall clock of one chunk with its decoding; throughput = frames over
+that time). One stream of `num_chunks` chunks runs through `StreamSession`, as a user's would. The cost of
+chunk n over that of chunk 20 (medians of 20 chunks each) and the growth of memory between them say whether an
+endless stream is possible. Random weights give the same timings as trained ones. Leaves out the network and
+the browser.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from eval.benchmarks.context import EvalContext, Outcome, progress_bar
+from eval.report import Section, line_figure
+from eval.results import Results
+from models.motion.tracks import Tracks
+from stream.session import ChunkTiming, StreamSession
+
+REFERENCE_CHUNK = 20  # early, but past warm-up and the filling of the cache
+SPAN = 20  # chunks whose median stands for one
+MIB = 2**20
+
+
+@dataclass
+class LatencyConfig:
+    """Length of the stream."""
+
+    num_chunks: int = 400  # chunks streamed and timed
+    warmup_chunks: int = 3  # at the start, left out of the percentiles (allocation, kernel selection)
+
+    def __post_init__(self) -> None:
+        least = REFERENCE_CHUNK + SPAN // 2
+        if self.num_chunks < least:
+            raise ValueError(
+                f"num_chunks={self.num_chunks} must be at least {least}, to compare with chunk "
+                f"{REFERENCE_CHUNK}"
+            )
+
+
+class Latency:
+    """The benchmark; see the module's docstring."""
+
+    Config = LatencyConfig
+
+    def __init__(self, cfg: LatencyConfig) -> None:
+        self.cfg = cfg
+
+    def run(self, context: EvalContext) -> Outcome:
+        """Stream, and report percentiles, throughput and growth."""
+        codecs, clip = context.codecs, context.model_cfg.clip
+        student = context.load("student")
+        started = codecs.clock()
+        session = StreamSession(
+            student,
+            codecs,
+            first_frame=np.full((clip.height, clip.width, 3), 127, np.uint8),
+            prompt="",
+            tracks=_still_grid(context),
+            seed=context.seed,
+        )
+        opened = codecs.clock() - started
+        timings, memory = self._stream(session, context.device)
+        results = Results(seed=context.seed)
+        self._put_times(results, timings, opened)
+        self._put_memory(results, memory, context.device)
+        return Outcome(results, [self._section(context, results, timings, memory)])
+
+    def _stream(self, session: StreamSession, device: torch.device) -> tuple[list[ChunkTiming], list[int]]:
+        timings, memory = [], []
+        with progress_bar(self.cfg.num_chunks, "stream", "chunk") as bar:
+            for _ in range(self.cfg.num_chunks):
+                session.next_chunk()
+                timings.append(session.timing)
+                memory.append(used_memory(device))
+                bar.update()
+        return timings, memory
+
+    def _put_times(self, results: Results, timings: list[ChunkTiming], opened: float) -> None:
+        steady = timings[self.cfg.warmup_chunks :]
+        seconds = np.array([timing.total_seconds for timing in steady])
+        frames = sum(timing.num_frames for timing in steady)
+        for percent in (50, 95, 99):
+            results.put(f"student.chunk_seconds_p{percent}", float(np.percentile(seconds, percent)))
+        results.put("student.first_frame_seconds", opened + timings[0].total_seconds)
+        results.put("student.frames_per_second", frames / float(seconds.sum()))
+        without_decode = sum(timing.total_seconds - timing.decode_seconds for timing in steady)
+        results.put("student.frames_per_second_without_decoding", frames / without_decode)
+        for part in ("condition", "denoise", "decode"):
+            results.put(
+                f"student.{part}_seconds_p50",
+                statistics.median(vars(timing)[f"{part}_seconds"] for timing in steady),
+            )
+        results.put(f"student.chunk_{len(timings)}_over_chunk_{REFERENCE_CHUNK}", growth(timings))
+        results.put("num_chunks", len(timings))
+
+    def _put_memory(self, results: Results, memory: list[int], device: torch.device) -> None:
+        kind = "device" if device.type == "cuda" else "resident"
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else max(memory)
+        results.put(f"student.peak_{kind}_mib", peak / MIB)
+        reference = statistics.median(memory[REFERENCE_CHUNK - SPAN // 2 : REFERENCE_CHUNK + SPAN // 2])
+        results.put(f"student.{kind}_growth_mib", (statistics.median(memory[-SPAN:]) - reference) / MIB)
+
+    def _section(
+        self, context: EvalContext, results: Results, timings: list[ChunkTiming], memory: list[int]
+    ) -> Section:
+        rollout: Any = context.model_cfg.rollout
+        index = list(range(len(timings)))
+        curves = [
+            line_figure(
+                {
+                    "chunk": (index, [timing.total_seconds for timing in timings]),
+                    "denoise": (index, [timing.denoise_seconds for timing in timings]),
+                    "decode": (index, [timing.decode_seconds for timing in timings]),
+                },
+                x_label="chunk",
+                y_label="seconds",
+                caption="Wall clock of every chunk.",
+            ),
+            line_figure(
+                {"memory": (index, [used / MIB for used in memory])},
+                x_label="chunk",
+                y_label="MiB",
+                caption="Memory in use after every chunk.",
+            ),
+        ]
+        text = (
+            f"One stream, {rollout.chunk_frames} latent frames a chunk, {rollout.sink_chunks} sink and "
+            f"{rollout.window_chunks} window chunks, {len(rollout.step_indices)} denoising passes and one "
+            f"cache pass, on {context.device.type}."
+        )
+        return Section("Latency", text, results.others(), curves)
+
+
+def growth(timings: list[ChunkTiming]) -> float:
+    """Median seconds of the last chunks over the median around chunk `REFERENCE_CHUNK`."""
+    seconds = [timing.total_seconds for timing in timings]
+    around = seconds[REFERENCE_CHUNK - SPAN // 2 : REFERENCE_CHUNK + SPAN // 2]
+    return statistics.median(seconds[-SPAN:]) / statistics.median(around)
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes in use now: allocated on the accelerator, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def _still_grid(context: EvalContext) -> Tracks:
+    """A grid of tracks that stands still and is held: the cost does not depend on where tracks go."""
+    clip, cell = context.model_cfg.clip, context.codecs.cell_px
+    y, x = torch.meshgrid(
+        torch.arange(cell / 2, clip.height, 2 * cell),
+        torch.arange(cell / 2, clip.width, 2 * cell),
+        indexing="ij",
+    )
+    points = torch.stack([x.flatten(), y.flatten()], dim=-1)[None]
+    return Tracks.from_arrays(points, torch.ones(points.shape[:2], dtype=torch.bool), clip.height, clip.width)

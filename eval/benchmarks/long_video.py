@@ -1,0 +1,233 @@
+"""Does a long stream keep following its tracks, and does it keep its looks? Error and drift over time.
+
+Paper: MotionStream table 4 and figure 7 (EPE over time, drift with and without a sink). Sprites clips are
+rendered at the full length and streamed by the student from their first frame. Two ways to give tracks: one
+grid at frame 0 for the whole video (`requery_frames=0`, the paper's), or a fresh grid with new identities
+every so many frames, so that there is something to follow after the first points have left. Errors are
+measured from each grid's own frame; the registration judge gives the absolute position. Drift is the change
+of colour saturation and of the latents' mean and spread between the first and the last 15 %; the ground
+truth's own is given beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.sprites import SpritesConfig
+from data.trackers import TrackerConfig, build_tracker
+from eval.benchmarks.context import EvalContext, Outcome, progress_bar
+from eval.benchmarks.motion_transfer import show_clip
+from eval.clips import EvalClip, sprites_clips
+from eval.metrics.drift import drift, frame_saturation, latent_moments, window_means
+from eval.metrics.epe import endpoint_error
+from eval.metrics.registration import RegistrationConfig, register_sprites
+from eval.report import Section, line_figure
+from eval.results import Results
+from models.condition import ClipGeometry
+from models.motion.tracks import NUM_TRACK_IDS, Tracks, sample_track_ids
+from models.wan.dit import WanDiT
+from stream.session import StreamSession
+from stream.track_source import query_grid
+
+
+@dataclass
+class LongVideoConfig:
+    """How long, how many, and how they are judged."""
+
+    num_frames: int = 241  # frames streamed; any length
+    num_clips: int = 4
+    split: str = "test"  # which seeds of the sprites world
+    requery_frames: int = 48  # a fresh grid of tracks every so many frames; 0: one grid at frame 0
+    window_frames: int = 48  # span of one figure over time
+    world: SpritesConfig = field(
+        default_factory=SpritesConfig
+    )  # the sprites world; frame size comes from model.clip
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    registration: RegistrationConfig = field(default_factory=RegistrationConfig)
+    num_shown: int = 2  # clips shown in the report
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 2 or self.num_clips < 1 or self.window_frames < 1:
+            raise ValueError(
+                f"num_frames={self.num_frames} must be at least 2, num_clips={self.num_clips} and "
+                f"window_frames={self.window_frames} at least 1"
+            )
+        if self.requery_frames < 0 or self.requery_frames == 1:
+            raise ValueError(f"requery_frames={self.requery_frames} must be 0 (one grid) or at least 2")
+
+    def segments(self) -> list[slice]:
+        """The stretches of frames that share one grid of tracks; the last holds at least two frames."""
+        step = self.requery_frames or self.num_frames
+        starts = [start for start in range(0, self.num_frames, step) if self.num_frames - start >= 2]
+        return [slice(a, b) for a, b in zip(starts, [*starts[1:], self.num_frames], strict=True)]
+
+
+@dataclass(frozen=True)
+class _Course:
+    """One video over time; error is nan where nothing is visible and at the first frame of each segment."""
+
+    error_px: Tensor  # [T]
+    saturation: Tensor  # [T]
+
+
+class LongVideo:
+    """The benchmark; see the module's docstring."""
+
+    Config = LongVideoConfig
+
+    def __init__(self, cfg: LongVideoConfig) -> None:
+        self.cfg = cfg
+
+    def run(self, context: EvalContext) -> Outcome:
+        """Stream every clip and follow error and drift over time."""
+        cfg, student, results = self.cfg, context.load("student"), Results(seed=context.seed)
+        clips = self._clips(context)
+        tracks = [[self._segment_tracks(context, clip, span) for span in cfg.segments()] for clip in clips]
+        videos, moments = [], []
+        with progress_bar(len(clips) * cfg.num_frames, "stream", "frame") as bar:
+            for clip, segments in zip(clips, tracks, strict=True):
+                frames, latents = self._stream(context, student, clip, segments, bar.update)
+                videos.append(frames)
+                moments.append(latent_moments(latents))
+        courses = {
+            "student": [self._course(c, s, v) for c, s, v in zip(clips, tracks, videos, strict=True)],
+            "noise_floor": [self._course(c, s, c.frames) for c, s in zip(clips, tracks, strict=True)],
+        }
+        for name, found in courses.items():
+            self._put_course(results, name, found)
+        self._put_registration(results, clips, videos)
+        results.add("student.latent_mean_drift", [drift(mean) for mean, _ in moments])
+        results.add("student.latent_std_drift", [drift(std) for _, std in moments])
+        return Outcome(results, self._sections(context, results, clips, videos, courses, moments))
+
+    def _clips(self, context: EvalContext) -> list[EvalClip]:
+        clip = context.model_cfg.clip
+        # the renderer takes any length; ClipGeometry asks for 1 + 4k, so the last frames may go unused
+        geometry = ClipGeometry(clip.height, clip.width, 1 + 4 * -(-(self.cfg.num_frames - 1) // 4), clip.fps)
+        queries = query_grid(context.model_cfg, self.cfg.tracker)
+        return sprites_clips(
+            self.cfg.world,
+            geometry,
+            num_clips=self.cfg.num_clips,
+            split=self.cfg.split,
+            queries=queries,
+            noise=context.noise,
+        )
+
+    def _segment_tracks(self, context: EvalContext, clip: EvalClip, span: slice) -> Tracks:
+        """Exact tracks of a grid at the segment's first frame; identities differ between segments."""
+        queries = np.column_stack([np.full(len(clip.queries), span.start), clip.queries])
+        points, visibility = clip.sprites.scene.track(queries)
+        tracks = Tracks.from_arrays(points[span], visibility[span], clip.tracks.height, clip.tracks.width)
+        drawn = sample_track_ids(1, NUM_TRACK_IDS, context.noise.generator("track_ids", clip.sample_id))
+        number = self.cfg.segments().index(span)
+        return tracks.with_ids(drawn.roll(-number * tracks.num_tracks, dims=1)[:, : tracks.num_tracks])
+
+    def _stream(
+        self, context: EvalContext, student: WanDiT, clip: EvalClip, segments: list[Tracks], progress
+    ) -> tuple[np.ndarray, Tensor]:
+        session = StreamSession(
+            student,
+            context.codecs,
+            first_frame=clip.frames[0],
+            prompt=clip.caption,
+            num_frames=self.cfg.num_frames,
+            seed=context.seed,
+            sample_id=clip.sample_id,
+        )
+        for tracks in segments:
+            session.push_tracks(tracks)
+        frames, latents = [], []
+        for chunk in session:
+            frames.append(chunk)
+            latents.append(session.latents[0].float().cpu())
+            progress(len(chunk))
+        return np.concatenate(frames), torch.cat(latents, dim=1)
+
+    def _course(self, clip: EvalClip, segments: list[Tracks], frames: np.ndarray) -> _Course:
+        errors = []
+        for span, tracks in zip(self.cfg.segments(), segments, strict=True):
+            tracker = build_tracker(self.cfg.tracker)
+            found, _ = tracker.track(frames[span], tracks.points[0, 0].numpy())
+            predicted = torch.from_numpy(np.asarray(found, dtype=np.float32))[None]
+            errors.append(endpoint_error(predicted, tracks.points, tracks.visibility).per_frame_px[0])
+        return _Course(torch.cat(errors), frame_saturation(torch.from_numpy(frames[: self.cfg.num_frames])))
+
+    def _put_course(self, results: Results, name: str, courses: list[_Course]) -> None:
+        results.add(f"{name}.epe_px", [float(course.error_px.nanmean()) for course in courses])
+        windows = torch.stack([window_means(course.error_px, self.cfg.window_frames) for course in courses])
+        for number, per_clip in enumerate(windows.T):
+            end = min((number + 1) * self.cfg.window_frames, self.cfg.num_frames) - 1
+            results.add(f"{name}.epe_frames_{number * self.cfg.window_frames}_to_{end}_px", per_clip.tolist())
+        results.add(f"{name}.saturation_drift", [drift(course.saturation) for course in courses])
+
+    def _put_registration(self, results: Results, clips: list[EvalClip], videos: list[np.ndarray]) -> None:
+        """The second judge, on the first and on the last window."""
+        last = slice(max(0, self.cfg.num_frames - self.cfg.window_frames), self.cfg.num_frames)
+        for name, span in (("first", slice(0, self.cfg.window_frames)), ("last", last)):
+            found = [
+                register_sprites(
+                    video[span],
+                    clip.frames[: self.cfg.num_frames][span],
+                    clip.sprites.masks[:, : self.cfg.num_frames][:, span],
+                    self.cfg.registration,
+                )
+                for clip, video in zip(clips, videos, strict=True)
+            ]
+            for metric in ("position_px", "angle_deg", "lost_ratio"):
+                results.add(
+                    f"student.registration_{metric}_{name}_window", [vars(one)[metric] for one in found]
+                )
+
+    def _sections(
+        self,
+        context: EvalContext,
+        results: Results,
+        clips: list[EvalClip],
+        videos: list[np.ndarray],
+        courses: dict[str, list[_Course]],
+        moments: list[tuple[Tensor, Tensor]],
+    ) -> list[Section]:
+        cfg, rollout = self.cfg, context.model_cfg.rollout
+        frames = list(range(cfg.num_frames))
+        error = {
+            name: (frames, torch.stack([one.error_px for one in found]).nanmean(0).tolist())
+            for name, found in courses.items()
+        }
+        colour = {
+            name: (frames, torch.stack([one.saturation for one in found]).mean(0).tolist())
+            for name, found in courses.items()
+        }
+        mean, std = (torch.stack(values).mean(0).tolist() for values in zip(*moments, strict=True))
+        latent_frames = list(range(len(mean)))
+        figures = [
+            line_figure(error, x_label="frame", y_label="end-point error (px)", caption="Error over time."),
+            line_figure(
+                colour, x_label="frame", y_label="saturation", caption="Colour saturation over time."
+            ),
+            line_figure(
+                {"mean": (latent_frames, mean), "std": (latent_frames, std)},
+                x_label="latent frame",
+                y_label="latent value",
+                caption="Mean and spread of the student's latents over time.",
+            ),
+        ]
+        shown = [
+            show_clip(clip, {"student": video}, context.model_cfg.clip.fps)
+            for clip, video in zip(clips[: cfg.num_shown], videos, strict=False)
+        ]
+        text = (
+            f"{len(clips)} clips of {cfg.num_frames} frames; a fresh grid of tracks every "
+            f"{cfg.requery_frames} frames (0: only at frame 0); {rollout.sink_chunks} sink and "
+            f"{rollout.window_chunks} window chunks."
+        )
+        return [
+            Section("Long video", text, results.by_role()),
+            Section("Further figures", table=results.others()),
+            Section("Over time", figures=figures),
+            Section("Clips", "The tracks of the grid in frame 0 are drawn over both videos.", videos=shown),
+        ]

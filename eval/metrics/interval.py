@@ -1,0 +1,70 @@
+"""Confidence intervals over clips: a percentile bootstrap, seeded, and its paired form for a difference.
+
+The clip is the unit that is resampled: frames and points of one clip are not independent. Values that are nan
+(a clip in which nothing could be measured) are left out, and `count` says how many were used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its interval; `low` and `high` are None where fewer than two clips were measured."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    count: int
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return "n/a"
+        if self.low is None or self.high is None:
+            return f"{self.mean:.3g}"
+        return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def bootstrap_interval(
+    values: Sequence[float], *, seed: int, level: float = 0.95, resamples: int = 4000
+) -> Interval:
+    """Mean of `values` over clips with its percentile-bootstrap interval.
+
+    Args:
+        values: one figure per clip; nan means not measured.
+        seed: of the resampling; the same values and seed give the same interval.
+        level: coverage aimed at, in (0, 1).
+        resamples: number of bootstrap resamples.
+    """
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level={level} must lie between 0 and 1; use 0.95")
+    finite = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
+    if finite.size == 0:
+        return Interval(None, None, None, 0)
+    if finite.size == 1:
+        return Interval(float(finite[0]), None, None, 1)
+    picks = np.random.default_rng(seed).integers(0, finite.size, size=(resamples, finite.size))
+    low, high = np.quantile(finite[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(finite.mean()), float(low), float(high), int(finite.size))
+
+
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], *, seed: int, level: float = 0.95, resamples: int = 4000
+) -> Interval:
+    """Interval of mean(first - second), the two measured on the same clips in the same order.
+
+    Pairing removes the variance between clips, which is much larger than that between methods. It is an error
+    to pass lists of different lengths.
+    """
+    if len(first) != len(second):
+        raise ValueError(
+            f"a paired difference needs the same clips on both sides; got {len(first)} and "
+            f"{len(second)} values"
+        )
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    return bootstrap_interval(differences, seed=seed, level=level, resamples=resamples)

@@ -1,0 +1,145 @@
+"""Teacher and student under one interface: a list of clips -> the videos generated for them, timed.
+
+The teacher samples whole clips bidirectionally (50 Euler steps, joint guidance of MotionStream eq. 2); the
+student rolls its chunks out from its few fixed steps. Both get the same conditions, and noise keyed by the
+clip, so that a role with tracks and the same role with tracks withheld differ in nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.clips import EvalClip, stack_tracks
+from models.assemble import ModelConfig, load_role
+from models.condition import Condition
+from models.diffusion.guidance import Guidance
+from models.diffusion.noise import KeyedNoise
+from models.diffusion.sampler import sample_teacher
+from models.rollout import rollout
+from models.wan.dit import WanDiT
+from stream.codecs import Codecs
+
+ROLES = ("teacher", "student")
+Progress = Callable[[int], None]  # called with the number of clips just finished
+
+
+@dataclass
+class SamplingConfig:
+    """How the teacher is sampled; its guidance is model.guidance, the student's steps model.rollout."""
+
+    num_inference_steps: int = 50  # Euler steps of the teacher
+
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={self.num_inference_steps} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The videos of some clips, in order, and the wall-clock seconds they took in batches."""
+
+    frames: np.ndarray  # uint8 [N, T, H, W, 3]
+    denoise_seconds: float  # all DiT passes
+    decode_seconds: float
+
+    @property
+    def frames_per_second(self) -> float:
+        """Frames of all clips over the seconds of denoising and decoding."""
+        return self.frames.shape[0] * self.frames.shape[1] / (self.denoise_seconds + self.decode_seconds)
+
+
+def generate(
+    role: str,
+    dit: WanDiT,
+    codecs: Codecs,
+    clips: Sequence[EvalClip],
+    sampling: SamplingConfig,
+    *,
+    with_tracks: bool,
+    noise: KeyedNoise,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> Generated:
+    """Generate every clip from its first frame, caption and (unless withheld) tracks.
+
+    Raises:
+        ValueError: a role that is neither teacher nor student.
+    """
+    if role not in ROLES:
+        raise ValueError(f"role='{role}' must be one of {', '.join(ROLES)}")
+    sample = _sample_teacher if role == "teacher" else _sample_student
+    frames, denoise_seconds, decode_seconds = [], 0.0, 0.0
+    for start in range(0, len(clips), batch_size):
+        batch = clips[start : start + batch_size]
+        condition = _condition(codecs, batch, with_tracks)
+        started = codecs.clock()
+        latents = sample(dit, codecs, condition, sampling, noise, [clip.sample_id for clip in batch])
+        denoised = codecs.clock()
+        frames.append(codecs.decode(latents))
+        denoise_seconds += denoised - started
+        decode_seconds += codecs.clock() - denoised
+        if progress is not None:
+            progress(len(batch))
+    return Generated(np.concatenate(frames), denoise_seconds, decode_seconds)
+
+
+def load_dit_role(model_cfg: ModelConfig, role: str, device: torch.device | str) -> WanDiT:
+    """A role's weights for inference. Raises ValueError for a checkpoint of another architecture."""
+    return load_role(model_cfg, role).eval().requires_grad_(False).to(device, model_cfg.torch_dtype)
+
+
+def _condition(codecs: Codecs, clips: Sequence[EvalClip], with_tracks: bool) -> Condition:
+    condition = codecs.condition(
+        codecs.encode_prompts([clip.caption for clip in clips]),
+        stack_tracks(clips),
+        codecs.encode_first_frames(np.stack([clip.frames[0] for clip in clips])),
+    )
+    return condition if with_tracks or condition.track_map is None else condition.drop("motion")
+
+
+def _sample_teacher(
+    dit: WanDiT,
+    codecs: Codecs,
+    condition: Condition,
+    sampling: SamplingConfig,
+    noise: KeyedNoise,
+    sample_ids: Sequence[int],
+) -> Tensor:  # [B, C, F, h, w]
+    model_cfg = codecs.model_cfg
+    return sample_teacher(
+        dit,
+        condition,
+        Guidance(model_cfg.guidance),
+        num_inference_steps=sampling.num_inference_steps,
+        shift=model_cfg.rollout.shift,
+        noise=noise,
+        sample_ids=sample_ids,
+        latent_shape=model_cfg.latent_shape,
+    )
+
+
+def _sample_student(
+    dit: WanDiT,
+    codecs: Codecs,
+    condition: Condition,
+    sampling: SamplingConfig,
+    noise: KeyedNoise,
+    sample_ids: Sequence[int],
+) -> Tensor:  # [B, C, F, h, w]
+    model_cfg = codecs.model_cfg
+    chunks = rollout(
+        dit,
+        condition,
+        model_cfg.rollout,
+        num_chunks=model_cfg.num_chunks,
+        noise=noise,
+        sample_ids=sample_ids,
+        latent_shape=codecs.frame_latent_shape,
+        cache="static",
+    )
+    return torch.cat([chunk.x0 for chunk in chunks], dim=2)

@@ -1,0 +1,57 @@
+"""`python -m eval`: one benchmark of one model; writes metrics.json, meta.json and report.html."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from data.app import build_config, build_target
+from eval.benchmarks.context import EvalContext
+from eval.report import write_report
+from models.assemble import validate
+from stream.codecs import DECODERS, Codecs, pick_device
+from stream.provenance import machine
+
+
+@dataclass
+class EvalConfig:
+    """What every benchmark shares; its own fields are in conf/bench."""
+
+    out: str = "outputs/eval"  # folder of metrics.json, meta.json and report.html
+    output_dir: str = "outputs/eval/run"  # Hydra's own files
+    decoder: str = "full"  # full | tiny (model.tiny_vae)
+    device: str = "auto"  # auto | cpu | cuda
+    seed: int = 0  # of the noise, the track identities and the bootstrap
+    model: Any = None
+    bench: Any = None
+    experiment: Any = None
+
+    def __post_init__(self) -> None:
+        if self.decoder not in DECODERS:
+            raise ValueError(f"decoder={self.decoder} must be {' or '.join(DECODERS)}")
+
+
+def main(cfg: DictConfig) -> int:
+    """Entry of `python -m eval`."""
+    settings, model_cfg = build_config(cfg, EvalConfig), build_config(cfg.model)
+    validate(model_cfg)
+    benchmark, device = build_target(cfg.bench), pick_device(settings.device)
+    codecs = Codecs.load(model_cfg, device=device, tiny=settings.decoder == "tiny")
+    outcome = benchmark.run(EvalContext(model_cfg, codecs, device, settings.seed))
+    out = Path(settings.out)
+    outcome.results.write(out, OmegaConf.to_container(cfg, resolve=True))
+    found = machine()
+    report = write_report(
+        out / "report.html",
+        outcome.sections,
+        title=f"{cfg.bench.name}: {model_cfg.name}",
+        note=f"{found['gpu'] or found['processor']}, {found['threads']} threads, torch "
+        f"{found['torch']}, seed {settings.seed}",
+    )
+    for table in (outcome.results.by_role(), outcome.results.others()):
+        print(table.as_text())
+    print(f"{out / 'metrics.json'}\n{report}")
+    return 0

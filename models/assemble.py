@@ -1,0 +1,254 @@
+"""One model, described by one dataclass: which parts it has, how they fit together, where their weights are.
+
+``ModelConfig`` is the schema of conf/model/*.yaml. ``validate`` checks that its parts fit before anything is
+built; the ``build_*`` functions and ``load_role`` build one part each. Checks within one part are in that
+part's own dataclass.
+
+Left out: Hydra (``data/app.py``), and which device a part goes to.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from models.condition import ClipGeometry, num_pixel_frames
+from models.diffusion.guidance import Guidance
+from models.rollout import RolloutConfig
+from models.vae.latent_space import LatentSpace
+from models.vae.tiny_vae import TinyVae
+from models.vae.wan_vae import VaeConfig, WanVae
+from models.wan.checkpoint import load_dit, load_pretrained
+from models.wan.config import WanConfig
+from models.wan.dit import WanDiT
+from models.wan.image_encoder import ClipImageEncoder
+from models.wan.text_encoder import TextEncoder, Umt5Encoder, VocabularyEncoder
+
+log = logging.getLogger(__name__)
+
+TEXT_KINDS = ("vocabulary", "umt5")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROLE_STAGES = {"teacher": "teacher", "student": "self_forcing"}  # role: the stage that makes it
+
+
+@dataclass
+class TextConfig:
+    """Which text encoder; its length and width are dit.text_len and dit.text_dim."""
+
+    kind: str = "vocabulary"  # vocabulary: the sprites world's fixed code | umt5: Wan's
+    path: str | None = None  # umt5: folder with text_encoder/ and tokenizer/
+    null_caption: str = ""  # umt5: what a dropped text means; the vocabulary's null is the empty caption
+
+
+@dataclass
+class ModelConfig:
+    """All of a model. Paths are relative to the working directory; an unset one is refused when needed."""
+
+    clip: ClipGeometry  # size of a clip, for data, training, streaming and evaluation
+    dit: WanConfig  # architecture of teacher, student and critic
+    name: str = ""  # of the YAML file
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    tiny_vae: str | None = None  # folder of a trained tiny VAE, or a published taew2_1 / taew2_2 file
+    text: TextConfig = field(default_factory=TextConfig)
+    clip_encoder: str | None = None  # folder of the CLIP image encoder; needed where dit.clip_dim is set
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    guidance: dict[str, float] = field(
+        default_factory=dict
+    )  # weight of text and motion guidance; empty: none
+    teacher: str | None = None  # folder of the trained teacher, or a published checkpoint
+    student: str | None = None  # folder of the distilled student
+    dtype: str = "float32"  # of frozen weights: float32 | bfloat16
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of a latent frame, in cells."""
+        return self.clip.height // self.vae.spatial_stride, self.clip.width // self.vae.spatial_stride
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """[C, F, h, w] of a clip's latents."""
+        return (self.vae.z_dim, self.clip.num_latents, *self.latent_size)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks in a clip."""
+        return self.clip.num_latents // self.rollout.chunk_frames
+
+
+# --------------------------------------------------------------------------------------------- validation
+def validate(cfg: ModelConfig) -> None:
+    """Raises ValueError where the parts of a model do not fit together. Builds nothing, reads no file."""
+    _check_choices(cfg)
+    _check_size(cfg)
+    _check_rollout(cfg)
+    _check_channels(cfg)
+    _check_text(cfg)
+    _check_guidance(cfg)
+
+
+def _check_choices(cfg: ModelConfig) -> None:
+    for name, value, allowed in (
+        ("dtype", cfg.dtype, tuple(DTYPES)),
+        ("text.kind", cfg.text.kind, TEXT_KINDS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"model.{name}={value!r} must be {' or '.join(allowed)}")
+
+
+def _check_size(cfg: ModelConfig) -> None:
+    for side, value, patch in (
+        ("height", cfg.clip.height, cfg.dit.patch_size[1]),
+        ("width", cfg.clip.width, cfg.dit.patch_size[2]),
+    ):
+        multiple = cfg.vae.spatial_stride * patch
+        if value % multiple:
+            nearest = max(1, round(value / multiple)) * multiple
+            raise ValueError(
+                f"model.clip.{side}={value} must be a multiple of {multiple} (VAE stride "
+                f"{cfg.vae.spatial_stride} x patch {patch}); nearest valid: {nearest}"
+            )
+
+
+def _check_rollout(cfg: ModelConfig) -> None:
+    rollout, latents = cfg.rollout, cfg.clip.num_latents
+    if rollout.window_chunks is not None and rollout.window_chunks < 1:
+        raise ValueError(
+            f"model.rollout.window_chunks={rollout.window_chunks} must be at least 1, or null for all past "
+            "chunks: a chunk that does not see the one before it cannot continue it"
+        )
+    chunk = rollout.chunk_frames
+    if latents % chunk:
+        nearest = num_pixel_frames(max(1, round(latents / chunk)) * chunk)
+        raise ValueError(
+            f"model.clip.num_frames={cfg.clip.num_frames} gives {latents} latent frames, which "
+            f"model.rollout.chunk_frames={chunk} does not divide; nearest valid num_frames: {nearest}"
+        )
+
+
+def _check_channels(cfg: ModelConfig) -> None:
+    if cfg.dit.latent_channels != cfg.vae.z_dim:
+        raise ValueError(
+            f"model.dit.latent_channels={cfg.dit.latent_channels} must be the VAE's z_dim={cfg.vae.z_dim}; "
+            "change one"
+        )
+    if cfg.dit.track_encoding == "rgb" and cfg.dit.track_channels not in (0, cfg.vae.z_dim):
+        raise ValueError(
+            f"model.dit.track_channels={cfg.dit.track_channels} must be z_dim={cfg.vae.z_dim} where "
+            "track_encoding is rgb: tracks are drawn and encoded by the VAE"
+        )
+    if (cfg.dit.clip_dim is None) != (cfg.clip_encoder is None):
+        raise ValueError(
+            f"model.dit.clip_dim={cfg.dit.clip_dim} and model.clip_encoder={cfg.clip_encoder} must both be "
+            "set or both be null: the image cross-attention reads what the CLIP encoder writes"
+        )
+
+
+def _check_text(cfg: ModelConfig) -> None:
+    wanted = VocabularyEncoder.dim_for(cfg.dit.text_len)
+    if cfg.text.kind == "vocabulary" and cfg.dit.text_dim != wanted:
+        raise ValueError(
+            f"model.dit.text_dim={cfg.dit.text_dim} must be {wanted}, the width of the vocabulary code at "
+            f"text_len={cfg.dit.text_len}"
+        )
+
+
+def _check_guidance(cfg: ModelConfig) -> None:
+    if "motion" in Guidance(cfg.guidance).weights and cfg.dit.track_channels == 0:
+        raise ValueError(
+            f"model.guidance.motion={cfg.guidance['motion']} needs a model that sees tracks, but model.dit."
+            "track_channels=0; set the weight to 0"
+        )
+
+
+# --------------------------------------------------------------------------------------------- building
+def build_vae(cfg: ModelConfig, seed: int | None = None) -> WanVae:
+    """With a seed, fresh weights (to train a VAE, or for tests); without, the weights at ``vae.path``.
+
+    Raises ValueError where the path is unset: nothing may be encoded by a VAE that was never trained.
+    """
+    if seed is not None:
+        return WanVae.from_config(cfg.vae, seed)
+    if cfg.vae.path is None:
+        raise ValueError(
+            "model.vae.path is not set; train a VAE with `python -m train stage=vae` and pass its folder"
+        )
+    return WanVae.from_folder(cfg.vae.path, expected=cfg.vae)
+
+
+def build_tiny_vae(cfg: ModelConfig, latent_space: LatentSpace) -> TinyVae:
+    """The tiny VAE at ``tiny_vae``; ValueError where it decodes another latent space than the VAE's."""
+    if cfg.tiny_vae is None:
+        raise ValueError(
+            "model.tiny_vae is not set; pass the folder of a trained one, or a taew2_1 / taew2_2 file of "
+            "madebyollin/taehv"
+        )
+    if Path(cfg.tiny_vae).is_file():
+        return TinyVae.from_file(cfg.tiny_vae, latent_space)
+    return TinyVae.from_folder(cfg.tiny_vae, expected=latent_space)
+
+
+def build_text_encoder(cfg: ModelConfig) -> TextEncoder:
+    """The text encoder, at the DiT's length; ValueError where its width is not the DiT's."""
+    if cfg.text.kind == "vocabulary":
+        encoder: TextEncoder = VocabularyEncoder(cfg.dit.text_len)
+    elif cfg.text.path is None:
+        raise ValueError(
+            "model.text.path is not set; pass a folder with text_encoder/ and tokenizer/ of a Wan model"
+        )
+    else:
+        encoder = Umt5Encoder(cfg.text.path, cfg.dit.text_len, cfg.text.null_caption, cfg.torch_dtype)
+    if encoder.text_dim != cfg.dit.text_dim:
+        raise ValueError(
+            f"the text encoder at model.text.path={cfg.text.path} has width {encoder.text_dim}; "
+            f"model.dit.text_dim={cfg.dit.text_dim} must be the same"
+        )
+    return encoder
+
+
+def build_clip_encoder(cfg: ModelConfig) -> ClipImageEncoder | None:
+    """The CLIP image encoder, or None for a model without image cross-attention."""
+    if cfg.clip_encoder is None:
+        return None
+    encoder = ClipImageEncoder(cfg.clip_encoder, cfg.torch_dtype)
+    if encoder.clip_dim != cfg.dit.clip_dim:
+        raise ValueError(
+            f"the CLIP encoder at model.clip_encoder={cfg.clip_encoder} has width {encoder.clip_dim}; "
+            f"model.dit.clip_dim={cfg.dit.clip_dim} must be the same"
+        )
+    return encoder
+
+
+def build_dit(cfg: ModelConfig, seed: int) -> WanDiT:
+    """A DiT with fresh weights, drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return WanDiT(cfg.dit)
+
+
+def load_role(cfg: ModelConfig, role: str) -> WanDiT:
+    """The trained "teacher" or "student": a folder that a stage exported, or a published checkpoint of any
+    format.
+
+    Raises ValueError where the path is unset, FileNotFoundError where nothing is there.
+    """
+    if role not in ROLE_STAGES:
+        raise ValueError(f"role={role!r} must be {' or '.join(ROLE_STAGES)}")
+    path = {"teacher": cfg.teacher, "student": cfg.student}[role]
+    made_by = f"make one with `python -m train stage={ROLE_STAGES[role]}` and pass its folder"
+    if path is None:
+        raise ValueError(f"model.{role} is not set; {made_by}")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"model.{role}={path}: there is nothing; {made_by}")
+    if (Path(path) / "model.json").is_file():
+        return load_dit(path, expected=cfg.dit)
+    log.info("%s: published checkpoint %s", role, path)
+    dit = build_dit(cfg, seed=0)
+    load_pretrained(dit, path)
+    return dit

@@ -1,0 +1,1 @@
+"""Flow matching: the time grid, conversions between predictions, guidance, keyed noise and the sampler."""

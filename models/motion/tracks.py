@@ -1,0 +1,226 @@
+"""The ``Tracks`` type: points that move through a clip, at a stated pixel resolution.
+
+Coordinates are (x, y) in pixels of ``height`` x ``width``; pixel column i covers x in [i, i + 1). A point
+may lie outside the frame or be invisible; both are ordinary states, and neither reaches the model's input.
+Files are ``.npz`` or ``.json`` with the keys points, visibility, height, width for one clip; identities are
+not stored, because they are drawn anew for each training sample and each session (MotionStream eq. 1).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+NUM_TRACK_IDS = 10_000  # identities are integers 0..9999: integers keep the encodings far apart
+
+
+@dataclass(frozen=True, eq=False)
+class Tracks:
+    """Point tracks of a batch of clips.
+
+    Raises ValueError where shapes or types disagree, or the resolution is not positive.
+    """
+
+    points: Tensor  # [B, T, N, 2] float32, (x, y) in px of height x width
+    visibility: Tensor  # [B, T, N] bool
+    ids: Tensor  # [B, N] long, constant over time and over a whole stream
+    height: int  # px
+    width: int  # px
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.points.shape)
+        if len(shape) != 4 or shape[-1] != 2 or self.points.dtype != torch.float32:
+            raise ValueError(f"points {shape} {self.points.dtype} must be [B, T, N, 2] float32")
+        if tuple(self.visibility.shape) != shape[:3] or self.visibility.dtype != torch.bool:
+            found = f"{tuple(self.visibility.shape)} {self.visibility.dtype}"
+            raise ValueError(f"visibility {found} must be {shape[:3]} bool, as the points are {shape}")
+        expected_ids = (shape[0], shape[2])
+        if tuple(self.ids.shape) != expected_ids or self.ids.dtype != torch.long:
+            raise ValueError(f"ids {tuple(self.ids.shape)} {self.ids.dtype} must be {expected_ids} int64")
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"resolution {self.height}x{self.width} must be at least 1x1 px")
+
+    @property
+    def batch_size(self) -> int:
+        return self.points.shape[0]
+
+    @property
+    def num_frames(self) -> int:
+        return self.points.shape[1]
+
+    @property
+    def num_tracks(self) -> int:
+        return self.points.shape[2]
+
+    @classmethod
+    def from_arrays(
+        cls, points: np.ndarray | Tensor, visibility: np.ndarray | Tensor, height: int, width: int
+    ) -> Tracks:
+        """One clip: points [T, N, 2], visibility [T, N] -> Tracks with B = 1 and ids 0 (not drawn yet)."""
+        points = torch.as_tensor(points, dtype=torch.float32)[None]
+        visibility = torch.as_tensor(visibility, dtype=torch.bool)[None]
+        ids = torch.zeros(1, points.shape[2] if points.ndim == 4 else 0, dtype=torch.long)
+        return cls(points, visibility, ids, int(height), int(width))
+
+    @classmethod
+    def empty(cls, batch_size: int, num_frames: int, height: int, width: int) -> Tracks:
+        """No tracks at all: motion left unspecified everywhere."""
+        return cls(
+            torch.zeros(batch_size, num_frames, 0, 2),
+            torch.zeros(batch_size, num_frames, 0, dtype=torch.bool),
+            torch.zeros(batch_size, 0, dtype=torch.long),
+            height,
+            width,
+        )
+
+    def resize_to(self, height: int, width: int) -> Tracks:
+        """The same motion in a frame of another size; each axis is scaled on its own."""
+        scale = self.points.new_tensor([width / self.width, height / self.height])
+        return replace(self, points=self.points * scale, height=height, width=width)
+
+    def frames(self, frames: slice) -> Tracks:
+        """A stretch of pixel frames."""
+        return replace(self, points=self.points[:, frames], visibility=self.visibility[:, frames])
+
+    def select(self, index: Tensor) -> Tracks:
+        """Tracks by number: ``index`` [M] takes the same tracks of each clip, [B, M] others per clip."""
+        index = torch.as_tensor(index, dtype=torch.long, device=self.points.device)
+        index = index.expand(self.batch_size, -1) if index.ndim == 1 else index
+        frames = index[:, None, :].expand(-1, self.num_frames, -1)
+        return replace(
+            self,
+            points=self.points.gather(2, frames[..., None].expand(-1, -1, -1, 2)),
+            visibility=self.visibility.gather(2, frames),
+            ids=self.ids.gather(1, index),
+        )
+
+    def with_ids(self, ids: Tensor) -> Tracks:
+        """The same motion under other identities, ids [B, N]."""
+        return replace(self, ids=ids.to(self.points.device))
+
+    def to(self, device: torch.device | str) -> Tracks:
+        return replace(
+            self,
+            points=self.points.to(device),
+            visibility=self.visibility.to(device),
+            ids=self.ids.to(device),
+        )
+
+    @staticmethod
+    def cat(items: Sequence[Tracks]) -> Tracks:
+        """Joins the tracks of the same clips, along N."""
+        _require_equal(items, "cat", ("batch_size", "num_frames", "height", "width"))
+        return replace(
+            items[0],
+            points=torch.cat([item.points for item in items], 2),
+            visibility=torch.cat([item.visibility for item in items], 2),
+            ids=torch.cat([item.ids for item in items], 1),
+        )
+
+    @staticmethod
+    def stack(items: Sequence[Tracks]) -> Tracks:
+        """Joins clips into a batch, along B; clips with fewer tracks are padded with invisible ones."""
+        _require_equal(items, "stack", ("num_frames", "height", "width"))
+        most = max(item.num_tracks for item in items)
+        items = [Tracks.pad(item, most) for item in items]
+        return replace(
+            items[0],
+            points=torch.cat([item.points for item in items]),
+            visibility=torch.cat([item.visibility for item in items]),
+            ids=torch.cat([item.ids for item in items]),
+        )
+
+    @staticmethod
+    def pad(tracks: Tracks, num_tracks: int) -> Tracks:
+        """Appends invisible tracks at (0, 0) until there are ``num_tracks``."""
+        missing = num_tracks - tracks.num_tracks
+        if missing < 0:
+            raise ValueError(
+                f"num_tracks={num_tracks} must be at least the {tracks.num_tracks} there are; use select()"
+            )
+        return replace(
+            tracks,
+            points=functional.pad(tracks.points, (0, 0, 0, missing)),
+            visibility=functional.pad(tracks.visibility, (0, missing)),
+            ids=functional.pad(tracks.ids, (0, missing)),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes one clip (B = 1) to ``.npz`` or ``.json``, by the suffix."""
+        if self.batch_size != 1:
+            raise ValueError(f"batch_size={self.batch_size} must be 1: a track file holds one clip")
+        path = Path(path)
+        points, visibility = self.points[0].cpu().numpy(), self.visibility[0].cpu().numpy()
+        if _suffix(path) == ".npz":
+            np.savez_compressed(
+                path, points=points, visibility=visibility, height=self.height, width=self.width
+            )
+            return
+        fields = {"height": self.height, "width": self.width}
+        fields |= {"points": points.tolist(), "visibility": visibility.tolist()}
+        path.write_text(json.dumps(fields))
+
+    @staticmethod
+    def load(path: str | Path) -> Tracks:
+        """Reads one clip at the resolution it was stored in; ids are 0 until drawn."""
+        path = Path(path)
+        if _suffix(path) == ".npz":
+            with np.load(path, allow_pickle=False) as stored:
+                fields = {name: stored[name] for name in stored.files}
+        else:
+            fields = json.loads(path.read_text())
+        missing = {"points", "visibility", "height", "width"} - set(fields)
+        if missing:
+            raise ValueError(
+                f"{path}: no field {sorted(missing)}; a track file has points, visibility, height, width"
+            )
+        points = np.asarray(fields["points"], np.float32).reshape(*np.shape(fields["visibility"]), 2)
+        visibility = np.asarray(fields["visibility"], bool)
+        return Tracks.from_arrays(points, visibility, int(fields["height"]), int(fields["width"]))
+
+
+def load_tracks(path: str | Path, height: int, width: int) -> Tracks:
+    """Reads a track file that must be in the model's resolution (px); any other is refused by name."""
+    tracks = Tracks.load(path)
+    if (tracks.height, tracks.width) != (height, width):
+        raise ValueError(
+            f"{path}: resolution {tracks.height}x{tracks.width} must be {height}x{width}, the model's clip "
+            f"size; convert it once with Tracks.load(path).resize_to({height}, {width}).save(path)"
+        )
+    return tracks
+
+
+def sample_track_ids(batch_size: int, num_tracks: int, rng: torch.Generator) -> Tensor:
+    """Identities -> [B, N] long on the CPU, without replacement from 0..9999 within each clip."""
+    if num_tracks > NUM_TRACK_IDS:
+        raise ValueError(f"num_tracks={num_tracks} must be at most {NUM_TRACK_IDS}, the number of identities")
+    draws = [torch.randperm(NUM_TRACK_IDS, generator=rng)[:num_tracks] for _ in range(batch_size)]
+    return torch.stack(draws) if draws else torch.zeros(0, num_tracks, dtype=torch.long)
+
+
+def _suffix(path: Path) -> str:
+    if path.suffix not in (".npz", ".json"):
+        raise ValueError(f"{path}: suffix '{path.suffix}' must be .npz or .json")
+    return path.suffix
+
+
+def _require_equal(items: Sequence[Tracks], operation: str, fields: tuple[str, ...]) -> None:
+    if not items:
+        raise ValueError(f"{operation}: needs at least one Tracks")
+    signatures = [
+        {"batch_size": t.batch_size, "num_frames": t.num_frames, "height": t.height, "width": t.width}
+        for t in items
+    ]
+    for field in fields:
+        values = {signature[field] for signature in signatures}
+        if len(values) > 1:
+            raise ValueError(
+                f"{operation}: {field} differs between the tracks: {sorted(values)}; it must be equal"
+            )

@@ -1,0 +1,376 @@
+"""THE chunk loop of the few-step causal student: distillation, evaluation and live sessions all run this one.
+
+Per chunk (Self-Forcing, arXiv 2506.08009; MotionStream sections 3.2 and 3.3): start from fresh noise;
+predict x0 at each noise level of the student and renoise it with *fresh* noise to the next (a consistency
+sampler, not an ODE); then one pass over the finished chunk at timestep 0, whose keys and values go to the
+rolling cache of sink and window chunks.
+
+Gradients are truncated by construction: only a chunk's exit step can carry them, the cache holds constants.
+They are taken in one pass (``GradientPolicy.EXIT_STEP`` keeps the graphs of all chunks) or in two: roll out
+with ``record=True``, then ``replay_exit_step`` one chunk at a time, which needs the memory of a single
+chunk's graph.
+
+All noise is keyed by (chunk, step, purpose) per sample: running a chunk again reproduces it bit for bit.
+Left out: losses, pixels, and which tracks or prompt come next; the caller hands in each chunk's condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from models.condition import Condition
+from models.diffusion.noise import KeyedNoise, KeyPart
+from models.diffusion.prediction import add_noise
+from models.diffusion.sampler import first_frame_clamp
+from models.diffusion.schedule import NUM_TRAIN_TIMESTEPS, flow_grid
+from models.wan.cache import CacheSpec, KVCache, KVContext, RingSnapshot, StaticKVCache
+from models.wan.dit import Modulation, PreparedCondition, TextContext, WanDiT
+
+CACHES = ("immutable", "static")
+
+
+@dataclass
+class RolloutConfig:
+    """Noise levels of the student and the geometry of its context.
+
+    Raises ValueError where values contradict.
+    """
+
+    chunk_frames: int = 3  # latent frames denoised together
+    sink_chunks: int = 1  # first chunks, seen by all later ones
+    window_chunks: int | None = 1  # past chunks seen; null: all
+    num_inference_steps: int = 50  # teacher steps of the grid that the student's steps are taken from
+    shift: float = 6.0  # timestep shift of that grid
+    step_indices: list[int] = field(default_factory=lambda: [0, 16, 32])  # grid points of the student
+    positions: str = "slot"  # slot | absolute: temporal positions of cached chunks
+    context_noise: float = 0.0  # noise level (sigma) of the cached context
+
+    def __post_init__(self) -> None:
+        steps = list(self.step_indices)
+        ascending = steps == sorted(set(steps))
+        if not steps or steps[0] != 0 or not ascending or steps[-1] >= self.num_inference_steps:
+            raise ValueError(
+                f"step_indices={steps} must ascend from 0 (pure noise) and stay below num_inference_steps="
+                f"{self.num_inference_steps}"
+            )
+        if not 0 <= self.context_noise < 1:
+            raise ValueError(f"context_noise={self.context_noise} must be in [0, 1); 0 keeps a clean context")
+        _ = self.sigmas, self.cache_spec  # their own checks
+
+    @property
+    def sigmas(self) -> list[float]:
+        """Noise level of each step, descending from 1.0; [1.0, 0.92727, 0.77143] by default."""
+        grid = flow_grid(self.num_inference_steps, self.shift)
+        return [grid[index].item() for index in self.step_indices]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.step_indices)
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        return CacheSpec(self.chunk_frames, self.sink_chunks, self.window_chunks, self.positions)
+
+    def validate_clip(self, num_latents: int) -> int:
+        """Number of chunks of a clip; raises ValueError unless it divides into whole chunks."""
+        if num_latents < 1 or num_latents % self.chunk_frames:
+            nearest = max(1, round(num_latents / self.chunk_frames)) * self.chunk_frames
+            raise ValueError(
+                f"num_latents={num_latents} must be a multiple of chunk_frames={self.chunk_frames}; nearest "
+                f"valid: {nearest} ({1 + 4 * (nearest - 1)} frames)"
+            )
+        return num_latents // self.chunk_frames
+
+
+class GradientPolicy(Enum):
+    """Which passes of a chunk keep their graph."""
+
+    NONE = "none"
+    EXIT_STEP = "exit_step"
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkRecord:
+    """What an exit step was given: enough to run it again with gradients (the second of two passes)."""
+
+    index: int  # of the chunk in the video
+    noisy_latents: Tensor  # [B, C, c, h, w] float32
+    sigma: float
+    condition: Condition
+    cache: KVCache  # before this chunk; its storage is shared between the records of a rollout
+    grid: tuple[int, int]  # rows and columns of tokens
+
+    @property
+    def context(self) -> KVContext:
+        return self.cache.context(self.grid)
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """One finished chunk."""
+
+    index: int
+    x0: Tensor  # [B, C, c, h, w] float32, normalised latents
+    record: ChunkRecord | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkPass:
+    """The input of one denoising pass, as shown to a latent edit."""
+
+    chunk: int
+    step: int  # 0 .. num_steps - 1
+    sigma: float
+    noisy_latents: Tensor  # [B, C, c, h, w] float32
+    condition: PreparedCondition
+    context: KVContext
+
+
+LatentEdit = Callable[[ChunkPass], Tensor]  # returns the noisy latents to go on with
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutSnapshot:
+    """State of a rollout at a chunk boundary."""
+
+    cache: KVCache | RingSnapshot
+    prompt_embeds: Tensor | None
+    is_open: bool
+
+
+class Rollout:
+    """A video in the making, chunk by chunk. The student's weights must not change while it lives.
+
+    ``cache``: "immutable" (training: gradients, records) or "static" (inference: preallocated buffers; the
+    same numbers). ``noise_key`` is put before every noise key, e.g. ("update", step) in training, where one
+    sample is rolled out many times. ``max_chunks``: capacity of a static cache whose window is unlimited.
+    """
+
+    def __init__(
+        self,
+        student: WanDiT,
+        cfg: RolloutConfig,
+        *,
+        noise: KeyedNoise,
+        sample_ids: Sequence[int],
+        latent_shape: tuple[int, int, int],
+        cache: str = "immutable",
+        noise_key: Sequence[KeyPart] = (),
+        max_chunks: int | None = None,
+    ):
+        if cache not in CACHES:
+            raise ValueError(f"cache='{cache}' must be one of {', '.join(CACHES)}")
+        self.student, self.cfg, self.sigmas = student, cfg, cfg.sigmas
+        self.noise, self.noise_key, self.sample_ids = noise, tuple(noise_key), list(sample_ids)
+        channels, height, width = latent_shape
+        self.chunk_shape = (channels, cfg.chunk_frames, height, width)
+        self.grid = student.token_grid(height, width)
+        num_layers = student.config.num_layers
+        self.cache: KVCache | StaticKVCache = (
+            KVCache.empty(cfg.cache_spec, num_layers)
+            if cache == "immutable"
+            else StaticKVCache.empty(cfg.cache_spec, num_layers, max_chunks)
+        )
+        self._prompt_embeds: Tensor | None = None
+        self._is_open = True
+        self._text: tuple[Tensor, Tensor | None, TextContext] | None = None
+        self._modulations: dict[float, Modulation] = {}
+
+    @property
+    def chunk_index(self) -> int:
+        """Index of the chunk that comes next."""
+        return self.cache.chunk_index
+
+    def set_text(self, prompt_embeds: Tensor) -> None:
+        """Another prompt [B, text_len, text_dim], from the next chunk on, whatever the conditions say."""
+        self._prompt_embeds = prompt_embeds
+
+    def next_chunk(
+        self,
+        condition: Condition,
+        *,
+        exit_step: int | None = None,
+        gradient: GradientPolicy = GradientPolicy.NONE,
+        record: bool = False,
+        update_cache: bool = True,
+        edit: LatentEdit | None = None,
+    ) -> Chunk:
+        """Generates the next chunk under its own condition (``Condition.chunk``).
+
+        ``exit_step`` stops at that step, 0 .. num_steps - 1, and takes its x0 (training); None runs all
+        steps. ``update_cache=False`` saves the cache pass of a last chunk: none can follow. ``edit`` may
+        change the input of each pass; returning it as it is leaves the chunk the same bit for bit. Raises
+        ValueError for a step outside the list, and for gradients or records with a static cache.
+        """
+        last = self._check_request(condition, exit_step, gradient, record)
+        if self._prompt_embeds is not None:
+            condition = replace(condition, prompt_embeds=self._prompt_embeds)
+        before, index = self.cache, self.chunk_index
+        with torch.no_grad():
+            context = self.cache.context(self.grid)
+            prepared = self.student.prepare(condition, text=self._text_context(condition))
+            noisy = self._denoise_until(last, condition, prepared, context, edit)
+            kept = None
+            if isinstance(before, KVCache):
+                kept = ChunkRecord(index, noisy, self.sigmas[last], condition, before, self.grid)
+            if gradient is GradientPolicy.NONE:
+                x0 = self._predict(noisy, last, prepared, context)
+        if gradient is GradientPolicy.EXIT_STEP:
+            assert kept is not None, "a static cache was refused above"
+            x0 = replay_exit_step(self.student, kept, context)
+        if update_cache:
+            self._update_cache(x0.detach(), condition, prepared, context)
+        self._is_open = update_cache
+        return Chunk(index, x0, kept if record else None)
+
+    def snapshot(self) -> RolloutSnapshot:
+        """State at this chunk boundary, to come back to with ``restore``."""
+        return RolloutSnapshot(self.cache.snapshot(), self._prompt_embeds, self._is_open)
+
+    def restore(self, snapshot: RolloutSnapshot) -> None:
+        """Back to a boundary: from here the same conditions give the same chunks bit for bit."""
+        if isinstance(self.cache, KVCache) and isinstance(snapshot.cache, KVCache):
+            self.cache = snapshot.cache
+        elif isinstance(self.cache, StaticKVCache) and isinstance(snapshot.cache, RingSnapshot):
+            self.cache = self.cache.restore(snapshot.cache)
+        else:
+            raise ValueError("the snapshot is of the other kind of cache; restore it where it was taken")
+        self._prompt_embeds, self._is_open = snapshot.prompt_embeds, snapshot.is_open
+
+    def _denoise_until(
+        self,
+        last: int,
+        condition: Condition,
+        prepared: PreparedCondition,
+        context: KVContext,
+        edit: LatentEdit | None,
+    ) -> Tensor:
+        """Runs the steps before ``last`` and returns the input of step ``last``."""
+        clamp = first_frame_clamp(self.student, condition)
+        noisy = clamp(self._noise("start", 0))
+        for step in range(last + 1):
+            if step > 0:
+                x0 = self._predict(noisy, step - 1, prepared, context)
+                noisy = clamp(add_noise(x0, self._noise("renoise", step), self.sigmas[step]))
+            if edit is not None:
+                shown = ChunkPass(self.chunk_index, step, self.sigmas[step], noisy, prepared, context)
+                noisy = clamp(edit(shown).detach())
+        return noisy
+
+    def _predict(self, noisy: Tensor, step: int, prepared: PreparedCondition, context: KVContext) -> Tensor:
+        sigma = self.sigmas[step]
+        modulation = self._modulation(sigma)
+        return self.student.predict_x0(noisy, sigma, prepared, attention=context, modulation=modulation)
+
+    @torch.no_grad()
+    def _update_cache(
+        self, x0: Tensor, condition: Condition, prepared: PreparedCondition, context: KVContext
+    ) -> None:
+        """One pass at the context noise level, 0 by default: the cache must hold clean context."""
+        sigma = self.cfg.context_noise
+        latents = x0
+        if sigma > 0:
+            noisy = add_noise(x0, self._noise("context", 0), sigma)
+            latents = first_frame_clamp(self.student, condition)(noisy)
+        layers = self.student.cache_pass(latents, prepared, context, self._modulation(sigma))
+        self.cache = self.cache.append(layers)
+
+    def _noise(self, purpose: str, step: int) -> Tensor:
+        key = (*self.noise_key, "rollout", self.chunk_index, step, purpose)
+        device = self.student.patch_embedding.weight.device
+        return self.noise.normal(self.chunk_shape, self.sample_ids, *key, device=device)
+
+    def _modulation(self, sigma: float) -> Modulation:
+        """Modulation tables, once per noise level."""
+        if sigma not in self._modulations:
+            self._modulations[sigma] = self.student.modulation(NUM_TRAIN_TIMESTEPS * sigma)
+        return self._modulations[sigma]
+
+    def _text_context(self, condition: Condition) -> TextContext:
+        """Text keys and values, once per prompt: made anew only for another tensor."""
+        prompt, clip = condition.prompt_embeds, condition.clip_embeds
+        if self._text is None or self._text[0] is not prompt or self._text[1] is not clip:
+            self._text = (prompt, clip, self.student.prepare_text(prompt, clip))
+        return self._text[2]
+
+    def _check_request(
+        self, condition: Condition, exit_step: int | None, gradient: GradientPolicy, record: bool
+    ) -> int:
+        """The step to stop at."""
+        if not self._is_open:
+            raise ValueError(
+                f"chunk {self.chunk_index} was made with update_cache=False: none can follow; restore() an "
+                "earlier boundary, or keep the cache pass"
+            )
+        if condition.batch_size != len(self.sample_ids):
+            raise ValueError(
+                f"condition has batch {condition.batch_size}, but there are {len(self.sample_ids)} sample_ids"
+            )
+        if isinstance(self.cache, StaticKVCache) and (record or gradient is not GradientPolicy.NONE):
+            raise ValueError(
+                "cache='static' is overwritten in place: no gradients or records; use 'immutable'"
+            )
+        last = self.cfg.num_steps - 1
+        exit_step = last if exit_step is None else exit_step
+        if not 0 <= exit_step <= last:
+            raise ValueError(f"exit_step={exit_step} must be in 0..{last}, the student's steps")
+        return exit_step
+
+
+def replay_exit_step(student: WanDiT, record: ChunkRecord, context: KVContext | None = None) -> Tensor:
+    """x0 [B, C, c, h, w] of a recorded exit step, with its graph.
+
+    Text projections and modulation are computed anew: those that the rollout shares between passes were
+    made without gradients, and would leave their weights untrained.
+    """
+    if torch.is_autocast_enabled(record.noisy_latents.device.type):
+        torch.clear_autocast_cache()  # older torch reuses casts made under no_grad, which lose the gradient
+    context = record.context if context is None else context
+    with torch.enable_grad():
+        return student.predict_x0(record.noisy_latents, record.sigma, record.condition, attention=context)
+
+
+def draw_exit_step(noise: KeyedNoise, cfg: RolloutConfig, *key: KeyPart) -> int:
+    """Exit step of a training rollout, uniform over the student's steps and equal on all ranks by its key."""
+    return noise.integers(cfg.num_steps, *key, "exit_step")
+
+
+def rollout(
+    student: WanDiT,
+    condition: Condition,
+    cfg: RolloutConfig,
+    *,
+    num_chunks: int,
+    noise: KeyedNoise,
+    sample_ids: Sequence[int],
+    latent_shape: tuple[int, int, int],
+    cache: str = "immutable",
+    noise_key: Sequence[KeyPart] = (),
+    exit_step: int | None = None,
+    gradient: GradientPolicy = GradientPolicy.NONE,
+    record: bool = False,
+) -> Iterator[Chunk]:
+    """A clip under a whole-clip condition; the cache pass of the last chunk is saved. See ``Rollout``."""
+    video = Rollout(
+        student,
+        cfg,
+        noise=noise,
+        sample_ids=sample_ids,
+        latent_shape=latent_shape,
+        cache=cache,
+        noise_key=noise_key,
+        max_chunks=num_chunks,
+    )
+    for index in range(num_chunks):
+        yield video.next_chunk(
+            condition.chunk(index * cfg.chunk_frames, cfg.chunk_frames),
+            exit_step=exit_step,
+            gradient=gradient,
+            record=record,
+            update_cache=index < num_chunks - 1,
+        )

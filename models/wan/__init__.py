@@ -1,0 +1,1 @@
+"""The Wan diffusion transformer (teacher, critic and student), its KV caches and checkpoints."""

@@ -1,0 +1,300 @@
+"""One Wan transformer block and the output head.
+
+Wan 2.1 (arXiv 2503.20314), with the attribute names of the official weights. Order of a block: self-attention
+and feed-forward are modulated by the timestep (shift, scale, gate each); cross-attention to the text, with a
+second branch for CLIP image tokens, is not. Tokens are kept as [B, F, S, D] (S per latent frame), so that
+per-frame modulation [B, F or 1, D] broadcasts and is never expanded to tokens. Norms and modulation are
+computed in float32, products in the dtype of the weights or of autocast; the residual stream keeps the dtype
+it enters with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.wan.attention import ChunkMask, attend, chunk_causal_attention
+from models.wan.cache import KVContext, LayerKV
+from models.wan.config import WanConfig
+from models.wan.rope import apply_rope
+
+
+@dataclass(frozen=True, eq=False)
+class TimeEmbedding:
+    """Timestep features before a block adds its own modulation; float32, F is 1 where all frames share a
+    timestep.
+
+    A dataclass, not tensors: sharding wrappers cast tensor arguments to the parameter dtype, and these must
+    not be.
+    """
+
+    blocks: Tensor  # [B, F, 6, D]: shift, 1 + scale, gate of attention, then of the feed-forward network
+    head: Tensor  # [B, F, 2, D]: shift, 1 + scale
+
+
+@dataclass(frozen=True, eq=False)
+class TextTokens:
+    """Embedded conditioning tokens, before each layer's own projection."""
+
+    text: Tensor  # [B, text_len, D]
+    image: Tensor | None  # [B, 257, D] where the model has the CLIP branch
+
+
+@dataclass(frozen=True, eq=False)
+class TextKV:
+    """One layer's projected conditioning tokens, each [B, heads, tokens, head_dim]."""
+
+    key: Tensor
+    value: Tensor
+    image_key: Tensor | None = None
+    image_value: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionContext:
+    """What all layers of one forward pass share: rotations of the current tokens and what these may see."""
+
+    rope: Tensor  # see rope_table
+    backend: str
+    mask: ChunkMask | None = None
+    num_chunks: int = 1
+    cache: KVContext | None = None
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    if torch.amp.is_autocast_available(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype of matrix products: autocast's where it is on, else the weights'."""
+    kind = weight.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * scale + shift in float32. x [B, F, S, D]; shift, scale [B or 1, F or 1, D]."""
+    width = x.shape[-1:]
+    if scale.numel() == x.shape[-1] and x.dtype == scale.dtype:
+        # One timestep for all tokens (streaming): the modulation is the norm's own affine, one kernel less.
+        return F.layer_norm(x, width, scale.reshape(width), shift.reshape(width), eps)
+    return torch.addcmul(shift.unsqueeze(2), F.layer_norm(x, width, None, None, eps), scale.unsqueeze(2))
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y * gate in float32, kept in x's dtype. x, y [B, F, S, D]; gate [B or 1, F or 1, D]."""
+    return torch.addcmul(x, y, gate.unsqueeze(2)).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over all heads together; float32 out."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+
+
+def _qk_norm(config: WanConfig) -> nn.Module:
+    return RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
+
+
+class SelfAttention(nn.Module):
+    """Attention among video tokens, with rotary positions."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = _qk_norm(config)
+        self.norm_k = _qk_norm(config)
+
+    def project_key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L, D] -> normalised, unrotated key and value, each [B, L, heads, head_dim]."""
+        key, value = self.norm_k(self.k(x)), self.v(x)
+        return self._split_heads(key), self._split_heads(value)
+
+    def forward(self, x: Tensor, layer: int, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, L, D] -> (output [B, L, D], unrotated key, value), the last two for a cache."""
+        raw_key, value = self.project_key_value(x)
+        query = apply_rope(self._split_heads(self.norm_q(self.q(x))), context.rope)
+        key = apply_rope(raw_key, context.rope)
+        q, k, v = (heads.to(value.dtype).transpose(1, 2) for heads in (query, key, value))
+        if context.cache is not None:
+            k, v = context.cache.extend(layer, k, v)
+        if context.mask is not None:
+            out = chunk_causal_attention(q, k, v, context.mask, context.num_chunks, context.backend)
+        else:
+            out = attend(q, k, v, context.backend)
+        return self.o(out.transpose(1, 2).flatten(2)), raw_key, value
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class CrossAttention(nn.Module):
+    """Attention to text tokens; CLIP image tokens have their own keys, values and softmax."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.num_heads, self.backend = config.num_heads, config.attention_backend
+        self.q = nn.Linear(config.dim, config.dim)
+        self.k = nn.Linear(config.dim, config.dim)
+        self.v = nn.Linear(config.dim, config.dim)
+        self.o = nn.Linear(config.dim, config.dim)
+        self.norm_q = _qk_norm(config)
+        self.norm_k = _qk_norm(config)
+        self.has_image_branch = config.clip_dim is not None
+        if self.has_image_branch:
+            self.k_img = nn.Linear(config.dim, config.dim)
+            self.v_img = nn.Linear(config.dim, config.dim)
+            self.norm_k_img = _qk_norm(config)
+
+    def project(self, tokens: TextTokens) -> TextKV:
+        value = self._heads(self.v(tokens.text))
+        key = self._heads(self.norm_k(self.k(tokens.text)).to(value.dtype))
+        if not self.has_image_branch:
+            return TextKV(key, value)
+        image_value = self._heads(self.v_img(tokens.image))
+        image_key = self._heads(self.norm_k_img(self.k_img(tokens.image)).to(value.dtype))
+        return TextKV(key, value, image_key, image_value)
+
+    def forward(self, x: Tensor, text: TextTokens | TextKV) -> Tensor:
+        kv = self.project(text) if isinstance(text, TextTokens) else text
+        query = self._heads(self.norm_q(self.q(x)).to(kv.value.dtype))
+        out = attend(query, kv.key, kv.value, self.backend)
+        if kv.image_key is not None:
+            out = out + attend(query, kv.image_key, kv.image_value, self.backend)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, heads, L, head_dim]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class WanBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward.
+
+    ``time`` is a `TimeEmbedding` (training), or this layer's modulation table, made once by
+    `modulation_table`; ``text`` is `TextTokens` (training), or this layer's `TextKV`, made once by
+    `project_text`.
+    """
+
+    # Methods beside forward that read parameters; a sharding wrapper has to be told of them.
+    ENTRY_POINTS = ("modulation_table", "project_text", "project_key_value", "forward_with_key_value")
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
+        )
+
+    def modulation_table(self, time: TimeEmbedding) -> Tensor:
+        """[B, F, 6, D] float32: shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2."""
+        return time.blocks + self.modulation.float()
+
+    def project_text(self, tokens: TextTokens) -> TextKV:
+        return self.cross_attn.project(tokens)
+
+    def project_key_value(self, x: Tensor, time: TimeEmbedding | Tensor) -> LayerKV:
+        """Keys and values of this layer, and nothing else: all that a cache needs of the last layer."""
+        shift, scale = self._table(time).unbind(2)[:2]
+        key, value = self.self_attn.project_key_value(self._norm(x, shift, scale))
+        return _layer_kv(key, value)
+
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        time: TimeEmbedding | Tensor,
+        text: TextTokens | TextKV,
+        context: AttentionContext,
+    ) -> Tensor:
+        """x [B, F, S, D] -> [B, F, S, D]."""
+        return self._forward(x, layer, time, text, context)[0]
+
+    def forward_with_key_value(
+        self,
+        x: Tensor,
+        layer: int,
+        time: TimeEmbedding | Tensor,
+        text: TextTokens | TextKV,
+        context: AttentionContext,
+    ) -> tuple[Tensor, LayerKV]:
+        """As forward, and the keys and values that this layer computed."""
+        x, key, value = self._forward(x, layer, time, text, context)
+        return x, _layer_kv(key, value)
+
+    def _forward(
+        self,
+        x: Tensor,
+        layer: int,
+        time: TimeEmbedding | Tensor,
+        text: TextTokens | TextKV,
+        context: AttentionContext,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._table(time).unbind(2)
+        y, key, value = self.self_attn(self._norm(x, shift1, scale1), layer, context)
+        x = gated_residual(x, y.view(x.shape), gate1)
+        x = x + self.cross_attn(self.norm3(x).flatten(1, 2), text).view(x.shape)
+        x = gated_residual(x, self.ffn(self._norm(x, shift2, scale2)).view(x.shape), gate2)
+        return x, key, value
+
+    def _table(self, time: TimeEmbedding | Tensor) -> Tensor:
+        return self.modulation_table(time) if isinstance(time, TimeEmbedding) else time
+
+    def _norm(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Modulated norm, as tokens [B, L, D] in the dtype of the products that follow."""
+        return (
+            modulated_norm(x, shift, scale, self.eps).flatten(1, 2).to(compute_dtype(self.self_attn.q.weight))
+        )
+
+
+def _layer_kv(key: Tensor, value: Tensor) -> LayerKV:
+    return LayerKV(key.to(value.dtype).transpose(1, 2), value.transpose(1, 2))
+
+
+class Head(nn.Module):
+    """Last norm, modulated by the timestep, and the projection to patches."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.eps = config.eps
+        _, patch_h, patch_w = config.patch_size
+        self.head = nn.Linear(config.dim, patch_h * patch_w * config.out_channels)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
+
+    def modulation_table(self, time: TimeEmbedding) -> Tensor:
+        """[B, F, 2, D] float32: shift, 1 + scale."""
+        return time.head + self.modulation.float()
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """x [B, F, S, D] -> [B, F, S, patch * out_channels], in the weights' dtype even under autocast."""
+        shift, scale = table.unbind(2)
+        with without_autocast(x.device):
+            x = modulated_norm(x, shift, scale, self.eps)
+            return self.head(x.to(self.head.weight.dtype))

@@ -1,0 +1,383 @@
+"""Weights of `WanDiT` in files: our own folders, and the public formats.
+
+Read: official Wan and VideoX-Fun names (ours are the same), diffusers names, Self-Forcing and CausVid
+training files (nested under "generator_ema" or "generator", prefixed by "model." and by wrappers). Every
+translation is a strict two-way map: a name it does not know is an error. Files are safetensors, or pickles
+restricted to tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.wan.config import MASK_CHANNELS, WanConfig
+from models.wan.dit import WanDiT
+
+logger = logging.getLogger(__name__)
+
+StateDict = dict[str, Tensor]
+InputLayout = list[tuple[str, int]]  # (part, channels) in order
+FORMATS = ("auto", "official", "diffusers")
+WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "model.json"
+TRACK_HEAD = "track_head."
+NESTED_STATES = ("generator_ema", "generator")  # the first one present is read
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")
+IGNORED_DIFFUSERS_KEYS = re.compile(
+    r"blocks\.\d+\.attn2\.norm_added_q\.weight"
+)  # in old files; no model reads them
+
+# official -> diffusers; each stands for a weight and a bias, a norm weight, or one bare parameter
+TOP_NAMES = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+}
+BLOCK_NAMES = {
+    "modulation": "scale_shift_table",
+    **{
+        f"{ours}.{part}": f"{theirs}.{name}"
+        for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for part, name in (
+            *(("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")),
+            *(("norm_q", "norm_q"), ("norm_k", "norm_k")),
+        )
+    },
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
+    "norm3": "norm2",  # the affine norm before cross-attention: the two codebases swap the numbers
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+
+
+def official_to_diffusers(state: Mapping[str, Tensor]) -> StateDict:
+    """Our state dict under diffusers' names (track_head.* as it is). Raises ValueError on an unknown name."""
+    return _rename(state, TOP_NAMES, BLOCK_NAMES, "official Wan")
+
+
+def diffusers_to_official(state: Mapping[str, Tensor]) -> StateDict:
+    """Inverse of `official_to_diffusers`."""
+    top = {theirs: ours for ours, theirs in TOP_NAMES.items()}
+    block = {theirs: ours for ours, theirs in BLOCK_NAMES.items()}
+    known = {name: tensor for name, tensor in state.items() if not IGNORED_DIFFUSERS_KEYS.fullmatch(name)}
+    return _rename(known, top, block, "diffusers")
+
+
+def to_official(state: Mapping[str, Any], format: str = "auto") -> StateDict:
+    """A loaded file's content, whatever its format and wrappers -> state dict with official names.
+
+    Raises ValueError where a name belongs to no known format.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format='{format}' must be one of {', '.join(FORMATS)}")
+    for nested in NESTED_STATES:
+        if isinstance(state.get(nested), Mapping):
+            state = state[nested]
+            break
+    state = {_bare_name(name): tensor for name, tensor in state.items()}
+    if reference := sorted(name for name in state if name.startswith("ref_conv.")):
+        raise ValueError(
+            f"the checkpoint holds {', '.join(reference)}: a Fun-V1.1 control model, whose reference image "
+            "is an extra frame that WanDiT does not have; use Wan2.1-Fun-1.3B-Control (V1.0)"
+        )
+    if format == "auto":
+        format = "diffusers" if any(name.startswith("condition_embedder.") for name in state) else "official"
+    if format == "diffusers":
+        return diffusers_to_official(state)
+    official_to_diffusers(state)  # refuses unknown names
+    return state
+
+
+def load_pretrained(
+    model: WanDiT, path: str | Path, format: str = "auto", grow_inputs: bool = True
+) -> list[str]:
+    """Loads a file or folder of any known format into ``model``; returns the parameters left at their initial
+    values.
+
+    With ``grow_inputs`` the columns of patch_embedding go to the channels that mean the same, and the columns
+    of new channels are zero, so that the model starts as the old one. Only track_head.* may be absent. Raises
+    ValueError naming the fields where the checkpoint is of another architecture.
+    """
+    state, saved = to_official(read_state(path), format), _saved_config(Path(path))
+    _check_architecture(state, saved, model.config, path)
+    weight = "patch_embedding.weight"
+    layout = _input_layout(state[weight].shape[1], model.config) if saved is None else saved.input_layout
+    if layout != model.config.input_layout:
+        if not grow_inputs:
+            raise ValueError(
+                f"{path} has the input channels {layout}, the model {model.config.input_layout}; pass "
+                "grow_inputs=True, or change image_conditioning or track_channels"
+            )
+        state[weight] = _grown_inputs(state[weight], layout, model.config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if unexpected or [name for name in missing if not name.startswith(TRACK_HEAD)]:
+        raise ValueError(f"{path} does not fit the model: missing {missing}, unexpected {unexpected}")
+    if missing:
+        logger.info("%s has no track head; these keep their initial values: %s", path, ", ".join(missing))
+    return list(missing)
+
+
+def save_dit(model: WanDiT, folder: str | Path, **provenance: Any) -> None:
+    """Writes folder/model.safetensors and folder/model.json (config, provenance); each appears whole or not
+    at all.
+
+    ``provenance``: JSON values, such as stage, step or the data used.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config.to_dict()
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = folder / f".{WEIGHTS_NAME}.partial"
+    save_file(state, weights, metadata={"format": "pt", "config": json.dumps(config, sort_keys=True)})
+    description = folder / f".{CONFIG_NAME}.partial"
+    description.write_text(json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n")
+    for partial, name in ((weights, WEIGHTS_NAME), (description, CONFIG_NAME)):
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(folder / name)
+
+
+def read_dit_config(folder: str | Path) -> WanConfig:
+    """Config of a folder that `save_dit` wrote; raises FileNotFoundError where there is none."""
+    return WanConfig.from_dict(_read_description(Path(folder))["config"])
+
+
+def read_provenance(folder: str | Path) -> dict[str, Any]:
+    """What `save_dit` was told about where the weights come from."""
+    return _read_description(Path(folder))["provenance"]
+
+
+def load_dit(folder: str | Path, expected: WanConfig | None = None) -> WanDiT:
+    """The model in a folder that `save_dit` wrote, on CPU, in the dtype it was saved in.
+
+    ``expected``: raises ValueError naming the fields in which the saved architecture differs, before anything
+    is built; its runtime fields (attention backend, activation checkpointing) are used.
+    """
+    folder = Path(folder)
+    config = read_dit_config(folder)
+    if expected is not None:
+        if differences := config.architecture_differences(expected):
+            raise ValueError(
+                f"{folder} holds another architecture (field: saved, expected): {'; '.join(differences)}; "
+                "change the model config, or give another folder"
+            )
+        config = expected
+    _check_weights_config(folder / WEIGHTS_NAME, config)
+    state = load_file(folder / WEIGHTS_NAME)
+    with torch.device("meta"):  # no memory and no time for weights that are replaced
+        model = WanDiT(config)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(True)
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """Content of a .safetensors or .pt/.pth/.bin file, or of a folder's (possibly sharded) safetensors files.
+
+    Pickles are read with weights_only=True. A folder may be a whole diffusers pipeline: its transformer/ is
+    read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        state: dict[str, Any] = {}
+        for file in _weight_files(path):
+            state |= load_file(file)
+        return state
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; give a .safetensors or .pt file, or a folder of them"
+        )
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Weight files of one model. An index decides, so that a second copy in the folder is never mixed in."""
+    if not list(folder.glob("*.safetensors")) and (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    if indices := sorted(folder.glob("*.safetensors.index.json")):
+        shards = json.loads(indices[0].read_text())["weight_map"].values()
+        return [folder / shard for shard in sorted(set(shards))]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(
+            f"{folder} holds {len(files)} .safetensors files and no index; give the path of one file"
+        )
+    return files
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"no {CONFIG_NAME} in {folder}; give a folder that save_dit wrote")
+    return json.loads(path.read_text())
+
+
+def _saved_config(path: Path) -> WanConfig | None:
+    """The config inside a weights file of `save_dit`; None for public files, which do not tell."""
+    path = path / WEIGHTS_NAME if path.is_dir() else path
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        config = (file.metadata() or {}).get("config")
+    return None if config is None else WanConfig.from_dict(json.loads(config))
+
+
+def _check_weights_config(weights: Path, config: WanConfig) -> None:
+    """The weights file names its own config: a crash between the two renames of `save_dit` is noticed."""
+    own = _saved_config(weights)
+    if own is None:
+        raise ValueError(
+            f"{weights} names no config, so save_dit did not write it; read it with load_pretrained"
+        )
+    if differences := own.architecture_differences(config):
+        raise ValueError(
+            f"{weights} was saved with another config than {CONFIG_NAME} says (field: weights, json): "
+            f"{'; '.join(differences)}; an interrupted save, or a changed file: save the model again"
+        )
+
+
+def _bare_name(name: str) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _rename(
+    state: Mapping[str, Tensor], top: dict[str, str], block: dict[str, str], source: str
+) -> StateDict:
+    renamed, unknown = {}, []
+    for name, tensor in state.items():
+        new_name = name if name.startswith(TRACK_HEAD) else _translate(name, top, block)
+        if new_name is None:
+            unknown.append(name)
+        else:
+            renamed[new_name] = tensor
+    if unknown:
+        raise ValueError(f"not names of a {source} model: {_shortened(unknown)}; give another file or format")
+    return renamed
+
+
+def _translate(name: str, top: dict[str, str], block: dict[str, str]) -> str | None:
+    prefix, names = "", top
+    if match := re.match(r"blocks\.\d+\.", name):
+        prefix, names = match.group(), block
+    local = name.removeprefix(prefix)
+    if local in names:  # a bare parameter
+        return prefix + names[local]
+    module, _, parameter = local.rpartition(".")
+    if module not in names or parameter not in ("weight", "bias"):
+        return None
+    return f"{prefix}{names[module]}.{parameter}"
+
+
+def _check_architecture(
+    state: StateDict, saved: WanConfig | None, config: WanConfig, path: str | Path
+) -> None:
+    """Sizes that the weights show must be the config's; input channels are checked apart."""
+    found = _architecture(state, path)
+    if saved is not None:
+        found["num_heads"] = saved.num_heads
+    expected = config.to_dict()
+    differences = [
+        f"{name}: {value}, {expected[name]}" for name, value in found.items() if value != expected[name]
+    ]
+    if differences:
+        raise ValueError(
+            f"{path} holds another architecture (field: checkpoint, model): {'; '.join(differences)}; "
+            "change the model config, or give another checkpoint"
+        )
+
+
+def _architecture(state: StateDict, path: str | Path) -> dict[str, Any]:
+    required = (
+        "patch_embedding.weight",
+        "blocks.0.ffn.0.weight",
+        "head.head.weight",
+        "time_embedding.0.weight",
+    )
+    if absent := [name for name in (*required, "text_embedding.0.weight") if name not in state]:
+        raise ValueError(f"{path} is not a Wan transformer: it lacks {', '.join(absent)}")
+    patch = state["patch_embedding.weight"]
+    clip = state.get("img_emb.proj.0.weight")
+    return {
+        "dim": patch.shape[0],
+        "ffn_dim": state["blocks.0.ffn.0.weight"].shape[0],
+        "num_layers": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "latent_channels": state["head.head.weight"].shape[0] // math.prod(patch.shape[2:]),
+        "freq_dim": state["time_embedding.0.weight"].shape[1],
+        "text_dim": state["text_embedding.0.weight"].shape[1],
+        "patch_size": list(patch.shape[2:]),
+        "qk_norm": "blocks.0.self_attn.norm_q.weight" in state,
+        "cross_attn_norm": "blocks.0.norm3.weight" in state,
+        "clip_dim": None if clip is None else clip.shape[0],
+    }
+
+
+def _input_layout(in_channels: int, config: WanConfig) -> InputLayout:
+    """What the input channels of a public checkpoint mean, by their number; see WanConfig.input_layout."""
+    noisy, mask = ("noisy", config.latent_channels), ("mask", MASK_CHANNELS)
+    image, control = ("image", config.latent_channels), ("track", config.latent_channels)
+    text_to_video, image_to_video = [noisy], [noisy, mask, image]
+    fun_control, wan22_fun_control = [noisy, control, image], [noisy, control, mask, image]
+    public = (text_to_video, image_to_video, fun_control, wan22_fun_control)
+    found = [layout for layout in public if sum(width for _, width in layout) == in_channels]
+    if config.input_layout in found or (not found and in_channels == config.in_channels):
+        return config.input_layout
+    if len(found) != 1:
+        sizes = ", ".join(str(sum(width for _, width in layout)) for layout in public)
+        raise ValueError(
+            f"cannot tell the meaning of {in_channels} input channels; with {config.latent_channels} latent "
+            f"channels the known layouts have {sizes}: text-to-video, image-to-video, control, 2.2 control"
+        )
+    return found[0]
+
+
+def _grown_inputs(weight: Tensor, layout: InputLayout, config: WanConfig) -> Tensor:
+    """patch_embedding.weight [D, old channels, ...] -> [D, in_channels, ...], by what the channels mean."""
+    names, widths = zip(*layout)
+    old_columns = dict(zip(names, weight.split(widths, dim=1)))
+    columns = []
+    for part, width in config.input_layout:
+        old = old_columns.pop(part, None)
+        if old is not None and old.shape[1] != width:
+            raise ValueError(
+                f"the checkpoint has {old.shape[1]} {part} channels, the model {width}; make them equal"
+            )
+        columns.append(weight.new_zeros(weight.shape[0], width, *weight.shape[2:]) if old is None else old)
+    if old_columns:
+        raise ValueError(
+            f"the checkpoint's {', '.join(old_columns)} channels have no place in image_conditioning="
+            f"'{config.image_conditioning}' with track_channels={config.track_channels}; change one of these"
+        )
+    return torch.cat(columns, dim=1)
+
+
+def _shortened(names: Iterable[str], limit: int = 5) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

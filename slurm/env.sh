@@ -1,0 +1,15 @@
+# Sourced by the batch scripts on every node. Edit for your cluster; everything else stays as it is.
+export MARIONETTE_VENV="${MARIONETTE_VENV:-$PWD/.venv}"
+source "$MARIONETTE_VENV/bin/activate"
+
+# One run writes to one folder; a requeued job finds it again.
+export OUTPUTS="${OUTPUTS:-$PWD/outputs}"
+
+# The launcher's rendezvous: first host of the allocation, a port derived from the job so that two jobs can share a host.
+export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
+export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+export TOKENIZERS_PARALLELISM=false
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # compute nodes seldom reach a hub: fetch weights on the login node

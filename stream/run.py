@@ -1,0 +1,194 @@
+"""`python -m stream`: an image, a prompt and tracks in, a video out, written chunk by chunk as it is
+generated.
+
+role=student streams any number of frames through `StreamSession`; role=teacher samples one clip of the
+model's length bidirectionally, for comparison. All inputs are read and checked before any weight is.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import MISSING, DictConfig
+from tqdm import tqdm
+
+from data.app import build_config
+from data.trackers import TrackerConfig
+from data.video import VideoWriter
+from models.assemble import ModelConfig, load_role, validate
+from models.diffusion.guidance import Guidance
+from models.diffusion.noise import KeyedNoise
+from models.diffusion.sampler import sample_teacher
+from models.motion.tracks import Tracks
+from models.wan.dit import WanDiT
+from stream.codecs import DECODERS, Codecs, pick_device
+from stream.session import StreamSession
+from stream.track_buffer import ENDINGS, TrackBuffer
+from stream.track_source import load_first_frame, load_track_source
+
+log = logging.getLogger(__name__)
+
+ROLES = ("student", "teacher")
+
+
+@dataclass
+class StreamConfig:
+    """What is generated, and where it goes."""
+
+    image: str = (
+        MISSING  # picture file, or a video whose first frame is taken; cropped and resized to model.clip
+    )
+    prompt: str = ""
+    tracks: str | None = None  # .npz, .json, or a video whose motion is taken; null: motion unspecified
+    tracks_resize: bool = False  # scale a track file of another resolution instead of refusing it
+    ending: str = "hold"  # beyond the last track frame: hold the points, or release them
+    num_frames: int | None = (
+        None  # frames written; null: as many as the tracks have, else model.clip.num_frames
+    )
+    role: str = "student"  # student: streamed, any length | teacher: one clip of model.clip.num_frames
+    num_inference_steps: int = 50  # teacher: Euler steps
+    decoder: str = "full"  # full | tiny (model.tiny_vae)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)  # for a video as source of tracks
+    device: str = "auto"  # auto | cpu | cuda
+    seed: int = 0  # of the noise and the track identities
+    out: str = "outputs/stream.mp4"  # the video
+    output_dir: str = "outputs/stream"  # Hydra's own files
+    model: Any = None
+    experiment: Any = None
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("role", self.role, ROLES),
+            ("ending", self.ending, ENDINGS),
+            ("decoder", self.decoder, DECODERS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value} must be {' or '.join(allowed)}")
+        if self.num_frames is not None and self.num_frames < 1:
+            raise ValueError(f"num_frames={self.num_frames} must be at least 1")
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={self.num_inference_steps} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the user gave, at the model's size."""
+
+    first_frame: np.ndarray  # uint8 [H, W, 3]
+    tracks: Tracks | None
+    num_frames: int
+
+
+def main(cfg: DictConfig) -> int:
+    """Entry of `python -m stream`."""
+    settings, model_cfg = build_config(cfg, StreamConfig), build_config(cfg.model)
+    validate(model_cfg)
+    inputs = read_inputs(settings, model_cfg)
+    device = pick_device(settings.device)
+    dit = load_role(model_cfg, settings.role).eval().requires_grad_(False).to(device, model_cfg.torch_dtype)
+    codecs = Codecs.load(model_cfg, device=device, tiny=settings.decoder == "tiny")
+    make = stream_frames if settings.role == "student" else sample_frames
+    started = time.perf_counter()
+    write_frames(
+        make(dit, codecs, inputs, settings), Path(settings.out), model_cfg.clip.fps, inputs.num_frames
+    )
+    seconds = time.perf_counter() - started
+    print(
+        f"{settings.out}: {inputs.num_frames} frames in {seconds:.1f} s, "
+        f"{inputs.num_frames / seconds:.1f} FPS"
+    )
+    return 0
+
+
+def read_inputs(settings: StreamConfig, model_cfg: ModelConfig) -> Inputs:
+    """Read and check image and tracks; builds no model.
+
+    Raises:
+        ValueError: tracks of another resolution, or a length that the teacher cannot sample.
+    """
+    tracks = None
+    if settings.tracks is not None:
+        tracks = load_track_source(
+            settings.tracks, model_cfg, settings.tracker, resize=settings.tracks_resize
+        )
+    clip_frames = model_cfg.clip.num_frames
+    if settings.role == "teacher":
+        if settings.num_frames not in (None, clip_frames):
+            raise ValueError(
+                f"num_frames={settings.num_frames} must be {clip_frames} with role=teacher, which samples "
+                f"one whole clip; set model.clip.num_frames={settings.num_frames}, or role=student"
+            )
+        num_frames = clip_frames
+    else:
+        num_frames = settings.num_frames or (clip_frames if tracks is None else tracks.num_frames)
+    return Inputs(load_first_frame(settings.image, model_cfg.clip), tracks, num_frames)
+
+
+def stream_frames(
+    student: WanDiT, codecs: Codecs, inputs: Inputs, settings: StreamConfig
+) -> Iterator[np.ndarray]:
+    """Chunks of frames as the student makes them: uint8 [n, H, W, 3]."""
+    return iter(
+        StreamSession(
+            student,
+            codecs,
+            first_frame=inputs.first_frame,
+            prompt=settings.prompt,
+            tracks=inputs.tracks,
+            num_frames=inputs.num_frames,
+            ending=settings.ending,
+            seed=settings.seed,
+        )
+    )
+
+
+def sample_frames(
+    teacher: WanDiT, codecs: Codecs, inputs: Inputs, settings: StreamConfig
+) -> Iterator[np.ndarray]:
+    """The teacher's whole clip, as one chunk: uint8 [T, H, W, 3]."""
+    model_cfg, noise = codecs.model_cfg, KeyedNoise(settings.seed)
+    buffer = TrackBuffer(
+        model_cfg.clip.height,
+        model_cfg.clip.width,
+        ending=settings.ending,
+        rng=noise.generator("track_ids", 0),
+    )
+    if inputs.tracks is not None:
+        buffer.push(inputs.tracks)
+    condition = codecs.condition(
+        codecs.encode_prompts([settings.prompt]),
+        buffer.take(inputs.num_frames),
+        codecs.encode_first_frames(inputs.first_frame[None]),
+    )
+    guidance = Guidance(model_cfg.guidance)
+    log.info("teacher: %d steps, %s", settings.num_inference_steps, guidance.describe())
+    with tqdm(
+        total=settings.num_inference_steps, desc="denoise", unit="step", disable=None, leave=False
+    ) as bar:
+        latents = sample_teacher(
+            teacher,
+            condition,
+            guidance,
+            num_inference_steps=settings.num_inference_steps,
+            shift=model_cfg.rollout.shift,
+            noise=noise,
+            sample_ids=[0],
+            latent_shape=model_cfg.latent_shape,
+            progress=lambda done, total: bar.update(),
+        )
+    yield codecs.decode(latents)[0]
+
+
+def write_frames(chunks: Iterator[np.ndarray], path: Path, fps: int, total: int) -> None:
+    """Write frames to the mp4 as they come; the bar's rate is the FPS so far."""
+    with VideoWriter(path, fps) as writer, tqdm(total=total, unit="frame", disable=None) as bar:
+        for chunk in chunks:
+            for frame in chunk:
+                writer.write(frame)
+            bar.update(len(chunk))

@@ -1,0 +1,102 @@
+"""What a command line names, as a first frame and tracks at the model's size: pictures, track files, other
+videos.
+
+A track file (.npz or .json) must be at the model's clip size; another size is refused before anything is
+built, unless resizing is asked for. A video as the source of tracks means motion transfer: its points are
+followed from a grid in its first frame. Leaves out drags: those come through a running session.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from data.trackers import TrackerConfig, build_tracker, grid_queries
+from data.video import probe_video, read_video, resize_frame
+from models.assemble import ModelConfig
+from models.condition import ClipGeometry
+from models.motion.tracks import Tracks
+
+log = logging.getLogger(__name__)
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+TRACK_FILES = (".npz", ".json")
+
+
+def query_grid(model_cfg: ModelConfig, tracker: TrackerConfig) -> np.ndarray:  # -> [N, 2] px
+    """Points to follow from frame 0: one per latent cell, at most tracker.rows x tracker.cols."""
+    rows, cols = model_cfg.latent_size
+    return grid_queries(
+        model_cfg.clip.height, model_cfg.clip.width, min(tracker.rows, rows), min(tracker.cols, cols)
+    )
+
+
+def load_first_frame(path: str | Path, clip: ClipGeometry) -> np.ndarray:  # -> uint8 [H, W, 3]
+    """A picture, or the first frame of a video, cropped about its centre and resized to the clip's size.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a picture and not a video.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"image={path}: no such file; give a picture ({', '.join(PICTURES)}) or a video"
+        )
+    if path.suffix.lower() not in PICTURES:
+        return read_video(path, ClipGeometry(clip.height, clip.width, 1, clip.fps))[0]
+    import cv2
+
+    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if picture is None:
+        raise ValueError(f"image={path} cannot be decoded as a picture; convert it to PNG")
+    if picture.shape[:2] != (clip.height, clip.width):
+        log.info(
+            "%s: %dx%d is cropped and resized to %dx%d",
+            path.name,
+            *picture.shape[:2],
+            clip.height,
+            clip.width,
+        )
+    return resize_frame(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), clip.height, clip.width)
+
+
+def load_track_source(
+    path: str | Path, model_cfg: ModelConfig, tracker: TrackerConfig, *, resize: bool = False
+) -> Tracks:
+    """Tracks (B = 1, identities not drawn) from a track file or by following the points of a video.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a track file of another resolution without `resize`, or a file that cannot be read.
+    """
+    path, clip = Path(path), model_cfg.clip
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"tracks={path}: no such file; give {' or '.join(TRACK_FILES)}, or a video to take the "
+            "motion from"
+        )
+    if path.suffix.lower() not in TRACK_FILES:
+        return _follow(path, model_cfg, tracker)
+    tracks = Tracks.load(path)
+    if (tracks.height, tracks.width) == (clip.height, clip.width):
+        return tracks
+    if not resize:
+        raise ValueError(
+            f"tracks={path} is at {tracks.height}x{tracks.width} px, the model needs "
+            f"{clip.height}x{clip.width} (model.clip); add tracks_resize=true to scale it"
+        )
+    return tracks.resize_to(clip.height, clip.width)
+
+
+def _follow(path: Path, model_cfg: ModelConfig, tracker: TrackerConfig) -> Tracks:
+    """Motion transfer: the points of a video, at the clip's rate and size, over its whole length."""
+    clip, info = model_cfg.clip, probe_video(path)
+    available = int((info.num_frames - 1) * clip.fps / info.fps + 1e-6)
+    geometry = ClipGeometry(clip.height, clip.width, 1 + 4 * (available // 4), clip.fps)
+    points, visibility = build_tracker(tracker).track(
+        read_video(path, geometry), query_grid(model_cfg, tracker)
+    )
+    return Tracks.from_arrays(np.nan_to_num(points), visibility, clip.height, clip.width)

@@ -1,0 +1,230 @@
+"""data/app.py: one-line refusals, exit codes, run directory; every YAML of the repository composes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import data.app as app
+from data.config_errors import ConfigError, nearest
+
+REPO = Path(app.__file__).resolve().parent.parent
+
+STAGE_MODULE = """
+import dataclasses
+
+@dataclasses.dataclass
+class Inner:
+    depth: int = 2  # layers
+
+@dataclasses.dataclass
+class TopConfig:
+    stage: dict = dataclasses.field(default_factory=dict)
+    output_dir: str = "outputs/x"
+    width: int = 8
+    inner: Inner = dataclasses.field(default_factory=Inner)
+
+class Stage:
+    @dataclasses.dataclass
+    class Config:
+        init_from: str = "???"
+        window_chunks: int = 1
+        sizes: list[int] = dataclasses.field(default_factory=lambda: [1, 2])
+        decay: float | None = None
+        def __post_init__(self):
+            if self.window_chunks < 0:
+                raise ValueError(f"window_chunks={self.window_chunks} must be >= 0; give 0 for no window")
+    def __init__(self, cfg):
+        self.cfg = cfg
+"""
+MAIN = """
+import sys
+sys.path[:0] = [{repo!r}, {here!r}]
+import data.app as app
+from pathlib import Path
+app.CONF_DIR = Path({here!r}) / "conf"
+app.REPO_DIR = Path({here!r})
+def main(cfg):
+    stage = app.build_target(cfg.stage)
+    (Path(cfg.output_dir) / "ran.txt").write_text(type(stage.cfg).__name__)
+    if stage.cfg.window_chunks == 77:
+        int("not ours")
+    return 5 if stage.cfg.window_chunks == 55 else None
+app.run_app("top", main)
+"""
+
+
+@pytest.fixture
+def small_app(tmp_path, monkeypatch):
+    conf = tmp_path / "conf" / "stage"
+    conf.mkdir(parents=True)
+    (tmp_path / "app_stages.py").write_text(STAGE_MODULE)
+    (tmp_path / "conf" / "top.yaml").write_text(
+        textwrap.dedent("""\
+        # Does nothing, well.
+        defaults: [top_schema, stage: causal, _self_]
+        _target_: app_stages.TopConfig
+        width: 16
+        output_dir: outputs/${stage.name}
+    """)
+    )
+    for name in ("causal", "rl"):
+        (conf / f"{name}.yaml").write_text(
+            f"# The {name} stage.\ndefaults: [{name}_schema, _self_]\n"
+            "_target_: app_stages.Stage\ninit_from: a\n"
+        )
+    (conf / "broken.yaml").write_text("defaults: [broken_schema, _self_]\n_target_: no_such_module.Stage\n")
+    (conf / "typo.yaml").write_text(
+        "defaults: [typo_schema, _self_]\n_target_: app_stages.Stage\nwindo_chunks: 1\n"
+    )
+    (conf / "missing.yaml").write_text("defaults: [missing_schema, _self_]\n_target_: app_stages.Stage\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(app, "CONF_DIR", tmp_path / "conf")
+    yield tmp_path
+    sys.modules.pop("app_stages", None)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage.windo_chunks=2", "no field 'stage.windo_chunks'; did you mean 'stage.window_chunks'?"),
+        ("+stage.windo_chunks=2", "no field 'stage.windo_chunks'; did you mean 'stage.window_chunks'?"),
+        ("window_chunks=2", "no field 'window_chunks'; did you mean 'stage.window_chunks'?"),
+        ("inner.dept=2", "no field 'inner.dept'; did you mean 'inner.depth'?"),
+        ("widht=2", "no field 'widht'; did you mean 'width'?"),
+        ("stage=casual", "no choice 'casual' for 'stage'; did you mean 'causal'? choices: broken, causal, "),
+        ("stage=broken", "conf/stage/broken.yaml: its _target_ cannot be imported"),
+        (
+            "stage=typo",
+            "no field 'stage.windo_chunks' (in conf/stage/typo.yaml); did you mean 'stage.window_chunks'",
+        ),
+        ("stage.window_chunks=many", "stage.window_chunks='many': "),
+    ],
+)
+def test_refused_in_one_line(small_app, override, message):
+    with pytest.raises(ConfigError) as info:
+        app.compose_config("top", [override])
+    assert message in str(info.value)
+    assert "\n" not in str(info.value)
+
+
+def test_group_choice_gives_typed_values_and_the_dataclass(small_app):
+    cfg = app.compose_config("top", ["stage=rl", "stage.sizes=[3]", "stage.decay=0.5"])
+    assert (cfg.output_dir, cfg.width, cfg.inner.depth) == ("outputs/rl", 16, 2)
+    stage = app.build_target(cfg.stage)
+    assert type(stage.cfg).__qualname__ == "Stage.Config"
+    assert (stage.cfg.sizes, stage.cfg.decay, stage.cfg.init_from) == ([3], 0.5, "a")
+
+
+def test_missing_value_and_dataclass_validation(small_app):
+    with pytest.raises(ConfigError, match=r"init_from.*needs one"):
+        app.build_config(app.compose_config("top", ["stage=missing"]).stage)
+    with pytest.raises(ValueError, match="window_chunks=-1 must be >= 0; give 0 for no window"):
+        app.build_config(app.compose_config("top", ["stage.window_chunks=-1"]).stage)
+
+
+def _run(folder: Path, *args: str) -> subprocess.CompletedProcess:
+    script = folder / "main.py"
+    script.write_text(MAIN.format(repo=str(REPO), here=str(folder)))
+    return subprocess.run(
+        [sys.executable, str(script), *args], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_command_line(small_app):
+    ok = _run(small_app, "stage=rl", "output_dir=outputs/here")
+    assert (ok.returncode, ok.stdout, ok.stderr) == (0, "", "")
+    assert (small_app / "outputs/here/ran.txt").read_text() == "Config"
+    assert sorted(p.name for p in small_app.iterdir() if p.name != "__pycache__") == [
+        "app_stages.py",
+        "conf",
+        "main.py",
+        "outputs",
+    ]
+    assert (small_app / "outputs/here/.hydra/config.yaml").exists()
+
+    bad = _run(small_app, "stage.windo_chunks=2")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == "error: no field 'stage.windo_chunks'; did you mean 'stage.window_chunks'?\n"
+
+
+def test_one_run_per_value(small_app):
+    done = _run(small_app, "--multirun", "stage=rl", "width=1,2", "output_dir=outputs/many")
+    assert done.returncode == 0, done.stderr
+    assert [(small_app / f"outputs/many/{n}/ran.txt").exists() for n in range(3)] == [True, True, False]
+
+
+def test_value_errors_of_our_code_are_one_line_others_keep_their_traceback(small_app):
+    refused = _run(small_app, "stage.window_chunks=-1")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: window_chunks=-1 must be >= 0; give 0 for no window\n"
+    assert "Traceback" in (small_app / "outputs/causal/traceback.txt").read_text()
+    assert _run(small_app, "stage.window_chunks=55").returncode == 5
+
+
+def test_help(small_app):
+    text = app.help_text("top")
+    for part in ("Does nothing, well.", "* stage=causal", "The rl stage.", "width=16", "--cfg job"):
+        assert part in text
+    assert "schema" not in text
+
+
+def test_nearest_prefers_siblings():
+    keys = ["stage.lr", "stage.window_chunks", "model.rollout.window_chunks", "seed"]
+    assert nearest("stage.window_chunk", keys)[0] == "stage.window_chunks"
+    assert nearest("model.rollout.windows_chunks", keys)[0] == "model.rollout.window_chunks"
+    assert nearest("zzz", keys) == []
+
+
+# ------------------------------------------------------------------------------ the repository's own YAML
+TOP_LEVEL = sorted(path.stem for path in app.CONF_DIR.glob("*.yaml"))
+CASES = [
+    (name, f"{group}={file.stem}")
+    for name in TOP_LEVEL
+    for group, _ in app._group_defaults(
+        OmegaConf.to_container(OmegaConf.load(app.CONF_DIR / f"{name}.yaml"))["defaults"]
+    )
+    for file in sorted((app.CONF_DIR / group).glob("*.yaml"))
+    if group != "experiment"
+]
+EXPERIMENTS = [
+    path.relative_to(app.CONF_DIR / "experiment").with_suffix("").as_posix()
+    for path in sorted((app.CONF_DIR / "experiment").rglob("*.yaml"))
+]
+
+
+HALLMARKS = {"train": "stage", "data": "source", "eval": "bench"}  # the group that only this command has
+
+
+def _text(experiment: str) -> str:
+    return (app.CONF_DIR / "experiment" / f"{experiment}.yaml").read_text()
+
+
+@pytest.mark.parametrize(("name", "choice"), CASES)
+def test_every_choice_composes(name, choice):
+    cfg = app.compose_config(name, [choice])
+    assert "output_dir" in cfg
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes(experiment):
+    """With at least one command: an experiment is written for one."""
+    errors = []
+    for name in sorted(TOP_LEVEL, key=lambda name: f"/{HALLMARKS.get(name)}:" not in _text(experiment)):
+        try:
+            app.compose_config(name, [f"experiment={experiment}"])
+            return
+        except ConfigError as error:
+            errors.append(f"{name}: {error}")
+    pytest.fail("; ".join(errors))
+
+
+def test_unknown_key_is_refused_by_each_command():
+    for name in TOP_LEVEL:
+        with pytest.raises(ConfigError, match="no field 'no_such_key'"):
+            app.compose_config(name, ["no_such_key=1"])

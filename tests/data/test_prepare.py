@@ -1,0 +1,321 @@
+"""The preparation of a data set from the command's configuration to shards, and its resumption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import prepare, progress
+from data.app import build_config, compose_config
+from data.encode import EncodeConfig, fingerprint
+from data.progress import Call, done_keys, run_items
+from data.shards import ShardDataset
+from data.sources import FolderSource, OpenVidSource, SpritesSource, VidPromSource, clip_key
+from data.sprites import SpritesConfig
+from data.video import VideoError, probe_video, write_video
+from models.condition import ClipGeometry
+from models.vae.wan_vae import WanVae
+
+CLIPS = Path(__file__).parents[3] / "shared/data/clips"
+SMALL = ["model=tiny", "model.vae.path=null"]
+
+
+def run(*overrides: str) -> int:
+    return prepare.main(compose_config("data", [*SMALL, *overrides]))
+
+
+def rejected(out: Path) -> dict[str, dict]:
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    return {line["file"]: line for line in lines}
+
+
+def noise_video(path: Path, num_frames: int = 40, height: int = 36, width: int = 64) -> None:
+    rng = np.random.default_rng(num_frames)
+    coarse = rng.integers(0, 255, (num_frames, height // 4, width // 4, 3), dtype=np.uint8)
+    write_video(path, coarse.repeat(4, 1).repeat(4, 2), 16)
+
+
+# ------------------------------------------------------------------------------------------ sprites
+def test_sprites_to_shards_without_a_vae(tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert run("source=sprites", "source.num_clips=3", f"out={tmp_path}", "previews=1") == 0
+    assert "encode: skipped, model.vae.path is null" in caplog.text
+    dataset = ShardDataset(tmp_path / "shards", ["pixels", "tracks"])
+    assert [dataset[n].key for n in range(3)] == ["train-000000", "train-000001", "train-000002"]
+    assert dataset[1].pixels.shape == (3, 33, 16, 16) and dataset[1].tracks.num_tracks == 256
+    meta = dataset.meta(1)
+    assert meta["seed"] == 3 and SpritesConfig(**meta["sprites"]).height == 16
+    assert [p.name for p in (tmp_path / "previews").iterdir()] == ["train-000000.preview.mp4"]
+    assert (tmp_path / "rejected.jsonl").read_text() == ""
+
+
+def test_stored_tracks_are_the_exact_ones(tmp_path):
+    run(
+        "source=sprites",
+        "source.num_clips=1",
+        f"out={tmp_path}",
+        "previews=0",
+        "tracker.rows=4",
+        "tracker.cols=4",
+    )
+    dataset = ShardDataset(tmp_path / "shards", ["tracks"])
+    scene = prepare.scene_of(dataset.meta(0))
+    tracks = dataset[0].tracks
+    start = tracks.points[0, 0].numpy()
+    points, visibility = scene.track(np.concatenate([np.zeros((16, 1)), start], axis=1))
+    assert np.allclose(points, tracks.points[0], atol=1e-3)
+    assert np.array_equal(visibility, tracks.visibility[0].numpy())
+
+
+def test_resuming_does_only_what_is_missing(tmp_path, monkeypatch):
+    overrides = ["source=sprites", "source.num_clips=3", f"out={tmp_path}", "previews=0"]
+    run(*overrides)
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "clips").iterdir()}
+    (tmp_path / "markers/render/train-000001.json").unlink()
+    called = []
+    monkeypatch.setattr(progress, "attempt", lambda call: called.append(call.key))
+    run(*overrides, "step=render")
+    assert called == ["train-000001"]
+    monkeypatch.undo()
+    run(*overrides)
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "clips").iterdir()} == times
+    run(*overrides, "source.crf=30", "step=render")
+    changed = [p.name for p in (tmp_path / "clips").glob("*.mp4") if p.stat().st_mtime_ns != times[p.name]]
+    assert len(changed) == 3, "other settings make the clips again"
+
+
+def test_fewer_clips_asked_for_are_fewer_packed(tmp_path):
+    run("source=sprites", "source.num_clips=3", f"out={tmp_path}", "previews=0")
+    run("source=sprites", "source.num_clips=2", f"out={tmp_path}", "previews=0")
+    assert len(ShardDataset(tmp_path / "shards", ["tracks"])) == 2
+
+
+def test_worker_processes_make_the_same_clips(tmp_path):
+    for workers in (0, 1):
+        out = tmp_path / str(workers)
+        run(
+            "source=sprites",
+            "source.num_clips=2",
+            "step=render",
+            f"out={out}",
+            "previews=0",
+            f"num_workers={workers}",
+        )
+    for name in ("train-000000.mp4", "train-000001.json"):
+        assert (tmp_path / "0/clips" / name).read_bytes() == (tmp_path / "1/clips" / name).read_bytes()
+
+
+def test_a_crashing_decoder_costs_one_clip(tmp_path):
+    calls = [Call(f"clip-{n}", f"{n}.mp4", "s", _exit_if, (n == 0,)) for n in range(2)]
+    assert run_items("render", tmp_path, calls, num_workers=1) == 1
+    assert done_keys(tmp_path, "render") == ["clip-1"]
+    progress.write_rejected(tmp_path)
+    assert "crashed" in rejected(tmp_path)["0.mp4"]["reason"]
+
+
+def _exit_if(crash: bool) -> None:
+    if crash:
+        import os
+
+        os._exit(9)
+
+
+# ------------------------------------------------------------------------------------------ encode
+def test_encode_stores_what_the_encoders_give(tmp_path):
+    """Fresh VAE weights in a folder stand for trained ones."""
+    vae = WanVae.from_config(build_config(compose_config("data", ["model=tiny"]).model).vae, seed=0)
+    vae.save(tmp_path / "vae")
+    out = tmp_path / "out"
+    code = prepare.main(
+        compose_config(
+            "data",
+            [
+                "model=tiny",
+                f"model.vae.path={tmp_path / 'vae'}",
+                "source=sprites",
+                "source.num_clips=3",
+                f"out={out}",
+                "previews=0",
+                "encode.batch_size=2",
+            ],
+        )
+    )
+    assert code == 0
+    dataset = ShardDataset(out / "shards", ["pixels", "latents", "prompt_embeds"])
+    assert set(dataset.index.fingerprints) == {"vae", "text"} and dataset.index.text_len == 32
+    sample = dataset[2]
+    expected = vae.encode(sample.pixels[None].float() / 127.5 - 1)[0]
+    assert sample.latents.shape == (4, 9, 4, 4)
+    assert torch.allclose(sample.latents, expected, atol=2e-2, rtol=1e-2)
+    assert sample.prompt_embeds.shape[0] == 32
+
+
+def test_encode_alone_needs_a_vae(tmp_path):
+    run("source=sprites", "source.num_clips=1", f"out={tmp_path}", "previews=0")
+    with pytest.raises(ValueError, match=r"model\.vae\.path is not set"):
+        run("source=sprites", "source.num_clips=1", f"out={tmp_path}", "step=encode")
+
+
+def test_fingerprint_follows_content_not_place(tmp_path):
+    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_bytes(content)
+    a, b, c = (fingerprint(str(tmp_path / name)) for name in "abc")
+    assert a == b != c
+
+
+# ------------------------------------------------------------------------------------------ folders
+def test_folder_captions(tmp_path):
+    for name in ("one", "two", "three", "four.v2"):
+        noise_video(tmp_path / f"{name}.mp4")
+    (tmp_path / "one.txt").write_text("caption one\n")
+    (tmp_path / "two.json").write_text('{"caption": "caption two"}')
+    (tmp_path / "list.csv").write_text("file,caption\nthree.mp4,caption three\n")
+    source = FolderSource(FolderSource.Config(str(tmp_path), str(tmp_path / "list.csv"), "none"))
+    found = {item.key: item.caption for item in source.items()}
+    assert found == {"one": "caption one", "two": "caption two", "three": "caption three", "four_v2": "none"}
+
+
+def test_folder_refusals(tmp_path):
+    with pytest.raises(ValueError, match=r"source\.path is empty"):
+        FolderSource(FolderSource.Config())
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        FolderSource(FolderSource.Config(str(tmp_path / "nowhere")))
+    with pytest.raises(FileNotFoundError, match="holds no videos"):
+        list(FolderSource(FolderSource.Config(str(tmp_path))).items())
+
+
+def test_names_that_clash_get_other_keys(tmp_path):
+    for folder in ("a.b", "a_b"):
+        (tmp_path / folder).mkdir()
+        noise_video(tmp_path / folder / "x.mp4")
+    keys = [item.key for item in FolderSource(FolderSource.Config(str(tmp_path))).items()]
+    assert keys == ["a_b_x", "a_b_x-2"] and clip_key("...") == "clip"
+
+
+def test_broken_files_are_rejected_with_reasons(tmp_path):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    noise_video(videos / "good.mp4")
+    noise_video(videos / "short.mp4", num_frames=20)
+    (videos / "cut.mp4").write_bytes((videos / "good.mp4").read_bytes()[:3000])
+    (videos / "empty.mp4").touch()
+    (videos / "text.mp4").write_text("hello " * 100)
+    arguments = ["source=folder", f"source.path={videos}", f"out={out}", "tracker.rows=5", "tracker.cols=5"]
+    assert run(*arguments) == 0
+    assert [s.key for s in ShardDataset(out / "shards", ["tracks"]).index.samples] == ["good"]
+    reasons = {name: line["reason"] for name, line in rejected(out).items()}
+    assert set(reasons) == {"short.mp4", "cut.mp4", "empty.mp4", "text.mp4"}
+    assert "too short" in reasons["short.mp4"] and "truncated" in reasons["cut.mp4"]
+    assert "empty" in reasons["empty.mp4"] and "not an mp4" in reasons["text.mp4"]
+    assert {line["step"] for line in rejected(out).values()} == {"render"}
+    noise_video(videos / "short.mp4", num_frames=40)
+    run(*arguments)
+    assert "short.mp4" not in rejected(out), "a replaced file is tried again"
+    assert len(ShardDataset(out / "shards", ["tracks"])) == 2
+
+
+def test_nothing_usable_is_an_error_code(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/text.mp4").write_text("hello")
+    assert run("source=folder", f"source.path={tmp_path / 'videos'}", f"out={tmp_path / 'out'}") == 1
+
+
+@pytest.mark.skipif(not CLIPS.exists(), reason="the real clips in ../shared/data/clips are absent")
+def test_real_clips_with_a_50x50_grid(tmp_path):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    shutil.copytree(CLIPS, videos, copy_function=shutil.copyfile)
+    for path in sorted(videos.glob("*.mp4")):
+        path.with_suffix(".txt").write_text(f"a clip of {path.stem}")
+    (videos / "cut.mp4").write_bytes((videos / "bear.mp4").read_bytes()[:400_000])
+    (videos / "empty.mp4").touch()
+    (videos / "text.mp4").write_text("hello " * 100)
+    size = ["model.clip.height=240", "model.clip.width=416", "model.clip.num_frames=9"]
+    assert run("source=folder", f"source.path={videos}", f"out={out}", *size) == 0
+    dataset = ShardDataset(out / "shards", ["tracks"])
+    assert [s.key for s in dataset.index.samples] == ["bear", "cat", "paragliding-launch"]
+    assert dataset[0].caption == "a clip of bear" and dataset[0].tracks.num_tracks == 2500
+    assert set(rejected(out)) == {"cut.mp4", "empty.mp4", "text.mp4"}
+    assert {p.name for p in (out / "previews").iterdir()} == {
+        f"{key}.preview.mp4" for key in ("bear", "cat", "paragliding-launch")
+    }
+    assert probe_video(out / "previews/bear.preview.mp4").num_frames == 9
+
+
+# ------------------------------------------------------------------------------------------ public data sets
+def test_openvid_filters(tmp_path):
+    noise_video(tmp_path / "wide.mp4", 82)
+    noise_video(tmp_path / "square.mp4", 82, 64, 64)
+    (tmp_path / "list.csv").write_text(
+        "video,caption,frame,fps\nwide.mp4,wide,82,16\nsquare.mp4,square,82,16\nfew.mp4,few,80,16\nbare.mp4,,90,16\n"
+    )
+    source = OpenVidSource(OpenVidSource.Config(str(tmp_path), str(tmp_path / "list.csv")))
+    items = {item.key: item for item in source.items()}
+    assert set(items) == {"wide", "square"}
+    geometry = ClipGeometry(36, 64, 33, 16)
+    assert source.render(items["wide"], geometry, tmp_path / "out.mp4") == {"source": "wide.mp4"}
+    with pytest.raises(VideoError, match="aspect 64x64"):
+        source.render(items["square"], geometry, tmp_path / "out2.mp4")
+
+
+def test_vidprom_filters_and_leaves_its_prompts(tmp_path):
+    columns = "uuid,prompt,time,toxicity,obscene,identity_attack,insult,threat,sexual_explicit\n"
+    (tmp_path / "list.csv").write_text(
+        f"{columns}u1,a calm sea,t,0,0,0,0,0,0.19\nu2,bad,t,0,0,0,0,0.2,0\n"
+        "u3,unknown,t,,0,0,0,0,0\nu4,a dog,t,0,0,0,0,0,0\n"
+    )
+    noise_video(tmp_path / "u1.mp4")
+    source = VidPromSource(VidPromSource.Config(str(tmp_path), str(tmp_path / "list.csv")))
+    assert list(source.prompts()) == [("u1", "a calm sea"), ("u4", "a dog")]
+    source.write_manifest(tmp_path)
+    assert [json.loads(x)["uuid"] for x in (tmp_path / "prompts.jsonl").read_text().splitlines()] == [
+        "u1",
+        "u4",
+    ]
+    first, second = source.items()
+    source.render(first, ClipGeometry(36, 64, 33, 16), tmp_path / "out.mp4")
+    with pytest.raises(VideoError, match="no such file"):
+        source.render(second, ClipGeometry(36, 64, 33, 16), tmp_path / "out2.mp4")
+
+
+def test_csv_without_a_column_is_refused(tmp_path):
+    (tmp_path / "list.csv").write_text("video,text\n")
+    source = OpenVidSource(OpenVidSource.Config(str(tmp_path), str(tmp_path / "list.csv")))
+    with pytest.raises(ValueError, match=r"columns \['caption', 'frame'\] are missing"):
+        list(source.items())
+
+
+# ------------------------------------------------------------------------------------------ configuration
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["step=trak"], "step='trak' must be one of"),
+        (["previews=some"], "previews='some'"),
+        (["tracker.name=kalman"], "tracker.name='kalman'"),
+        (["encode.dtype=float8"], "encode.dtype='float8'"),
+    ],
+)
+def test_values_are_checked(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        run(f"out={tmp_path}", *overrides)
+
+
+def test_unknown_key_is_refused_when_composed():
+    with pytest.raises(Exception, match=r"tracker\.row"):
+        compose_config("data", ["tracker.row=5"])
+
+
+def test_encode_config():
+    with pytest.raises(ValueError, match=r"encode\.batch_size=0"):
+        EncodeConfig(batch_size=0)
+
+
+def test_sprites_follow_the_model_s_clip(tmp_path):
+    source = SpritesSource(SpritesSource.Config())
+    with pytest.raises(ValueError, match=r"must be model\.clip"):
+        source.render(next(source.items()), ClipGeometry(32, 32, 33, 16), tmp_path / "x.mp4")

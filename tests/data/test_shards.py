@@ -1,0 +1,167 @@
+"""Shards: what is written is read back, and what is broken or made for another model is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data.batch import collate
+from data.loader import LoaderConfig, build_loader
+from data.shards import ShardDataset, ShardError, npy_bytes, trim_text, write_shards
+from data.video import write_video
+from models.condition import ClipGeometry
+
+GEOMETRY = ClipGeometry(32, 48, 5, 8)
+ALL_FIELDS = ("pixels", "latents", "prompt_embeds", "tracks")
+
+
+def members(n: int, folder) -> dict[str, bytes]:
+    rng = np.random.default_rng(n)
+    frames = np.full((5, 32, 48, 3), 40 * n + 20, np.uint8)
+    write_video(folder / "clip.mp4", frames, 8)
+    text = np.zeros((6, 4), np.float16)
+    text[: n + 1] = n + 1
+    return {
+        "mp4": (folder / "clip.mp4").read_bytes(),
+        "json": json.dumps({"caption": f"clip number {n}", "seed": n}).encode(),
+        "tracks.npy": npy_bytes(rng.uniform(0, 32, (5, 7, 2)).astype(np.float32)),
+        "visibility.npy": npy_bytes(rng.uniform(size=(5, 7)) < 0.5),
+        "latents.npy": npy_bytes(rng.normal(size=(4, 2, 8, 12)).astype(np.float16)),
+        "text.npy": npy_bytes(trim_text(text)),
+    }
+
+
+@pytest.fixture
+def shards(tmp_path):
+    samples = [(f"clip-{n}", members(n, tmp_path)) for n in range(4)]
+    write_shards(
+        samples, tmp_path / "shards", GEOMETRY, max_shard_bytes=5e3, text_len=6, fingerprints={"vae": "v1"}
+    )
+    return tmp_path / "shards", dict(samples)
+
+
+def test_round_trip(shards):
+    folder, written = shards
+    dataset = ShardDataset(folder, ALL_FIELDS)
+    assert len(dataset) == 4 and len(dataset.index.shards) > 1
+    assert dataset.index.fields == ["pixels", "latents", "prompt_embeds", "tracks"]
+    for n in (3, 0, 2, 1):  # any order
+        sample = dataset[n]
+        assert (sample.sample_id, sample.key, sample.caption) == (n, f"clip-{n}", f"clip number {n}")
+        assert dataset.read_part(n, "latents.npy") == written[f"clip-{n}"]["latents.npy"]
+        assert sample.pixels.shape == (3, 5, 32, 48) and sample.pixels.dtype == torch.uint8
+        assert abs(float(sample.pixels.float().mean()) - (40 * n + 20)) < 3
+        assert sample.prompt_embeds.shape == (6, 4)
+        assert (sample.prompt_embeds[: n + 1] == n + 1).all() and (sample.prompt_embeds[n + 1 :] == 0).all()
+        assert (sample.tracks.height, sample.tracks.width) == (32, 48)
+
+
+def test_batches(shards):
+    batch = collate([ShardDataset(shards[0], ALL_FIELDS)[n] for n in (2, 0)])
+    assert batch.sample_ids == [2, 0] and batch.captions[0] == "clip number 2"
+    assert batch.latents.shape == (2, 4, 2, 8, 12) and batch.latents.dtype == torch.float32
+    assert batch.tracks.points.shape == (2, 5, 7, 2) and (batch.tracks.ids == 0).all()
+    assert batch.model_pixels().min() >= -1 and batch.model_pixels().max() <= 1
+    assert batch.to("cpu").tracks is not None
+
+
+def test_only_asked_fields_are_loaded(shards):
+    sample = ShardDataset(shards[0], ["latents"])[1]
+    assert sample.latents is not None and sample.pixels is None and sample.tracks is None
+    with pytest.raises(ValueError, match="add 'pixels'"):
+        collate([sample]).model_pixels()
+
+
+def test_cache_returns_the_loaded_sample(shards):
+    dataset = ShardDataset(shards[0], ["latents"], cache=True)
+    first = dataset[0]
+    (shards[0] / dataset.index.shards[0]).unlink()
+    assert dataset[0] is first
+
+
+def test_same_samples_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_shards([("k", {"json": b"{}"})], tmp_path / name, GEOMETRY)
+    assert (tmp_path / "a/clips-000000.tar").read_bytes() == (tmp_path / "b/clips-000000.tar").read_bytes()
+
+
+def test_webdataset_reads_them(shards):
+    wds = pytest.importorskip("webdataset")
+    paths = sorted(str(path) for path in shards[0].glob("*.tar"))
+    found = {sample["__key__"]: sample for sample in wds.WebDataset(paths, shardshuffle=False)}
+    assert set(found) == set(shards[1])
+    assert found["clip-1"]["latents.npy"] == shards[1]["clip-1"]["latents.npy"]
+
+
+def test_truncated_shard_is_named_with_its_key(shards):
+    folder, _ = shards
+    last = sorted(folder.glob("*.tar"))[-1]
+    last.write_bytes(last.read_bytes()[:3000])
+    with pytest.raises(ShardError, match=rf"{last.name}: truncated in sample clip-\d"):
+        ShardDataset(folder, ["latents"])
+
+
+def test_shard_cut_while_open(shards):
+    dataset = ShardDataset(shards[0], ["latents"])
+    shard = shards[0] / dataset.index.shards[0]
+    shard.write_bytes(shard.read_bytes()[:600])
+    with pytest.raises(ShardError, match="truncated in sample clip-0"):
+        dataset[0]
+
+
+def test_missing_shard_and_missing_index(shards, tmp_path):
+    next(iter(shards[0].glob("*.tar"))).unlink()
+    with pytest.raises(ShardError, match="absent"):
+        ShardDataset(shards[0], ["latents"])
+    with pytest.raises(FileNotFoundError, match="step=pack"):
+        ShardDataset(tmp_path / "nowhere")
+
+
+def test_data_of_another_model_is_refused(shards):
+    with pytest.raises(ShardError, match="clip_embeds"):
+        ShardDataset(shards[0], ["clip_embeds"])
+    with pytest.raises(ShardError, match="unknown|must be among"):
+        ShardDataset(shards[0], ["latent"])
+    with pytest.raises(ShardError, match=r"model\.clip"):
+        ShardDataset(shards[0], ["latents"], geometry=ClipGeometry(64, 64, 33, 16))
+    with pytest.raises(ShardError, match="vae fingerprint of the shards is v1, the model's is v2"):
+        ShardDataset(shards[0], ["latents"], fingerprints={"vae": "v2"})
+    ShardDataset(shards[0], ["latents"], geometry=GEOMETRY, fingerprints={"vae": "v1", "clip": "unused"})
+
+
+@pytest.mark.parametrize("keys", [["a.b"], ["a", "a"]])
+def test_bad_keys(tmp_path, keys):
+    with pytest.raises(ValueError, match="no dot and be unique"):
+        write_shards([(key, {"json": b"{}"}) for key in keys], tmp_path, GEOMETRY)
+
+
+def test_interrupted_packing_leaves_no_index(shards):
+    def broken():
+        yield "clip-9", {"json": b"{}"}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(broken(), shards[0], GEOMETRY)
+    with pytest.raises(FileNotFoundError):
+        ShardDataset(shards[0])
+
+
+def test_build_loader(shards):
+    loader = build_loader(LoaderConfig(str(shards[0]), ["latents"], batch_size=2), rank=1, world=2)
+    assert next(iter(loader)).size == 2
+    with pytest.raises(ValueError, match="path is empty"):
+        build_loader(LoaderConfig())
+
+
+def test_samples_that_do_not_fit_together_are_named(shards):
+    dataset = ShardDataset(shards[0], ["latents"])
+    first, second = dataset[0], dataset[1]
+    second.latents = second.latents[:, :1]
+    with pytest.raises(ValueError, match="latents shapes differ.*clip-0"):
+        collate([first, second])
+    second.latents = None
+    with pytest.raises(ValueError, match="latents is present in 1 of 2"):
+        collate([first, second])

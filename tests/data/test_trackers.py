@@ -1,0 +1,197 @@
+"""Trackers: exact, Lucas-Kanade and the CoTracker3 adapter (against a stand-in that checks what it is
+given).
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from data.lucas_kanade import LucasKanadeConfig
+from data.motion_layers import fit_motion
+from data.sprites import SpritesConfig, render_clip
+from data.trackers import CoTracker3, TrackerConfig, build_tracker, grid_queries
+
+
+def shifting_noise(num_frames: int = 9, size: int = 64, step=(1.5, -0.75)) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth noise that moves by `step` px a frame: frames, and the displacement [T, 2]."""
+    rng = np.random.default_rng(0)
+    waves = rng.uniform(-0.7, 0.7, (12, 2)), rng.uniform(0, 6.3, 12)
+    shift = np.arange(num_frames)[:, None] * np.array(step)
+    y, x = np.mgrid[:size, :size]
+    frames = [
+        sum(np.cos(k[0] * (x - s[0]) + k[1] * (y - s[1]) + phase) for k, phase in zip(*waves)) for s in shift
+    ]
+    gray = np.clip(128 + 25 * np.stack(frames), 0, 255).astype(np.uint8)
+    return np.repeat(gray[..., None], 3, axis=-1), shift
+
+
+def test_grid_queries_are_cell_centres():
+    assert grid_queries(8, 12, 2, 3).tolist() == [[2, 2], [6, 2], [10, 2], [2, 6], [6, 6], [10, 6]]
+
+
+def test_exact_tracker_returns_the_scene_s_motion():
+    clip = render_clip(SpritesConfig(height=32, width=32, num_frames=9), 1)
+    queries = grid_queries(32, 32, 4, 4)
+    points, visibility = build_tracker(TrackerConfig("exact"), clip.scene).track(clip.frames, queries)
+    assert np.allclose(points[0], queries, atol=1e-4) and points.shape == (9, 16, 2)
+    assert visibility.dtype == bool
+    with pytest.raises(ValueError, match="scene's"):
+        build_tracker("exact", clip.scene).track(clip.frames[:5], queries)
+    with pytest.raises(ValueError, match="use lucas_kanade"):
+        build_tracker("exact")
+
+
+@pytest.mark.parametrize("max_layers", [0, 3])
+def test_lucas_kanade_follows_a_known_shift(max_layers):
+    frames, shift = shifting_noise()
+    queries = grid_queries(64, 64, 6, 6)
+    points, visibility = build_tracker(TrackerConfig(max_layers=max_layers)).track(frames, queries)
+    truth = queries + shift[:, None]
+    inside = ((truth > 4) & (truth < 60)).all(-1)
+    assert visibility[inside].mean() > 0.95
+    assert np.linalg.norm(points - truth, axis=-1)[inside].mean() < 0.15
+    outside = (truth < 0).any(-1) | (truth >= 64).any(-1)
+    assert outside.any() and not visibility[outside & (np.linalg.norm(points - truth, axis=-1) < 0.2)].any()
+
+
+def test_forward_backward_check_notices_a_cut():
+    frames, _ = shifting_noise(6)
+    frames[3:] = np.random.default_rng(1).integers(0, 255, frames[3:].shape)
+    _, visibility = build_tracker(TrackerConfig(max_layers=0)).track(frames, grid_queries(64, 64, 6, 6))
+    assert visibility[2].mean() > 0.9 and visibility[3].mean() < 0.4
+
+
+def test_layers_find_a_point_again_after_occlusion():
+    """A bar passes over still noise: frame-to-frame tracking loses what it covers, layers bring it back."""
+    frames, _ = shifting_noise(12, step=(0.0, 0.0))
+    rng = np.random.default_rng(2)
+    bar = rng.integers(0, 255, (64, 10, 3), dtype=np.uint8)
+    for t in range(12):
+        left = 5 * t
+        width = min(10, 64 - left)
+        frames[t, :, left : left + width] = bar[:, :width]
+    queries = grid_queries(64, 64, 8, 8)
+    still = queries[:, 0] > 16
+    _, plain_seen = build_tracker(TrackerConfig(max_layers=0)).track(frames, queries)
+    points, seen = build_tracker(TrackerConfig(max_layers=3)).track(frames, queries)
+    passed = queries[:, 0] < 5 * 11 - 4
+    assert seen[11, still & passed].mean() > 0.9 > plain_seen[11, still & passed].mean()
+    error = np.linalg.norm(points[11] - queries, axis=-1)[still & passed]
+    assert np.median(error) < 0.1 and (error < 1).mean() > 0.9
+
+
+def test_no_queries_and_one_frame():
+    frames, _ = shifting_noise(3)
+    points, visibility = build_tracker("lucas_kanade").track(frames, np.zeros((0, 2)))
+    assert points.shape == (3, 0, 2) and visibility.shape == (3, 0)
+    points, visibility = build_tracker("lucas_kanade").track(frames[:1], grid_queries(64, 64, 2, 2))
+    assert np.array_equal(points[0], grid_queries(64, 64, 2, 2)) and visibility.all()
+
+
+def test_fit_motion_recovers_a_similarity():
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=6) + 1j * rng.normal(size=6)
+    a, b = 1.2 * np.exp(0.4j), 3 - 2j
+    found_a, found_b, held = fit_motion(start, (a * start + b)[None], np.ones((1, 6)))
+    assert np.allclose([found_a[0], found_b[0]], [a, b]) and held[0]
+
+
+@pytest.mark.parametrize(
+    "settings, field",
+    [
+        ({"upsample": 5}, "upsample=5"),
+        ({"window_px": 1.0}, "window_px=1.0"),
+        ({"max_layers": -1}, "max_layers=-1"),
+    ],
+)
+def test_lucas_kanade_refusals(settings, field):
+    with pytest.raises(ValueError, match=field):
+        LucasKanadeConfig(**settings)
+
+
+def test_unknown_tracker_is_refused():
+    with pytest.raises(ValueError, match="exact"):
+        build_tracker("optical_flow")
+
+
+# ------------------------------------------------------------------------------------------ CoTracker3
+class FakeOffline(torch.nn.Module):
+    """Asserts the predictor's contract and moves every query by (1, 2) px a frame."""
+
+    def __init__(self, checkpoint=None):
+        super().__init__()
+        self.checkpoint = checkpoint
+
+    def forward(self, video, queries=None):
+        assert video.dtype == torch.float32 and video.ndim == 5 and video.shape[2] == 3
+        assert 1 < video.max() <= 255 and video.min() >= 0
+        assert queries.shape[0] == 1 and queries.shape[2] == 3 and (queries[..., 0] == 0).all()
+        steps = torch.arange(video.shape[1])[:, None, None] * torch.tensor([1.0, 2.0])
+        points = queries[0, None, :, 1:] + steps
+        return points[None], torch.ones(1, *points.shape[:2], dtype=torch.bool)
+
+
+class FakeOnline(torch.nn.Module):
+    step = 8
+
+    def __init__(self, checkpoint=None):
+        super().__init__()
+        self.seen, self.windows = 0, []
+
+    def forward(self, video_chunk, is_first_step=False, queries=None):
+        if is_first_step:
+            self.queries = queries
+            return None, None
+        assert queries is None and video_chunk.shape[1] <= 2 * self.step
+        self.windows.append(video_chunk.shape[1])
+        self.seen = video_chunk.shape[1] if self.seen == 0 else self.seen + video_chunk.shape[1] - self.step
+        points = self.queries[0, None, :, 1:].expand(self.seen, -1, -1)
+        return points[None], torch.ones(1, self.seen, points.shape[1], dtype=torch.bool)
+
+
+@pytest.fixture
+def fake_cotracker(monkeypatch):
+    package, predictor = types.ModuleType("cotracker"), types.ModuleType("cotracker.predictor")
+    predictor.CoTrackerPredictor, predictor.CoTrackerOnlinePredictor = FakeOffline, FakeOnline
+    monkeypatch.setitem(sys.modules, "cotracker", package)
+    monkeypatch.setitem(sys.modules, "cotracker.predictor", predictor)
+
+
+def test_cotracker_offline(fake_cotracker):
+    frames, _ = shifting_noise(5)
+    queries = grid_queries(64, 64, 3, 3)
+    tracker = build_tracker(TrackerConfig("cotracker3", checkpoint="scaled_offline.pth"))
+    points, visibility = tracker.track(frames, queries)
+    assert points.shape == (5, 9, 2) and points.dtype == np.float32 and visibility.shape == (5, 9)
+    assert np.allclose(points, queries + np.arange(5)[:, None, None] * np.array([1.0, 2.0]), atol=1e-4)
+    assert tracker.model.checkpoint == "scaled_offline.pth"
+
+
+@pytest.mark.parametrize("num_frames", [5, 8, 16, 17, 33, 40])
+def test_cotracker_online_covers_every_frame(fake_cotracker, num_frames):
+    frames = np.repeat(shifting_noise(1)[0], num_frames, axis=0)
+    queries = grid_queries(64, 64, 3, 3)
+    tracker = CoTracker3("online", checkpoint="scaled_online.pth")
+    points, visibility = tracker.track(frames, queries)
+    assert points.shape == (num_frames, 9, 2) and visibility.shape == (num_frames, 9)
+    assert np.allclose(points, queries, atol=1e-4)
+
+
+def test_cotracker_absent_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cotracker", None)
+    monkeypatch.setitem(sys.modules, "cotracker.predictor", None)
+    for settings in ({}, {"checkpoint": "weights.pth"}):
+        with pytest.raises(ImportError, match=r"pip install git\+https.*CC-BY-NC"):
+            build_tracker(TrackerConfig("cotracker3", **settings))
+
+
+def test_cotracker_from_the_hub(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.hub, "load", lambda *args: asked.append(args) or FakeOffline())
+    build_tracker(TrackerConfig("cotracker3", allow_download=True))
+    assert asked == [("facebookresearch/co-tracker", "cotracker3_offline")]

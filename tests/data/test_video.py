@@ -1,0 +1,156 @@
+"""Video files: broken ones are refused with a reason, good ones come at the stated size and rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.video import (
+    VideoError,
+    VideoWriter,
+    draw_tracks_on,
+    probe_video,
+    read_video,
+    resize_frame,
+    write_video,
+)
+from models.condition import ClipGeometry
+
+BEAR = Path(__file__).parents[3] / "shared/data/clips/bear.mp4"
+
+
+def moving_bar(num_frames: int = 12, height: int = 48, width: int = 64) -> np.ndarray:
+    frames = np.full((num_frames, height, width, 3), 40, np.uint8)
+    for t in range(num_frames):
+        frames[t, :, 4 * t : 4 * t + 8] = (220, 60, 30)
+    return frames
+
+
+@pytest.fixture
+def bar_file(tmp_path):
+    write_video(tmp_path / "bar.mp4", moving_bar(), 12, crf=4)
+    return tmp_path / "bar.mp4"
+
+
+def test_round_trip(bar_file):
+    frames = read_video(bar_file)
+    assert frames.shape == (12, 48, 64, 3) and frames.dtype == np.uint8
+    assert np.abs(frames.astype(int) - moving_bar()).mean() < 6  # chroma is halved by yuv420p
+    assert np.array_equal(frames, read_video(bar_file.read_bytes()))
+
+
+def test_probe(bar_file):
+    info = probe_video(bar_file)
+    assert (info.num_frames, info.fps, info.height, info.width) == (12, 12.0, 48, 64)
+
+
+def test_resampling_takes_the_nearest_frames_in_time(bar_file):
+    half_rate = read_video(bar_file, ClipGeometry(48, 64, 5, 6))
+    assert np.array_equal(half_rate, read_video(bar_file)[[0, 2, 4, 6, 8]])
+
+
+def test_too_short_is_refused_with_the_numbers(bar_file):
+    with pytest.raises(VideoError, match=r"12 frames at 12 fps give 15 at 16 fps, and 33 are needed"):
+        read_video(bar_file, ClipGeometry(48, 64, 33, 16))
+
+
+def test_resize_crops_about_the_centre():
+    frame = np.zeros((40, 120, 3), np.uint8)
+    frame[:, 50:70] = 255
+    square = resize_frame(frame, 20, 20)
+    assert square.shape == (20, 20, 3)
+    bright = np.flatnonzero(square[10, :, 0] > 128)
+    assert (bright.min(), bright.max()) == (5, 14)
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("empty.mp4", b"", "empty file"),
+        ("text.mp4", b"not a video at all\n" * 20, "not an mp4"),
+        ("tiny.mp4", b"abc", "not an mp4"),
+        ("text.avi", b"not a video at all\n" * 20, "not decodable as video"),
+    ],
+)
+def test_what_is_no_video(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(VideoError, match=reason):
+        probe_video(tmp_path / name)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.98])
+def test_truncated_at_any_place(tmp_path, bar_file, share):
+    content = bar_file.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: int(len(content) * share)])
+    for function in (probe_video, read_video):
+        with pytest.raises(VideoError, match="truncated"):
+            function(tmp_path / "cut.mp4")
+
+
+def test_truncated_with_the_index_in_front(tmp_path):
+    """A web-optimised file keeps its index when cut: the missing frames are noticed by the box's length."""
+    av = pytest.importorskip("av")
+    path = tmp_path / "fast.mp4"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for frame in moving_bar():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    assert probe_video(path).num_frames == 12
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(VideoError, match="truncated: box 'mdat'"):
+        probe_video(path)
+
+
+def test_missing_file():
+    with pytest.raises(VideoError, match="no such file"):
+        probe_video("nowhere.mp4")
+
+
+def test_writer_refuses_odd_sizes_and_changes_of_size(tmp_path):
+    with pytest.raises(ValueError, match="47x64 must be even"), VideoWriter(tmp_path / "a.mp4", 8) as writer:
+        writer.write(np.zeros((47, 64, 3), np.uint8))
+    with pytest.raises(ValueError, match="all frames"), VideoWriter(tmp_path / "b.mp4", 8) as writer:
+        writer.write(np.zeros((48, 64, 3), np.uint8))
+        writer.write(np.zeros((48, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match="uint8"), VideoWriter(tmp_path / "c.mp4", 8) as writer:
+        writer.write(np.zeros((48, 64, 3), np.float32))
+    with pytest.raises(ValueError, match="no frame"), VideoWriter(tmp_path / "d.mp4", 8):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_appears_only_when_closed(tmp_path):
+    with VideoWriter(tmp_path / "a.mp4", 8) as writer:
+        writer.write(moving_bar()[0])
+        assert not (tmp_path / "a.mp4").exists()
+    assert probe_video(tmp_path / "a.mp4").num_frames == 1
+
+
+def test_tracks_are_drawn_where_visible_and_fade():
+    frames = np.zeros((6, 40, 60, 3), np.uint8)
+    points = np.zeros((6, 2, 2), np.float32)
+    points[:, 0] = np.stack([10.5 + 6 * np.arange(6), np.full(6, 20.5)], axis=1)
+    points[:, 1] = (50.5, 30.5)
+    visibility = np.ones((6, 2), bool)
+    visibility[:, 1] = False
+    drawn = draw_tracks_on(frames, points, visibility)
+    assert drawn[5, 20, 40].max() > 200, "the head"
+    assert drawn[5, 20, 37].max() > drawn[5, 20, 19].max() > 0, "the tail fades"
+    assert drawn[:, 25:36, 45:56].max() == 0, "an invisible point is not drawn"
+    assert frames.max() == 0, "the input stays"
+
+
+def test_no_tracks_to_draw():
+    frames = moving_bar(3)
+    drawn = draw_tracks_on(frames, np.zeros((3, 0, 2), np.float32), np.zeros((3, 0), bool))
+    assert np.array_equal(drawn, frames)
+
+
+@pytest.mark.skipif(not BEAR.exists(), reason="the real clips in ../shared/data/clips are absent")
+def test_real_clip():
+    frames = read_video(BEAR, ClipGeometry(240, 416, 33, 16))
+    assert frames.shape == (33, 240, 416, 3) and frames.std() > 20

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.app import build_config, compose_config
+from data.config_errors import ConfigError
+from data.sprites import SpritesConfig, render_clip
+from data.trackers import TrackerConfig
+from data.video import write_video
+from eval.benchmarks.latency import growth
+from eval.benchmarks.long_video import LongVideoConfig
+from eval.clips import sprites_clips
+from eval.judge import Judge, still_error
+from eval.metrics.registration import RegistrationConfig
+from eval.roles import SamplingConfig, generate, load_dit_role
+from eval.run import EvalConfig, main
+from models.diffusion.noise import KeyedNoise
+from stream.codecs import Codecs
+from stream.session import ChunkTiming
+from stream.track_source import query_grid
+
+QUICK = ["bench.num_clips=3", "bench.tracker.rows=4", "bench.tracker.cols=4", "bench.num_shown=1"]
+
+
+def _run(tiny_weights, out: Path, *overrides: str) -> dict[str, float]:
+    assert main(compose_config("eval", [f"out={out}", *tiny_weights.overrides, *overrides])) == 0
+    return json.loads((out / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def clips(tiny_weights):
+    cfg, queries = tiny_weights.model_cfg, query_grid(tiny_weights.model_cfg, TrackerConfig())
+    return sprites_clips(
+        SpritesConfig(), cfg.clip, num_clips=3, split="test", queries=queries, noise=KeyedNoise(0)
+    )
+
+
+def test_motion_transfer_writes_every_figure(tiny_weights, tmp_path: Path, capsys) -> None:
+    metrics = _run(tiny_weights, tmp_path, "bench=motion_transfer", "bench.num_inference_steps=2", *QUICK)
+    for name in (
+        "noise_floor",
+        "noise_floor_vae",
+        "teacher",
+        "teacher_withheld",
+        "student",
+        "student_withheld",
+    ):
+        for metric in ("epe_px", "epe_unoccluded_px", "epe_median_px", "pck_4px_ratio"):
+            key = f"{name}.{metric}"
+            assert metrics[f"{key}_low"] <= metrics[key] <= metrics[f"{key}_high"]
+    for role in ("teacher", "student"):
+        assert metrics[f"{role}.lpips"].startswith("unavailable")
+        gain = metrics[f"{role}_withheld.epe_px"] - metrics[f"{role}.epe_px"]
+        assert metrics[f"{role}.epe_gain_from_tracks_px"] == pytest.approx(gain)
+        assert gain != 0 and metrics[f"{role}.frames_per_second"] > 0
+        assert 0 < metrics[f"{role}.psnr_db"] < 50 and -1 <= metrics[f"{role}.ssim"] <= 1
+    assert metrics["latent_cell_px"] == 4 and metrics["num_clips"] == 3
+    assert metrics["noise_floor.epe_px"] < metrics["student.epe_px"]
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["config"]["bench"]["num_inference_steps"] == 2 and meta["machine"]["torch"]
+    report = (tmp_path / "report.html").read_text()
+    assert report.count("<video") == 1 and "plain CFG scale 4.5" in report
+    assert "epe_gain_from_tracks_px" in capsys.readouterr().out
+
+
+def test_a_run_is_reproducible_and_a_guidance_is_obeyed(tiny_weights, tmp_path: Path) -> None:
+    common = ["bench.num_inference_steps=2", "bench.roles=[teacher]", "bench.withhold_tracks=false", *QUICK]
+    first, again = (_run(tiny_weights, tmp_path / name, *common) for name in ("a", "b"))
+    assert (
+        first["teacher.epe_px"] == again["teacher.epe_px"] and first["teacher.ssim"] == again["teacher.ssim"]
+    )
+    plain = _run(tiny_weights, tmp_path / "c", "model.guidance.text=0", *common)
+    assert plain["teacher.ssim"] != first["teacher.ssim"]
+    assert "student.epe_px" not in first and "teacher_withheld.epe_px" not in first
+
+
+def test_a_folder_of_real_videos(tiny_weights, tmp_path: Path) -> None:
+    source = tmp_path / "videos"
+    for seed in range(2):
+        write_video(source / f"{seed}.mp4", render_clip(SpritesConfig(num_frames=40), seed).frames, 16)
+    (source / "0.txt").write_text("a red disc\n")
+    (source / "broken.mp4").write_bytes(b"no video")
+    overrides = [f"bench.source={source}", "bench.roles=[student]", *QUICK]
+    metrics = _run(tiny_weights, tmp_path / "out", *overrides)
+    assert metrics["num_clips"] == 2 and "student.registration_position_px" not in metrics
+    assert metrics["noise_floor.epe_px"] == 0  # the ground truth is this tracker's own output
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no usable video"):
+        _run(tiny_weights, tmp_path / "out", *overrides, f"bench.source={tmp_path / 'empty'}")
+
+
+def test_the_batch_size_does_not_matter(tiny_weights, clips) -> None:
+    codecs = Codecs.load(tiny_weights.model_cfg)
+    for role in ("student", "teacher"):
+        dit = load_dit_role(tiny_weights.model_cfg, role, "cpu")
+        one, many = (
+            generate(role, dit, codecs, clips, SamplingConfig(2), with_tracks=True, noise=KeyedNoise(0),
+                     batch_size=size)
+            for size in (1, 3)
+        )  # fmt: skip
+        assert one.frames.shape == (3, 33, 16, 16, 3)
+        assert np.abs(one.frames.astype(int) - many.frames.astype(int)).max() <= 1
+
+
+def test_the_judge_prefers_the_truth(clips) -> None:
+    judge = Judge(clips, TrackerConfig(name="exact"), RegistrationConfig(), "unavailable: test")
+    truth = judge.judge([clip.frames for clip in clips])
+    assert truth.endpoint.mean_px == 0 and min(truth.psnr_db) == 100
+    shuffled = judge.judge([clip.frames[::-1].copy() for clip in clips])
+    assert max(shuffled.psnr_db) < 40
+    assert still_error(clips).mean_px > 0.5
+
+
+def test_long_video_follows_error_and_drift(tiny_weights, tmp_path: Path) -> None:
+    common = [
+        "bench=long_video",
+        "bench.num_frames=30",
+        "bench.window_frames=15",
+        *QUICK[1:],
+        "bench.num_clips=2",
+    ]
+    metrics = _run(tiny_weights, tmp_path / "a", "bench.requery_frames=13", *common)
+    for key in (
+        "epe_px",
+        "epe_frames_0_to_14_px",
+        "epe_frames_15_to_29_px",
+        "saturation_drift",
+        "latent_std_drift",
+    ):
+        assert metrics[f"student.{key}"] > 0
+    assert metrics["noise_floor.saturation_drift"] < metrics["student.saturation_drift"] + 1
+    assert (tmp_path / "a" / "report.html").read_text().count("<img") == 3
+    once = _run(tiny_weights, tmp_path / "b", "bench.requery_frames=0", *common)
+    assert once["student.epe_px"] != metrics["student.epe_px"]
+
+
+def test_segments_cover_every_frame_once() -> None:
+    for num_frames, requery in ((40, 13), (40, 0), (41, 20), (42, 20), (5, 48)):
+        spans = LongVideoConfig(num_frames=num_frames, requery_frames=requery).segments()
+        assert [t for span in spans for t in range(span.start, span.stop)] == list(range(num_frames))
+        assert min(span.stop - span.start for span in spans) >= 2
+
+
+def test_latency_reports_and_its_ratio_sees_growth(tiny_weights, tmp_path: Path) -> None:
+    metrics = _run(tiny_weights, tmp_path, "bench=latency", "bench.num_chunks=32")
+    assert metrics["student.chunk_seconds_p50"] <= metrics["student.chunk_seconds_p95"]
+    assert metrics["student.frames_per_second_without_decoding"] > metrics["student.frames_per_second"] > 0
+    assert 0.2 < metrics["student.chunk_32_over_chunk_20"] < 5
+    assert {"student.first_frame_seconds", "student.peak_resident_mib", "student.resident_growth_mib"} <= set(
+        metrics
+    )
+    timings = [ChunkTiming(i, 12, 0.0, 0.1 + 0.001 * i, 0.0) for i in range(401)]
+    assert growth(timings) == pytest.approx(0.4905 / 0.1195, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["bench=latency", "bench.num_chunks=5"], "num_chunks=5 must be at least 30"),
+        (["bench.roles=[critic]"], "critic"),
+        (["bench.num_inference_steps=0"], "num_inference_steps=0"),
+        (["bench.num_clips=0"], "num_clips=0"),
+        (["bench=long_video", "bench.requery_frames=1"], "requery_frames=1"),
+        (["model.teacher=null"], "model.teacher is not set"),
+        (["model.dit.ffn_dim=64"], "ffn_dim"),
+        (["decoder=huge"], "decoder=huge must be full or tiny"),
+        (["bench.lpips_weights=/nowhere", "bench.tracker.name=cotracker3"], "CoTracker3"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_say_what_is_wanted(tiny_weights, tmp_path: Path, overrides, message) -> None:
+    with pytest.raises((ValueError, ImportError), match=message):
+        _run(tiny_weights, tmp_path, *QUICK[:1] if "bench=latency" not in overrides else [], *overrides)
+
+
+def test_unknown_fields_of_a_benchmark_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no field 'bench.num_clip'"):
+        compose_config("eval", ["bench.num_clip=4"])
+    with pytest.raises(ConfigError, match="did you mean"):
+        compose_config("eval", ["bench=latency", "bench.num_chunk=40"])
+    settings = build_config(compose_config("eval", ["bench=latency"]), EvalConfig)
+    assert settings.out == "outputs/eval/latency"

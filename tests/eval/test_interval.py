@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from eval.metrics.interval import bootstrap_interval, paired_difference
+
+
+def test_covers_the_true_mean_about_as_often_as_promised() -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.exponential(2.0, size=(200, 40))
+    covered = 0
+    for row in draws:
+        interval = bootstrap_interval(row, seed=1, resamples=400)
+        covered += interval.low <= 2.0 <= interval.high
+    assert 170 <= covered <= 199
+
+
+def test_same_seed_same_interval_and_narrower_with_more_clips() -> None:
+    values = np.random.default_rng(3).normal(size=400)
+    few, again, many = (bootstrap_interval(v, seed=5) for v in (values[:20], values[:20], values))
+    assert few == again
+    assert many.high - many.low < (few.high - few.low) / 2
+    assert few.low < few.mean < few.high
+
+
+def test_pairing_removes_the_variance_between_clips() -> None:
+    rng = np.random.default_rng(4)
+    hard = rng.uniform(0, 50, 30)
+    gain = paired_difference(hard + 1 + rng.normal(0, 0.1, 30), hard, seed=0)
+    assert 0.9 < gain.low < gain.high < 1.1
+    with pytest.raises(ValueError, match="same clips"):
+        paired_difference([1.0], [1.0, 2.0], seed=0)
+
+
+def test_nothing_measured_and_one_clip() -> None:
+    assert bootstrap_interval([float("nan")], seed=0).mean is None
+    one = bootstrap_interval([3.0, float("nan")], seed=0)
+    assert (one.mean, one.low, one.high, one.count) == (3.0, None, None, 1)
+    assert str(one) == "3"
+    with pytest.raises(ValueError, match="level=95"):
+        bootstrap_interval([1.0, 2.0], seed=0, level=95)

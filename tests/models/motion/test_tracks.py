@@ -1,0 +1,158 @@
+"""The Tracks type: shapes, geometry, selection and files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.motion.tracks import Tracks, load_tracks, sample_track_ids
+
+
+def random_tracks(batch: int = 2, num_frames: int = 5, num_tracks: int = 7, seed: int = 0) -> Tracks:
+    rng = torch.Generator().manual_seed(seed)
+    return Tracks(
+        points=torch.rand(batch, num_frames, num_tracks, 2, generator=rng) * torch.tensor([64.0, 48.0]),
+        visibility=torch.rand(batch, num_frames, num_tracks, generator=rng) > 0.3,
+        ids=sample_track_ids(batch, num_tracks, rng),
+        height=48,
+        width=64,
+    )
+
+
+def same(first: Tracks, second: Tracks) -> bool:
+    size = (first.height, first.width) == (second.height, second.width)
+    tensors = [(first.points, second.points), (first.visibility, second.visibility), (first.ids, second.ids)]
+    return size and all(torch.equal(a, b) for a, b in tensors)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 500), st.integers(1, 500))
+def test_resize_keeps_relative_positions_and_comes_back(height, width):
+    tracks = random_tracks()
+    resized = tracks.resize_to(height, width)
+    relative = resized.points / torch.tensor([float(width), float(height)])
+    torch.testing.assert_close(relative, tracks.points / torch.tensor([64.0, 48.0]), atol=1e-6, rtol=1e-5)
+    back = resized.resize_to(48, 64)
+    torch.testing.assert_close(back.points, tracks.points, atol=1e-4, rtol=1e-5)
+    assert (back.height, back.width) == (48, 64)
+
+
+def test_resize_scales_x_by_width_and_y_by_height():
+    tracks = Tracks.from_arrays(np.array([[[6.0, 8.0]]]), np.array([[True]]), height=10, width=20)
+    assert tracks.resize_to(20, 80).points.flatten().tolist() == [24.0, 16.0]
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 5), st.integers(0, 5))
+def test_stretches_of_frames_join_to_the_whole(first, second):
+    tracks = random_tracks()
+    low, high = sorted((first, second))
+    parts = [tracks.frames(s) for s in (slice(0, low), slice(low, high), slice(high, None))]
+    assert torch.equal(torch.cat([part.points for part in parts], 1), tracks.points)
+    assert torch.equal(torch.cat([part.visibility for part in parts], 1), tracks.visibility)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=9))
+def test_selection_takes_points_visibility_and_ids_together(index):
+    tracks = random_tracks()
+    chosen = tracks.select(torch.tensor(index))
+    assert torch.equal(chosen.points, tracks.points[:, :, index])
+    assert torch.equal(chosen.visibility, tracks.visibility[:, :, index])
+    assert torch.equal(chosen.ids, tracks.ids[:, index])
+
+
+def test_selection_per_clip():
+    tracks = random_tracks()
+    chosen = tracks.select(torch.tensor([[0, 1], [6, 2]]))
+    assert torch.equal(chosen.points[1], tracks.points[1][:, [6, 2]])
+    assert torch.equal(chosen.ids[0], tracks.ids[0, [0, 1]])
+
+
+def test_padding_is_invisible_and_stacking_pads():
+    small, large = random_tracks(1, num_tracks=3), random_tracks(1, num_tracks=5)
+    batch = Tracks.stack([small, large])
+    assert batch.points.shape == (2, 5, 5, 2)
+    assert not batch.visibility[0, :, 3:].any()
+    assert torch.equal(batch.points[0, :, :3], small.points[0])
+    with pytest.raises(ValueError, match="num_tracks=4 must be at least the 5"):
+        Tracks.pad(large, 4)
+
+
+def test_joining_tracks_of_the_same_clips():
+    tracks = random_tracks()
+    halves = [tracks.select(torch.arange(0, 3)), tracks.select(torch.arange(3, 7))]
+    assert same(Tracks.cat(halves), tracks)
+
+
+def test_joining_other_sizes_is_refused():
+    with pytest.raises(ValueError, match="cat: num_frames differs"):
+        Tracks.cat([random_tracks(), random_tracks(num_frames=4)])
+    with pytest.raises(ValueError, match="stack: height differs"):
+        Tracks.stack([random_tracks(), random_tracks().resize_to(10, 64)])
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".json"])
+def test_files_round_trip(tmp_path, suffix):
+    tracks = random_tracks(batch=1).with_ids(torch.zeros(1, 7, dtype=torch.long))
+    tracks.save(tmp_path / f"clip{suffix}")
+    assert same(load_tracks(tmp_path / f"clip{suffix}", 48, 64), tracks)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".json"])
+def test_files_without_tracks_round_trip(tmp_path, suffix):
+    Tracks.empty(1, 5, 48, 64).save(tmp_path / f"clip{suffix}")
+    assert same(Tracks.load(tmp_path / f"clip{suffix}"), Tracks.empty(1, 5, 48, 64))
+
+
+def test_another_resolution_is_refused_with_the_remedy(tmp_path):
+    path = tmp_path / "clip.npz"
+    random_tracks(batch=1).save(path)
+    with pytest.raises(ValueError) as failure:
+        load_tracks(path, 480, 832)
+    message = str(failure.value)
+    assert "resolution 48x64" in message and "must be 480x832" in message and "resize_to(480, 832)" in message
+
+
+def test_broken_files_are_named(tmp_path):
+    (tmp_path / "clip.json").write_text(json.dumps({"points": [], "height": 4, "width": 4}))
+    with pytest.raises(ValueError, match=r"clip.json: no field \['visibility'\]"):
+        Tracks.load(tmp_path / "clip.json")
+    with pytest.raises(ValueError, match=r"suffix '\.csv' must be"):
+        Tracks.load(tmp_path / "clip.csv")
+    with pytest.raises(ValueError, match="batch_size=2 must be 1"):
+        random_tracks().save(tmp_path / "clip.npz")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("points", torch.zeros(2, 5, 7, 3)),
+        ("points", torch.zeros(2, 5, 7, 2, dtype=torch.float64)),
+        ("visibility", torch.zeros(2, 5, 7)),
+        ("visibility", torch.zeros(2, 5, 6, dtype=torch.bool)),
+        ("ids", torch.zeros(2, 6, dtype=torch.long)),
+        ("ids", torch.zeros(2, 7, dtype=torch.int32)),
+    ],
+)
+def test_wrong_shapes_and_types_are_named(field, value):
+    tracks = random_tracks()
+    parts = {"points": tracks.points, "visibility": tracks.visibility, "ids": tracks.ids} | {field: value}
+    with pytest.raises(ValueError, match=field):
+        Tracks(**parts, height=48, width=64)
+
+
+def test_ids_are_distinct_integers_and_reproducible():
+    ids = sample_track_ids(3, 2500, torch.Generator().manual_seed(5))
+    assert ids.shape == (3, 2500) and ids.dtype == torch.long
+    assert all(len(set(row.tolist())) == 2500 for row in ids)
+    assert ids.min() >= 0 and ids.max() <= 9999
+    assert not torch.equal(ids[0], ids[1])
+    assert torch.equal(ids, sample_track_ids(3, 2500, torch.Generator().manual_seed(5)))
+    with pytest.raises(ValueError, match="num_tracks=10001"):
+        sample_track_ids(1, 10_001, torch.Generator())

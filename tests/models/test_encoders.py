@@ -1,0 +1,187 @@
+"""Text and image encoders, on tiny random instances saved to a folder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.wan.image_encoder import CLIP_MEAN, CLIP_STD, ClipImageEncoder
+from models.wan.text_encoder import (
+    SPRITES_VOCABULARY,
+    VOCABULARY_CAPACITY,
+    TextEncoder,
+    Umt5Encoder,
+    VocabularyEncoder,
+    clean,
+)
+
+SENTENCES = [
+    "a red disc turns yellow",
+    "a blue square on a dark background",
+    "the ring moves slowly left and right",
+]
+
+
+# ---------------------------------------------------------------------------- vocabulary
+captions = st.lists(st.sampled_from(SPRITES_VOCABULARY), max_size=12).map(" ".join)
+
+
+@given(one=captions, other=captions)
+def test_different_captions_have_different_codes(one, other):
+    first, second = VocabularyEncoder(text_len=12).encode([one, other])
+    assert torch.equal(first, second) == (one == other)
+    assert not first[len(one.split()) :].any()
+
+
+def test_code_is_word_then_previous_word_then_position():
+    encoder = VocabularyEncoder(text_len=6)
+    code = encoder.encode(["The disc, turns!"])[0]
+    assert code.shape == (6, encoder.text_dim) == (6, 2 * VOCABULARY_CAPACITY + 6)
+    words = [SPRITES_VOCABULARY.index(word) for word in ("the", "disc", "turns")]
+    expected = [
+        [words[0], 2 * VOCABULARY_CAPACITY],
+        [words[1], VOCABULARY_CAPACITY + words[0], 2 * VOCABULARY_CAPACITY + 1],
+        [words[2], VOCABULARY_CAPACITY + words[1], 2 * VOCABULARY_CAPACITY + 2],
+    ]
+    assert [row.nonzero().flatten().tolist() for row in code[:3]] == expected
+
+
+def test_null_text_is_the_empty_caption():
+    encoder = VocabularyEncoder(text_len=5)
+    assert torch.equal(encoder.null(), torch.zeros(1, 5, encoder.text_dim))
+    assert torch.equal(encoder.null(), encoder.encode([""]))
+
+
+def test_unknown_words_and_long_captions_are_refused():
+    encoder = VocabularyEncoder(text_len=4)
+    with pytest.raises(ValueError, match="unknown word 'dics', 'elephant' in caption 'a red dics elephant'"):
+        encoder.encode(["a disc", "a red dics elephant"])
+    with pytest.raises(ValueError, match="caption of 5 words; text_len=4"):
+        encoder.encode(["a red disc turns yellow"])
+
+
+def test_the_vocabulary_has_room_and_no_double_words():
+    assert len(SPRITES_VOCABULARY) <= VOCABULARY_CAPACITY
+    with pytest.raises(ValueError, match="no word twice"):
+        VocabularyEncoder(4, vocabulary=["a", "a"])
+
+
+def test_the_vocabulary_covers_the_captions_of_the_sprites_world():
+    from data.sprites import CAPTION_WORDS
+
+    assert set(CAPTION_WORDS) <= set(SPRITES_VOCABULARY)
+
+
+# ---------------------------------------------------------------------------- UMT5
+@pytest.fixture(scope="module")
+def umt5_folder(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    folder = tmp_path_factory.mktemp("umt5")
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>")
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder / "tokenizer")
+    torch.manual_seed(0)
+    cfg = UMT5Config(vocab_size=len(fast), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
+    UMT5EncoderModel(cfg).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def test_umt5_is_zero_beyond_the_true_length_and_padding_changes_nothing(umt5_folder):
+    encoder, longer = Umt5Encoder(umt5_folder, text_len=40), Umt5Encoder(umt5_folder, text_len=48)
+    codes = encoder.encode(SENTENCES[:2])
+    assert (
+        codes.shape == (2, 40, encoder.text_dim) and encoder.text_dim == 24 and codes.dtype == torch.float32
+    )
+    for row, caption in zip(codes, SENTENCES):
+        length = len(encoder.tokenizer(caption)["input_ids"])
+        assert length < 40 and not row[length:].any() and row[:length].abs().sum(-1).min() > 0
+    torch.testing.assert_close(longer.encode(SENTENCES[:2])[:, :40], codes, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.encode(SENTENCES[:1]), codes[:1], atol=1e-5, rtol=0)
+
+
+def test_umt5_cleans_truncates_and_has_a_null(umt5_folder):
+    encoder = Umt5Encoder(umt5_folder, text_len=24)
+    plain, spaced = encoder.encode(["a red disc", "  a\n red \t disc "])
+    assert torch.equal(plain, spaced)
+    assert Umt5Encoder(umt5_folder, text_len=3).encode([SENTENCES[1]]).shape == (1, 3, 24)
+    assert torch.equal(encoder.null(), encoder.encode([""]))
+    negative = Umt5Encoder(umt5_folder, text_len=24, null_caption="dark")
+    assert torch.equal(negative.null(), encoder.encode(["dark"]))
+
+
+def test_clean_resolves_entities_twice():
+    assert clean("a &amp;amp; b &lt;c&gt;\n") == "a & b <c>"
+
+
+def test_umt5_reads_a_flat_folder_and_names_what_is_missing(umt5_folder, tmp_path):
+    for part in ("tokenizer", "text_encoder"):
+        for file in (umt5_folder / part).iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    nested, flat = Umt5Encoder(umt5_folder, text_len=8), Umt5Encoder(tmp_path, text_len=8)
+    assert torch.equal(nested.encode(SENTENCES[:1]), flat.encode(SENTENCES[:1]))
+    with pytest.raises(FileNotFoundError, match=r"neither text_encoder/config\.json"):
+        Umt5Encoder(tmp_path / "nowhere")
+
+
+def test_both_are_text_encoders(umt5_folder):
+    assert isinstance(VocabularyEncoder(4), TextEncoder)
+    assert isinstance(Umt5Encoder(umt5_folder, text_len=8), TextEncoder)
+
+
+# ---------------------------------------------------------------------------- CLIP
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    cfg = CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    CLIPVisionModel(cfg).save_pretrained(folder)
+    return folder
+
+
+def test_clip_gives_the_tokens_before_the_last_block(clip_folder):
+    encoder = ClipImageEncoder(clip_folder)
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    features = encoder.encode(pixels)
+    assert features.shape == (2, encoder.num_tokens, encoder.clip_dim) == (2, 17, 24)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    captured = []
+    last = next(part for name, part in encoder.model.named_modules() if name.endswith("encoder.layers.2"))
+    hook = last.register_forward_pre_hook(
+        lambda _, args, kwargs: captured.append((*args, *kwargs.values())[0]), with_kwargs=True
+    )
+    with torch.no_grad():
+        encoder.model(pixel_values=((pixels + 1) / 2 - mean) / std)
+    hook.remove()
+    torch.testing.assert_close(features, captured[0], atol=1e-5, rtol=0)
+
+
+def test_clip_squeezes_the_whole_frame_without_cropping(clip_folder):
+    encoder = ClipImageEncoder(clip_folder)
+    pixels = torch.zeros(1, 3, 48, 80)
+    marked = pixels.clone()
+    marked[..., :8] = 1.0  # a square crop would lose these columns
+    assert not torch.allclose(encoder.encode(pixels), encoder.encode(marked))
+    with pytest.raises(ValueError, match=r"images \[B, 3, H, W\]"):
+        encoder.encode(pixels[:, :, None])
+    with pytest.raises(FileNotFoundError, match="image_encoder/"):
+        ClipImageEncoder(clip_folder / "nowhere")

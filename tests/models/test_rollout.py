@@ -1,0 +1,454 @@
+"""The chunk loop: equal to masked attention, to itself under another cache, and exact in its gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models.condition import Condition, num_pixel_frames
+from models.diffusion.noise import KeyedNoise
+from models.diffusion.prediction import add_noise
+from models.rollout import (
+    Chunk,
+    GradientPolicy,
+    Rollout,
+    RolloutConfig,
+    draw_exit_step,
+    replay_exit_step,
+    rollout,
+)
+from models.wan.config import WanConfig
+from models.wan.dit import WanDiT
+
+SHAPE = (4, 4, 6)  # C, h, w
+IDS = [5, 77]
+FRAMES = 2  # latent frames in a chunk
+
+
+def student(num_layers: int = 2, **changes) -> WanDiT:
+    torch.manual_seed(0)
+    dit = WanDiT(WanConfig.tiny(num_layers=num_layers, track_channels=4, **changes))
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return dit
+
+
+def config(**changes) -> RolloutConfig:
+    return RolloutConfig(**({"chunk_frames": FRAMES} | changes))
+
+
+def condition(num_chunks: int, image: bool = False) -> Condition:
+    rng = torch.Generator().manual_seed(1)
+    num_frames = num_pixel_frames(num_chunks * FRAMES)
+    return Condition(
+        prompt_embeds=torch.randn(2, 8, 24, generator=rng),
+        null_prompt_embeds=torch.zeros(1, 8, 24),
+        track_map=torch.randn(2, 8, num_frames, 4, 6, generator=rng),
+        image_latents=torch.randn(2, 4, 1, 4, 6, generator=rng) if image else None,
+    )
+
+
+def start(dit: WanDiT, cfg: RolloutConfig, **changes) -> Rollout:
+    arguments = {"noise": KeyedNoise(0), "sample_ids": IDS, "latent_shape": SHAPE}
+    return Rollout(dit, cfg, **(arguments | changes))
+
+
+def clip(
+    dit: WanDiT, cfg: RolloutConfig, num_chunks: int, given: Condition | None = None, **changes
+) -> list[Chunk]:
+    arguments = {"noise": KeyedNoise(0), "sample_ids": IDS, "latent_shape": SHAPE} | changes
+    given = condition(num_chunks) if given is None else given
+    return list(rollout(dit, given, cfg, num_chunks=num_chunks, **arguments))
+
+
+def latents(chunks: list[Chunk]) -> torch.Tensor:
+    return torch.cat([chunk.x0 for chunk in chunks], 2)
+
+
+# --- configuration --------------------------------------------------------------------------------
+
+
+def test_default_steps_are_those_of_motionstream():
+    assert [round(1000 * sigma, 2) for sigma in RolloutConfig().sigmas] == [1000.0, 927.27, 771.43]
+    assert RolloutConfig().validate_clip(21) == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"step_indices": [16, 32]}, "step_indices"),
+        ({"step_indices": [0, 32, 16]}, "step_indices"),
+        ({"step_indices": [0, 50]}, "num_inference_steps=50"),
+        ({"step_indices": []}, "step_indices"),
+        ({"context_noise": 1.0}, "context_noise=1.0"),
+        ({"positions": "relative"}, "positions"),
+        ({"chunk_frames": 0}, "chunk_frames=0"),
+    ],
+)
+def test_contradictions_are_named(changes, match):
+    with pytest.raises(ValueError, match=match):
+        RolloutConfig(**changes)
+
+
+def test_a_clip_that_is_not_whole_chunks_is_refused():
+    with pytest.raises(ValueError, match=r"num_latents=31 must be a multiple.*valid: 30 \(117 frames\)"):
+        RolloutConfig().validate_clip(31)
+
+
+# --- the loop itself ------------------------------------------------------------------------------
+
+
+def test_first_chunk_is_the_sampler_written_out():
+    dit, cfg, given = student(), config(), condition(1)
+    noise, shape, key = KeyedNoise(0), (4, FRAMES, 4, 6), ("rollout", 0)
+    context = start(dit, cfg).cache.context((2, 3))
+    with torch.no_grad():
+        x = noise.normal(shape, IDS, *key, 0, "start")
+        for step, sigma in enumerate(cfg.sigmas):
+            if step:
+                x = add_noise(x0, noise.normal(shape, IDS, *key, step, "renoise"), sigma)  # noqa: F821
+            x0 = dit.predict_x0(x, sigma, given, attention=context)
+    torch.testing.assert_close(clip(dit, cfg, 1)[0].x0, x0, atol=1e-5, rtol=1e-4)
+
+
+def test_renoising_is_fresh_and_differs_between_chunks_steps_and_samples():
+    drawn = []
+
+    class Recorder(KeyedNoise):
+        def normal(self, *args, **kwargs):
+            drawn.append(super().normal(*args, **kwargs))
+            return drawn[-1]
+
+    clip(student(1), config(), 3, noise=Recorder(0))
+    assert len(drawn) == 9  # three per chunk, none for the cache pass at sigma 0
+    flat = torch.stack(drawn).flatten(2).flatten(0, 1)
+    assert len(flat.unique(dim=0)) == len(flat)
+
+
+def test_same_keys_same_clip_other_seed_or_key_another():
+    dit, cfg = student(1), config()
+    reference = latents(clip(dit, cfg, 2))
+    torch.manual_seed(123)
+    assert torch.equal(reference, latents(clip(dit, cfg, 2)))
+    assert not torch.equal(reference, latents(clip(dit, cfg, 2, noise=KeyedNoise(1))))
+    assert not torch.equal(reference, latents(clip(dit, cfg, 2, noise_key=("update", 1))))
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    dit, cfg, given = student(1), config(), condition(2)
+    alone = Condition(given.prompt_embeds[1:], given.null_prompt_embeds, given.track_map[1:])
+    chunks = clip(dit, cfg, 2, alone, sample_ids=IDS[1:])
+    torch.testing.assert_close(latents(chunks)[0], latents(clip(dit, cfg, 2))[1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_chunk_depends_on_its_own_tracks_and_the_past_only():
+    dit, cfg, given = student(1), config(), condition(3)
+    later = given.track_map.clone()
+    later[:, :, 5:13] += 1.0  # chunk 1: pixel frames 5..12
+    changed = clip(dit, cfg, 3, replace(given, track_map=later))
+    same = [torch.equal(a.x0, b.x0) for a, b in zip(clip(dit, cfg, 3, given), changed, strict=True)]
+    assert same == [True, False, False]
+
+
+@pytest.mark.parametrize(("sinks", "window"), [(1, 1), (0, 2), (2, 1), (1, 3), (0, None)])
+def test_streaming_equals_attention_under_the_chunk_mask(sinks, window):
+    dit, num_chunks = student(), 5
+    cfg = config(sink_chunks=sinks, window_chunks=window, positions="absolute")
+    given = condition(num_chunks)
+    chunks = clip(dit, cfg, num_chunks, given, record=True)
+    for last in (1, num_chunks - 1):
+        record = chunks[last].record
+        sequence = torch.cat([*[chunk.x0 for chunk in chunks[:last]], record.noisy_latents], 2)
+        sigma = torch.zeros(2, sequence.shape[2])
+        sigma[:, last * FRAMES :] = record.sigma
+        part = replace(given, track_map=given.track_map[:, :, : num_pixel_frames(sequence.shape[2])])
+        with torch.no_grad():
+            masked = dit.predict_x0(sequence, sigma, part, attention=cfg.cache_spec.mask)
+        torch.testing.assert_close(chunks[last].x0, masked[:, :, last * FRAMES :], atol=1e-5, rtol=1e-4)
+
+
+def test_slots_equal_absolute_positions_without_a_sink_and_differ_with_one():
+    dit = student()
+    for sinks, equal in ((0, True), (1, False)):
+        slot, absolute = (
+            latents(clip(dit, config(sink_chunks=sinks, window_chunks=1, positions=positions), 5))
+            for positions in ("slot", "absolute")
+        )
+        assert torch.allclose(slot, absolute, atol=1e-4) == equal
+
+
+@pytest.mark.parametrize("positions", ["slot", "absolute"])
+@pytest.mark.parametrize(("sinks", "window"), [(1, 1), (0, 2), (2, 3), (1, 0), (1, None)])
+def test_static_cache_equals_immutable_cache(sinks, window, positions):
+    dit = student()
+    cfg = config(sink_chunks=sinks, window_chunks=window, positions=positions, step_indices=[0, 25])
+    immutable, static = (latents(clip(dit, cfg, 6, cache=cache)) for cache in ("immutable", "static"))
+    torch.testing.assert_close(static, immutable, atol=2e-5, rtol=1e-4)
+
+
+def test_context_noise_is_added_only_where_asked():
+    dit = student(1)
+    clean, noisy = clip(dit, config(), 2), clip(dit, config(context_noise=0.1), 2)
+    assert torch.equal(clean[0].x0, noisy[0].x0) and not torch.equal(clean[1].x0, noisy[1].x0)
+
+
+# --- shared work ----------------------------------------------------------------------------------
+
+
+def count_calls(dit: WanDiT, monkeypatch, *names: str) -> dict[str, int]:
+    counts = dict.fromkeys(names, 0)
+    for name in names:
+        original = getattr(dit, name)
+
+        def counted(*args, original=original, name=name, **kwargs):
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(dit, name, counted)
+    return counts
+
+
+def test_work_is_shared_between_passes(monkeypatch):
+    dit = student(1)
+    counts = count_calls(
+        dit, monkeypatch, "prepare_text", "prepare", "modulation", "predict_x0", "cache_pass"
+    )
+    clip(dit, config(), 3)
+    # once per prompt; per chunk; three steps and the cache level; 3 x 3 passes; none after the last chunk
+    expected = {"prepare_text": 1, "prepare": 3, "modulation": 4, "predict_x0": 9, "cache_pass": 2}
+    assert counts == expected
+
+
+def test_exit_step_stops_early_and_is_the_prediction_at_that_level(monkeypatch):
+    dit, cfg = student(1), config()
+    counts = count_calls(dit, monkeypatch, "predict_x0")
+    chunk = clip(dit, cfg, 1, exit_step=1, record=True)[0]
+    assert counts["predict_x0"] == 2
+    assert chunk.record.sigma == cfg.sigmas[1]
+    with torch.no_grad():
+        torch.testing.assert_close(replay_exit_step(dit, chunk.record), chunk.x0, atol=1e-5, rtol=1e-4)
+    full = clip(dit, cfg, 1)[0]
+    assert torch.equal(clip(dit, cfg, 1, exit_step=2)[0].x0, full.x0)
+    assert not torch.equal(chunk.x0, full.x0)
+
+
+def test_exit_steps_come_from_the_key_and_cover_all_steps():
+    steps = [draw_exit_step(KeyedNoise(4), RolloutConfig(), "update", step) for step in range(50)]
+    assert set(steps) == {0, 1, 2}
+    assert steps == [draw_exit_step(KeyedNoise(4), RolloutConfig(), "update", step) for step in range(50)]
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def gradients(dit: WanDiT) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad for name, parameter in dit.named_parameters() if parameter.grad is not None}
+    dit.zero_grad()
+    return found
+
+
+def loss_weights(num_chunks: int) -> torch.Tensor:
+    shape = (num_chunks, 2, 4, FRAMES, 4, 6)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(9))
+
+
+def one_pass(dit: WanDiT, cfg: RolloutConfig, given: Condition, exit_step: int) -> dict[str, torch.Tensor]:
+    chunks = clip(dit, cfg, 3, given, exit_step=exit_step, gradient=GradientPolicy.EXIT_STEP)
+    sum((chunk.x0 * weight).sum() for chunk, weight in zip(chunks, loss_weights(3), strict=True)).backward()
+    return gradients(dit)
+
+
+def two_pass(dit: WanDiT, cfg: RolloutConfig, given: Condition, exit_step: int) -> dict[str, torch.Tensor]:
+    chunks = clip(dit, cfg, 3, given, exit_step=exit_step, record=True)
+    assert not any(chunk.x0.requires_grad for chunk in chunks)
+    for chunk, weight in zip(chunks, loss_weights(3), strict=True):
+        (replay_exit_step(dit, chunk.record) * weight).sum().backward()
+    return gradients(dit)
+
+
+def relative_error(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    difference = sum((first[name] - second[name]).double().square().sum() for name in first)
+    return (difference / sum(grad.double().square().sum() for grad in second.values())).sqrt().item()
+
+
+@pytest.mark.parametrize("exit_step", [0, 2])
+@pytest.mark.parametrize("image_conditioning", ["none", "first_frame"])
+def test_two_pass_gradient_equals_one_pass_gradient(image_conditioning, exit_step):
+    dit = student(image_conditioning=image_conditioning)
+    given = condition(3, image=image_conditioning == "first_frame")
+    single, double = (run(dit, config(), given, exit_step) for run in (one_pass, two_pass))
+    assert relative_error(double, single) < 1e-5
+    reached = {name for name, grad in single.items() if grad.abs().sum() > 0}
+    assert reached == {name for name, _ in dit.named_parameters()}  # text and track weights learn too
+
+
+def test_activation_checkpointing_does_not_change_the_gradient():
+    plain, checkpointed = (student(activation_checkpointing=on) for on in (False, True))
+    assert relative_error(*(one_pass(dit, config(), condition(3), 1) for dit in (checkpointed, plain))) < 1e-5
+
+
+def test_no_gradient_leaks_into_earlier_chunks():
+    dit, given = student(), condition(3)
+    track_map = given.track_map.clone().requires_grad_(True)
+    chunks = clip(dit, config(), 3, replace(given, track_map=track_map), gradient=GradientPolicy.EXIT_STEP)
+    chunks[2].x0.sum().backward()
+    assert not track_map.grad[:, :, :13].any() and track_map.grad[:, :, 13:].any()
+
+
+def test_gradient_survives_autocast_around_the_whole_step():
+    dit, given = student(), condition(3)
+    exact = two_pass(dit, config(), given, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = two_pass(dit, config(), given, 1)
+    assert relative_error(mixed, exact) < 0.1
+
+
+def test_one_chunk_graph_is_alive_at_a_time():
+    dit = student(1)
+    chunks = clip(dit, config(), 3, record=True)
+    keys = [id(layers[0].key) for chunk in chunks for _, layers in chunk.record.cache.kept]
+    assert len(keys) == 3 and len(set(keys)) == 2  # records share the context: chunk 0 is stored once
+
+
+# --- clean first frame ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context_noise", [0.0, 0.2])
+def test_clean_first_frame_stays_clean_in_every_pass(context_noise, monkeypatch):
+    dit, given = student(image_conditioning="first_frame"), condition(2, image=True)
+    passes = []
+
+    def edit(shown):
+        passes.append(shown.noisy_latents)
+        return shown.noisy_latents
+
+    cached = []
+    original = dit.cache_pass
+    monkeypatch.setattr(dit, "cache_pass", lambda x, *a, **k: cached.append(x) or original(x, *a, **k))
+    video = start(dit, config(context_noise=context_noise))
+    first = video.next_chunk(given.chunk(0, FRAMES), record=True, edit=edit)
+    for seen in (*passes, *cached, first.x0, first.record.noisy_latents):
+        assert torch.equal(seen[:, :, :1], given.image_latents)
+    second = video.next_chunk(given.chunk(FRAMES, FRAMES), edit=edit)
+    assert len(passes) == 6 and len(cached) == 2
+    assert not torch.equal(second.x0[:, :, :1], given.image_latents)
+
+
+def test_first_frame_static_equals_immutable():
+    dit, given = student(image_conditioning="first_frame"), condition(4, image=True)
+    immutable, static = (
+        latents(clip(dit, config(), 4, given, cache=cache)) for cache in ("immutable", "static")
+    )
+    torch.testing.assert_close(static, immutable, atol=2e-5, rtol=1e-4)
+
+
+# --- sessions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["immutable", "static"])
+@pytest.mark.parametrize("window", [1, 2])
+def test_restoring_a_boundary_repeats_the_chunks_bit_for_bit(cache, window):
+    dit, given = student(), condition(6)
+    parts = [given.chunk(index * FRAMES, FRAMES) for index in range(6)]
+    video = start(dit, config(window_chunks=window), cache=cache)
+    for part in parts[:3]:
+        video.next_chunk(part)
+    boundary = video.snapshot()
+    first = [video.next_chunk(part).x0 for part in parts[3:]]
+    video.restore(boundary)
+    assert video.chunk_index == 3
+    assert all(torch.equal(x0, video.next_chunk(part).x0) for x0, part in zip(first, parts[3:], strict=True))
+    video.restore(boundary)
+    other = video.next_chunk(parts[3].drop("motion")).x0
+    assert not torch.equal(other, first[0])
+
+
+@pytest.mark.parametrize("cache", ["immutable", "static"])
+def test_restoring_the_very_start(cache):
+    dit, given = student(1), condition(2)
+    video = start(dit, config(), cache=cache)
+    boundary = video.snapshot()
+    first = video.next_chunk(given.chunk(0, FRAMES)).x0
+    video.restore(boundary)
+    assert torch.equal(first, video.next_chunk(given.chunk(0, FRAMES)).x0)
+
+
+def test_a_new_prompt_takes_effect_at_the_next_chunk():
+    dit, given = student(), condition(3)
+    parts = [given.chunk(index * FRAMES, FRAMES) for index in range(3)]
+    prompt = torch.randn(2, 8, 24, generator=torch.Generator().manual_seed(8))
+    plain, video = start(dit, config()), start(dit, config())
+    reference = [plain.next_chunk(part).x0 for part in parts]
+    assert torch.equal(video.next_chunk(parts[0]).x0, reference[0])
+    boundary = video.snapshot()
+    video.set_text(prompt)
+    changed = video.next_chunk(parts[1]).x0
+    assert not torch.equal(changed, reference[1])
+    video.restore(boundary)  # the prompt of the boundary comes back with it
+    assert torch.equal(video.next_chunk(parts[1]).x0, reference[1])
+    video.restore(boundary)
+    torch.testing.assert_close(video.next_chunk(replace(parts[1], prompt_embeds=prompt)).x0, changed)
+
+
+@pytest.mark.parametrize("cache", ["immutable", "static"])
+def test_an_edit_that_changes_nothing_reproduces_the_chunk_bit_for_bit(cache):
+    dit, part = student(), condition(1).chunk(0, FRAMES)
+    plain = start(dit, config(), cache=cache).next_chunk(part).x0
+    seen = []
+
+    def keep(shown):
+        seen.append((shown.chunk, shown.step, round(1000 * shown.sigma, 2)))
+        return shown.noisy_latents
+
+    assert torch.equal(start(dit, config(), cache=cache).next_chunk(part, edit=keep).x0, plain)
+    assert seen == [(0, 0, 1000.0), (0, 1, 927.27), (0, 2, 771.43)]
+    shifted = start(dit, config(), cache=cache).next_chunk(part, edit=lambda shown: shown.noisy_latents + 0.1)
+    assert not torch.equal(shifted.x0, plain)
+
+
+def test_a_video_goes_on_past_any_training_length():
+    dit, part = student(1), condition(2)
+    video = start(dit, config(step_indices=[0]), cache="static")
+    video.next_chunk(part.chunk(0, FRAMES))
+    for _ in range(40):
+        chunk = video.next_chunk(part.chunk(FRAMES, FRAMES))
+    assert chunk.index == 40 and torch.isfinite(chunk.x0).all()
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_bad_requests_are_named():
+    dit, part = student(1), condition(1).chunk(0, FRAMES)
+    with pytest.raises(ValueError, match="cache='ring' must be one of"):
+        start(dit, config(), cache="ring")
+    with pytest.raises(ValueError, match=r"exit_step=3 must be in 0\.\.2"):
+        start(dit, config()).next_chunk(part, exit_step=3)
+    with pytest.raises(ValueError, match="condition has batch 2, but there are 1"):
+        start(dit, config(), sample_ids=[1]).next_chunk(part)
+    static = start(dit, config(), cache="static")
+    for request in ({"record": True}, {"gradient": GradientPolicy.EXIT_STEP}):
+        with pytest.raises(ValueError, match="use 'immutable'"):
+            static.next_chunk(part, **request)
+
+
+def test_a_snapshot_belongs_to_its_kind_of_cache():
+    dit = student(1)
+    boundary = start(dit, config(), cache="static").snapshot()
+    with pytest.raises(ValueError, match="other kind of cache"):
+        start(dit, config()).restore(boundary)
+
+
+def test_nothing_follows_a_chunk_without_cache_pass():
+    part = condition(1).chunk(0, FRAMES)
+    video = start(student(1), config())
+    boundary = video.snapshot()
+    video.next_chunk(part, update_cache=False)
+    with pytest.raises(ValueError, match="update_cache=False"):
+        video.next_chunk(part)
+    video.restore(boundary)
+    video.next_chunk(part)

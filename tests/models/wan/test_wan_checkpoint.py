@@ -1,0 +1,272 @@
+"""Public formats load strictly, as the same function; our folders are atomic and know what they hold."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from pickle import UnpicklingError
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
+from torch import Tensor
+from wan_reference import (
+    diffusers_arguments,
+    diffusers_twin,
+    make_condition,
+    make_latents,
+    perturbed_dit,
+    rng,
+)
+
+from models.wan import checkpoint
+from models.wan.checkpoint import (
+    diffusers_to_official,
+    load_dit,
+    load_pretrained,
+    official_to_diffusers,
+    read_dit_config,
+    read_provenance,
+    save_dit,
+    to_official,
+)
+from models.wan.config import WanConfig
+from models.wan.dit import WanDiT
+
+C = 6  # latent channels: unlike 4, they make the public layouts differ in size, as they do in Wan
+T2V = WanConfig.tiny(latent_channels=C)
+I2V = WanConfig.tiny(latent_channels=C, image_conditioning="inp", clip_dim=16)
+I2V_TRACKS = WanConfig.tiny(latent_channels=C, image_conditioning="inp", track_channels=C, clip_dim=16)
+CONTROL = WanConfig.tiny(latent_channels=C, image_conditioning="fun_control", track_channels=C, clip_dim=16)
+TRACKS = {"track_map": torch.ones(1, 8, 9, 4, 6)}
+
+
+def assert_same_state(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize(("config", "num_tensors"), [(T2V, 69), (I2V, 87)])
+def test_names_map_both_ways(config: WanConfig, num_tensors: int):
+    state = WanDiT(config).state_dict()
+    renamed = official_to_diffusers(state)
+    assert len(state) == len(renamed) == num_tensors
+    assert renamed.keys() == WanTransformer3DModel(**diffusers_arguments(config)).state_dict().keys()
+    assert_same_state(diffusers_to_official(renamed), state)
+
+
+@pytest.mark.parametrize("config", [T2V, I2V])
+def test_loads_a_diffusers_folder(config: WanConfig, tmp_path: Path):
+    source, model = perturbed_dit(config), WanDiT(config)
+    diffusers_twin(source).save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1, "the folder must be sharded"
+    for path in (tmp_path / "transformer", tmp_path):
+        model.reset_parameters()
+        assert load_pretrained(model, path) == []
+        assert_same_state(model.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_loads_official_safetensors(prefix: str, tmp_path: Path):
+    source, model = perturbed_dit(I2V), WanDiT(I2V)
+    save_file(
+        {prefix + name: tensor for name, tensor in source.state_dict().items()}, tmp_path / "wan.safetensors"
+    )
+    load_pretrained(model, tmp_path / "wan.safetensors")
+    assert_same_state(model.state_dict(), source.state_dict())
+
+
+def test_loads_self_forcing_files_and_prefers_the_average(tmp_path: Path):
+    source, raw, model = perturbed_dit(T2V, 1), perturbed_dit(T2V, 2), WanDiT(T2V)
+    average = {f"model._fsdp_wrapped_module.{name}": tensor for name, tensor in source.state_dict().items()}
+    file = {
+        "generator": {f"model.{name}": t for name, t in raw.state_dict().items()},
+        "generator_ema": average,
+    }
+    torch.save(file, tmp_path / "model.pt")
+    load_pretrained(model, tmp_path / "model.pt")
+    assert_same_state(model.state_dict(), source.state_dict())
+    del file["generator_ema"]
+    torch.save(file, tmp_path / "model.pt")
+    load_pretrained(model, tmp_path / "model.pt")
+    assert_same_state(model.state_dict(), raw.state_dict())
+
+
+def test_pickles_with_code_are_refused(tmp_path: Path):
+    torch.save({"generator": {"x": Path("code")}}, tmp_path / "model.pt")
+    with pytest.raises(UnpicklingError, match="Weights only"):
+        load_pretrained(WanDiT(T2V), tmp_path / "model.pt")
+
+
+def test_unknown_names_are_refused():
+    state = WanDiT(T2V).state_dict()
+    for extra in ("control_adapter.conv.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.0.scale"):
+        with pytest.raises(ValueError, match=extra):
+            to_official(state | {extra: torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"Fun-V1\.1"):
+        to_official(state | {"ref_conv.weight": torch.zeros(1), "ref_conv.bias": torch.zeros(1)})
+    with pytest.raises(ValueError, match="format='ckpt'"):
+        to_official(state, "ckpt")
+    diffusers = official_to_diffusers(state)
+    old = diffusers | {"blocks.0.attn2.norm_added_q.weight": torch.zeros(80)}
+    assert_same_state(to_official(old), state)
+
+
+def test_missing_weights_are_refused(tmp_path: Path):
+    state = WanDiT(T2V).state_dict()
+    del state["blocks.1.ffn.2.bias"]
+    save_file(state, tmp_path / "wan.safetensors")
+    with pytest.raises(ValueError, match=r"missing \['blocks.1.ffn.2.bias'\]"):
+        load_pretrained(WanDiT(T2V), tmp_path / "wan.safetensors")
+
+
+def test_another_architecture_is_named(tmp_path: Path):
+    save_file(WanDiT(I2V).state_dict(), tmp_path / "wan.safetensors")
+    model = WanDiT(WanConfig.tiny(latent_channels=C, ffn_dim=80, num_layers=3))
+    with pytest.raises(ValueError, match=r"ffn_dim: 160, 80; num_layers: 2, 3; clip_dim: 16, None"):
+        load_pretrained(model, tmp_path / "wan.safetensors")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", [CONTROL, I2V_TRACKS])
+def test_grown_model_starts_as_the_old_one(
+    target: WanConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Control reads [noisy | control -> track | image]; image-to-video gains track columns at the end."""
+    old = CONTROL if target is CONTROL else I2V
+    source, model = (
+        perturbed_dit(WanConfig.from_dict(old.to_dict() | {"track_encoding": "rgb"})),
+        WanDiT(target, rng(5)),
+    )
+    save_file(source.state_dict(), tmp_path / "fun.safetensors")
+    with caplog.at_level(logging.INFO):
+        missing = load_pretrained(model, tmp_path / "fun.safetensors")
+    assert missing and all(name.startswith("track_head.") for name in missing) and "track_head" in caplog.text
+    latents, image = make_latents(target, 3), make_latents(target, 1, seed=5)
+    timestep = torch.tensor([400.0])
+    control = {"track_map": torch.zeros(1, C, 3, 4, 6), "track_map_is_latent": True} if old is CONTROL else {}
+    expected = source(latents, timestep, make_condition(old, image_latents=image, **control))
+    ours = model(latents, timestep, make_condition(target, image_latents=image, **TRACKS))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
+    model.track_head.project.weight.normal_(generator=rng(1))
+    tracked = model(latents, timestep, make_condition(target, image_latents=image, **TRACKS))
+    assert torch.equal(tracked, ours) != (old is CONTROL), (
+        "control columns read tracks at once; new columns are zero"
+    )
+
+
+@torch.no_grad()
+def test_text_to_video_grows_into_first_frame_with_tracks(tmp_path: Path):
+    source = perturbed_dit(T2V)
+    save_file(official_to_diffusers(source.state_dict()), tmp_path / "wan.safetensors")
+    model = WanDiT(WanConfig.tiny(latent_channels=C, image_conditioning="first_frame", track_channels=4))
+    load_pretrained(model, tmp_path / "wan.safetensors")
+    latents, timestep = make_latents(T2V, 3), torch.tensor([400.0])
+    grown = model(latents, timestep, make_condition(T2V, **TRACKS))
+    torch.testing.assert_close(grown, source(latents, timestep, make_condition(T2V)), rtol=0, atol=2e-6)
+
+
+def test_columns_are_never_guessed_or_dropped(tmp_path: Path):
+    save_file(WanDiT(I2V).state_dict(), tmp_path / "i2v.safetensors")
+    with pytest.raises(ValueError, match="grow_inputs=True"):
+        load_pretrained(WanDiT(CONTROL), tmp_path / "i2v.safetensors", grow_inputs=False)
+    wider = WanConfig.tiny(latent_channels=C, image_conditioning="fun_control", track_channels=9, clip_dim=16)
+    with pytest.raises(ValueError, match="mask channels have no place"):
+        load_pretrained(WanDiT(wider), tmp_path / "i2v.safetensors")
+    save_file(
+        WanDiT(WanConfig.tiny(latent_channels=C, track_channels=5, track_encoding="rgb")).state_dict(),
+        tmp_path / "odd.safetensors",
+    )
+    with pytest.raises(
+        ValueError, match=r"meaning of 11 input channels; .* known layouts have 6, 16, 18, 22"
+    ):
+        load_pretrained(WanDiT(T2V), tmp_path / "odd.safetensors")
+
+
+def test_our_own_files_tell_what_their_channels_mean(tmp_path: Path):
+    """16 channels: image-to-video by their number, but this file says [noisy 6 | track 10]."""
+    config = WanConfig.tiny(latent_channels=C, track_channels=10, track_encoding="rgb")
+    source, model = perturbed_dit(config), WanDiT(WanConfig.tiny(latent_channels=C, track_channels=10))
+    save_dit(source, tmp_path)
+    load_pretrained(model, tmp_path)
+    assert torch.equal(model.patch_embedding.weight, source.patch_embedding.weight)
+
+
+def test_wan22_control_columns_are_reordered(tmp_path: Path):
+    """[noisy | control | mask | image] -> [noisy | mask | image | track]."""
+    state = WanDiT(I2V_TRACKS).state_dict()
+    public = torch.arange(22.0).view(1, 22, 1, 1, 1).expand_as(state["patch_embedding.weight"])
+    save_file(state | {"patch_embedding.weight": public.contiguous()}, tmp_path / "fun.safetensors")
+    model = WanDiT(I2V_TRACKS)
+    load_pretrained(model, tmp_path / "fun.safetensors")
+    columns = model.patch_embedding.weight[0, :, 0, 0, 0].tolist()
+    assert columns == [*range(6), *range(12, 16), *range(16, 22), *range(6, 12)]
+
+
+def test_folder_round_trip(tmp_path: Path):
+    model = perturbed_dit(CONTROL)
+    save_dit(model, tmp_path / "student", stage="self_forcing", step=400)
+    assert sorted(path.name for path in (tmp_path / "student").iterdir()) == [
+        "model.json",
+        "model.safetensors",
+    ]
+    assert read_dit_config(tmp_path / "student") == CONTROL
+    assert read_provenance(tmp_path / "student") == {"stage": "self_forcing", "step": 400}
+    runtime = WanConfig.from_dict(CONTROL.to_dict() | {"attention_backend": "matmul"})
+    loaded = load_dit(tmp_path / "student", expected=runtime)
+    assert loaded.config == runtime and all(parameter.requires_grad for parameter in loaded.parameters())
+    assert_same_state(loaded.state_dict(), model.state_dict())
+    save_dit(model.bfloat16(), tmp_path / "student")
+    assert load_dit(tmp_path / "student").patch_embedding.weight.dtype == torch.bfloat16
+
+
+def test_a_folder_is_a_source_of_pretrained_weights(tmp_path: Path):
+    source, model = perturbed_dit(CONTROL), WanDiT(CONTROL)
+    save_dit(source, tmp_path)
+    assert load_pretrained(model, tmp_path) == []
+    assert_same_state(model.state_dict(), source.state_dict())
+
+
+def test_another_architecture_is_refused_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_dit(WanDiT(T2V), tmp_path)
+    monkeypatch.setattr(checkpoint, "load_file", lambda path: pytest.fail("read the weights"))
+    with pytest.raises(ValueError, match=r"num_layers: 2, 4; track_channels: 0, 4"):
+        load_dit(tmp_path, expected=WanConfig.tiny(latent_channels=C, num_layers=4, track_channels=4))
+
+
+def test_an_interrupted_save_leaves_the_old_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    old = perturbed_dit(T2V, 1)
+    save_dit(old, tmp_path, step=1)
+
+    def killed(*args: object, **kwargs: object) -> None:
+        (tmp_path / ".model.safetensors.partial").write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_dit(perturbed_dit(T2V, 2), tmp_path, step=2)
+    assert_same_state(load_dit(tmp_path).state_dict(), old.state_dict())
+    assert read_provenance(tmp_path) == {"step": 1}
+
+
+def test_a_config_of_other_weights_is_noticed(tmp_path: Path):
+    """The weights file carries its own config: a crash between the two renames cannot pair them wrongly."""
+    save_dit(WanDiT(WanConfig.tiny(latent_channels=C, num_heads=1)), tmp_path)
+    description = json.loads((tmp_path / "model.json").read_text())
+    description["config"]["num_heads"] = 2  # same shapes, another function
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"model.safetensors .* num_heads: 1, 2"):
+        load_dit(tmp_path)
+
+
+def test_absent_files_are_named(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"no model.json in"):
+        load_dit(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_pretrained(WanDiT(T2V), tmp_path / "absent.pt")
+    with pytest.raises(ValueError, match=r"0 \.safetensors files"):
+        load_pretrained(WanDiT(T2V), tmp_path)

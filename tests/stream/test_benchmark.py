@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from stream.benchmark import Sizes, compare, run
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_pair_agrees_and_is_reported() -> None:
+    sizes = Sizes(heads=1, ffn_dim=64, layers=2, height=4, width=6, text_len=8, pairs=1, windows=(1, 2))
+    with torch.no_grad():
+        found = run(sizes)
+    recomputed = [f"streamed_chunk_over_recompute_w{window}" for window in (1, 2)]
+    names = ["dit_forward_over_diffusers", *recomputed, "streamed_decode_over_overlap"]
+    assert list(found["seconds"]) == names
+    assert all(found[name] > 0 for name in names)
+    assert max(found["max_difference"].values()) < 1e-4
+    assert found["machine"]["torch"] == torch.__version__
+
+
+def test_the_ratio_is_ours_over_the_other() -> None:
+    def busy(seconds: float) -> torch.Tensor:
+        until = time.process_time() + seconds
+        while time.process_time() < until:
+            pass
+        return torch.tensor([seconds])
+
+    found = compare(lambda: busy(0.01), lambda: busy(0.04), pairs=3)
+    assert found.ratio == pytest.approx(0.25, rel=0.2)
+    assert found.max_difference == pytest.approx(0.03)

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from models.assemble import build_dit, build_vae, load_role
+from models.diffusion.noise import KeyedNoise
+from models.motion.tracks import Tracks
+from models.rollout import rollout
+from models.vae.tiny_vae import TinyVae, TinyVaeConfig
+from stream.codecs import Codecs, to_frames, to_pixels
+from stream.session import StreamSession
+
+PROMPT = "a red striped disc on a blue background"
+
+
+@pytest.fixture(scope="module")
+def codecs(tiny_weights) -> Codecs:
+    return Codecs.load(tiny_weights.model_cfg)
+
+
+@pytest.fixture(scope="module")
+def student(tiny_weights):
+    return load_role(tiny_weights.model_cfg, "student").eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def first_frame() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+def _moving(frames: int, start: int = 0) -> Tracks:
+    time = np.arange(start, start + frames, dtype=np.float32)
+    points = np.stack(
+        [np.stack([2 + 0.3 * time, 3 + 0 * time], -1), np.stack([9 + 0 * time, 1 + 0.4 * time], -1)], 1
+    )
+    return Tracks.from_arrays(points, np.ones((frames, 2), bool), 16, 16)
+
+
+def _open(student, codecs: Codecs, first_frame: np.ndarray, **options) -> StreamSession:
+    settings = {"first_frame": first_frame, "prompt": PROMPT, "tracks": _moving(33)} | options
+    return StreamSession(student, codecs, **settings)
+
+
+def test_a_stream_equals_the_whole_clip_rolled_out_and_decoded_at_once(student, codecs, first_frame) -> None:
+    session = _open(student, codecs, first_frame, num_frames=33, seed=4, sample_id=2)
+    streamed = np.concatenate(list(session))
+    noise, cfg = KeyedNoise(4), codecs.model_cfg
+    ids = session._buffer._identities[None, :2]  # the identities of this stream
+    condition = codecs.condition(codecs.encode_prompts([PROMPT]), _moving(33).with_ids(ids),
+                                 codecs.encode_first_frames(first_frame[None]))  # fmt: skip
+    with torch.no_grad():
+        chunks = rollout(student, condition, cfg.rollout, num_chunks=3, noise=noise, sample_ids=[2],
+                         latent_shape=codecs.frame_latent_shape)  # fmt: skip
+        whole = codecs.decode(torch.cat([chunk.x0 for chunk in chunks], dim=2))[0]
+    assert streamed.shape == whole.shape == (33, 16, 16, 3)
+    assert np.abs(streamed.astype(int) - whole.astype(int)).max() <= 1  # rounding of float differences
+    assert streamed.std() > 5
+
+
+@pytest.mark.parametrize("num_frames", [1, 9, 10, 40])
+def test_any_length_and_the_chunk_sizes(student, codecs, first_frame, num_frames: int) -> None:
+    sizes = [len(chunk) for chunk in _open(student, codecs, first_frame, num_frames=num_frames)]
+    assert sum(sizes) == num_frames
+    assert sizes[:-1] == [9, 12, 12, 12][: len(sizes) - 1]
+
+
+def test_pushing_pieces_equals_pushing_the_whole(student, codecs, first_frame) -> None:
+    whole = np.concatenate(list(_open(student, codecs, first_frame, num_frames=33)))
+    session = _open(student, codecs, first_frame, num_frames=33, tracks=_moving(9))
+    frames = []
+    for number, chunk in enumerate(session):
+        frames.append(chunk)
+        session.push_tracks(_moving(12, start=9 + 12 * number))
+    np.testing.assert_array_equal(np.concatenate(frames), whole)
+
+
+def test_a_snapshot_replays_bit_for_bit_and_may_branch(student, codecs, first_frame) -> None:
+    session = _open(student, codecs, first_frame)
+    for _ in range(3):
+        session.next_chunk()
+    state = session.snapshot()
+    first = [session.next_chunk() for _ in range(3)]
+    session.restore(state)
+    assert session.chunk_index == 3 and session.num_frames == 33
+    for expected in first:
+        np.testing.assert_array_equal(session.next_chunk(), expected)
+    session.restore(state)
+    session.set_prompt("a green ring")
+    assert not np.array_equal(session.next_chunk(), first[0])
+
+
+def test_the_prompt_changes_the_next_chunk_only(student, codecs, first_frame) -> None:
+    plain, changed = _open(student, codecs, first_frame), _open(student, codecs, first_frame)
+    np.testing.assert_array_equal(plain.next_chunk(), changed.next_chunk())
+    changed.set_prompt("a green ring on a pink background")
+    assert not np.array_equal(plain.next_chunk(), changed.next_chunk())
+
+
+def test_tracks_steer_and_the_ending_matters(student, codecs, first_frame) -> None:
+    def latents(**options) -> torch.Tensor:
+        session = _open(student, codecs, first_frame, **options)
+        session.next_chunk()
+        session.next_chunk()
+        return session.latents
+
+    held, released = (latents(tracks=_moving(9), ending=ending) for ending in ("hold", "release"))
+    silent = latents(tracks=None)
+    assert not torch.equal(held, released)
+    assert not torch.equal(held, silent)
+    assert torch.equal(latents(tracks=None, ending="release"), silent)
+
+
+def test_an_endless_stream_is_finite_and_timed(student, codecs, first_frame) -> None:
+    session = _open(student, codecs, first_frame)
+    for chunk in itertools.islice(session, 12):
+        assert chunk.dtype == np.uint8
+    assert torch.isfinite(session.latents).all()
+    timing = session.timing
+    assert (timing.index, timing.num_frames) == (11, 12)
+    parts = timing.condition_seconds, timing.denoise_seconds, timing.decode_seconds
+    assert min(parts) > 0 and timing.total_seconds == pytest.approx(sum(parts))
+
+
+def test_no_context_is_needed_for_an_unlimited_window(tiny_weights, student, first_frame) -> None:
+    cfg = tiny_weights.model_cfg
+    codecs = Codecs.load(replace(cfg, rollout=replace(cfg.rollout, window_chunks=None)))
+    assert sum(len(chunk) for chunk in _open(student, codecs, first_frame, num_frames=46)) == 46
+    with pytest.raises(ValueError, match="max_chunks"):
+        _open(student, codecs, first_frame)
+
+
+def test_tracks_drawn_as_pictures_stream_like_the_whole_clip(tiny_weights, first_frame) -> None:
+    """With track_encoding=rgb the VAE encodes the drawn tracks; its state must run on from chunk to chunk."""
+    cfg = tiny_weights.model_cfg
+    cfg = replace(cfg, dit=replace(cfg.dit, track_encoding="rgb"))
+    codecs, dit = Codecs.load(cfg), build_dit(cfg, seed=0).eval()
+    torch.nn.init.normal_(dit.head.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    session = _open(dit, codecs, first_frame, num_frames=33)
+    streamed = torch.cat([session.latents for _ in session], dim=2)
+    tracks = _moving(33).with_ids(session._buffer._identities[None, :2])
+    condition = codecs.condition(
+        codecs.encode_prompts([PROMPT]), tracks, codecs.encode_first_frames(first_frame[None])
+    )
+    with torch.no_grad():
+        chunks = rollout(dit, condition, cfg.rollout, num_chunks=3, noise=KeyedNoise(0), sample_ids=[0],
+                         latent_shape=codecs.frame_latent_shape)  # fmt: skip
+        whole = torch.cat([chunk.x0 for chunk in chunks], dim=2)
+    torch.testing.assert_close(streamed, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_an_edit_that_changes_nothing_changes_nothing(student, codecs, first_frame) -> None:
+    plain, edited = _open(student, codecs, first_frame), _open(student, codecs, first_frame)
+    np.testing.assert_array_equal(plain.next_chunk(), edited.next_chunk(lambda shown: shown.noisy_latents))
+
+
+def test_wrong_inputs_are_refused(student, codecs, first_frame) -> None:
+    with pytest.raises(ValueError, match=r"\(8, 16, 3\).*model's clip size"):
+        _open(student, codecs, first_frame[:8])
+    with pytest.raises(ValueError, match="unknown word 'zebra'"):
+        _open(student, codecs, first_frame, prompt="a zebra")
+    with pytest.raises(ValueError, match="num_frames=0"):
+        _open(student, codecs, first_frame, num_frames=0)
+
+
+def test_frames_survive_the_way_to_pixels_and_back(first_frame) -> None:
+    np.testing.assert_array_equal(to_frames(to_pixels(first_frame[None, None])), first_frame[None, None])
+
+
+def test_bfloat16_and_the_tiny_decoder(tiny_weights, first_frame, tmp_path) -> None:
+    cfg = replace(tiny_weights.model_cfg, dtype="bfloat16", tiny_vae=str(tmp_path))
+    TinyVae.from_config(TinyVaeConfig.sprites(4), build_vae(cfg).latent_space).save(tmp_path)
+    codecs = Codecs.load(cfg, tiny=True)
+    dit = load_role(cfg, "student").eval().to(codecs.model_cfg.torch_dtype)
+    session = _open(dit, codecs, first_frame, num_frames=33)
+    frames = np.concatenate(list(session))
+    assert frames.shape == (33, 16, 16, 3) and torch.isfinite(session.latents).all()
+    assert codecs.decoder is not codecs.vae
+    assert next(codecs.vae.parameters()).dtype == next(codecs.decoder.parameters()).dtype == torch.bfloat16

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+
+from data.app import build_config, compose_config
+from data.config_errors import ConfigError
+from data.sprites import SpritesConfig, render_clip
+from data.trackers import TrackerConfig
+from data.video import write_video
+from models.condition import ClipGeometry
+from models.motion.tracks import Tracks
+from stream.run import StreamConfig, main
+from stream.track_source import load_first_frame, load_track_source
+
+CLIPS = Path(__file__).resolve().parents[3] / "shared" / "data" / "clips"
+
+
+@pytest.fixture(scope="module")
+def sprites_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("video") / "sprites.mp4"
+    write_video(path, render_clip(SpritesConfig(num_frames=34), 3).frames, 16)
+    return path
+
+
+def _run(tiny_weights, out: Path, *overrides: str) -> np.ndarray:
+    assert main(compose_config("stream", [f"out={out}", *tiny_weights.overrides, *overrides])) == 0
+    with av.open(str(out)) as container:  # decord cannot read a video as narrow as these
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_any_length_from_a_picture_and_a_track_file(tiny_weights, tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "first.png"), picture)
+    points = np.tile(np.array([[[3.0, 5.0]]], np.float32), (20, 1, 1))
+    Tracks.from_arrays(points, np.ones((20, 1), bool), 16, 16).save(tmp_path / "tracks.json")
+    given = (f"image={tmp_path / 'first.png'}", f"tracks={tmp_path / 'tracks.json'}")
+    assert len(_run(tiny_weights, tmp_path / "a.mp4", *given)) == 20  # as long as its tracks
+    frames = _run(tiny_weights, tmp_path / "b.mp4", *given, "num_frames=50", "prompt='a red disc'")
+    assert frames.shape == (50, 16, 16, 3)
+    again = _run(tiny_weights, tmp_path / "c.mp4", *given, "num_frames=50", "prompt='a red disc'")
+    np.testing.assert_array_equal(frames, again)
+
+
+def test_motion_transfer_from_a_video_and_the_teacher(
+    tiny_weights, sprites_video: Path, tmp_path: Path
+) -> None:
+    given = (f"image={sprites_video}", f"tracks={sprites_video}")
+    student = _run(tiny_weights, tmp_path / "s.mp4", *given, "num_frames=10")
+    teacher = _run(tiny_weights, tmp_path / "t.mp4", *given, "role=teacher", "num_inference_steps=2")
+    assert len(student) == 10 and len(teacher) == 33
+
+
+def test_tracks_of_another_resolution_are_refused_before_anything_is_built(
+    tiny_weights, tmp_path: Path
+) -> None:
+    path = tmp_path / "tracks.npz"
+    Tracks.from_arrays(np.full((9, 1, 2), 32.0), np.ones((9, 1), bool), 64, 128).save(path)
+    nothing = ["model.vae.path=/nowhere", "model.student=/nowhere"]
+    cfg = compose_config("stream", [f"image={path}", f"tracks={path}", *tiny_weights.overrides, *nothing])
+    with pytest.raises(ValueError, match=r"64x128 px.*16x16.*tracks_resize=true"):
+        main(cfg)
+    tracks = load_track_source(path, tiny_weights.model_cfg, TrackerConfig(), resize=True)
+    assert tracks.points[0, 0, 0].tolist() == [4.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["role=critic"], "role=critic must be student or teacher"),
+        (["ending=stop"], "ending=stop must be hold or release"),
+        (["role=teacher", "num_frames=49"], r"must be 33 with role=teacher.*model.clip.num_frames=49"),
+        (["num_frames=0"], "num_frames=0 must be at least 1"),
+        (["decoder=tiny"], "model.tiny_vae is not set"),
+        (["model.dit.num_layers=3"], "num_layers"),
+        (["model.student=/nowhere"], "/nowhere"),
+        (["image=/nowhere.png"], "no such file"),
+        (["device=cuda"], "no CUDA device"),
+        (["model.clip.num_frames=37"], "nearest valid num_frames"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_say_what_is_wanted(tiny_weights, sprites_video, overrides, message) -> None:
+    cfg = compose_config("stream", [f"image={sprites_video}", *tiny_weights.overrides, *overrides])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(cfg)
+
+
+def test_unknown_and_missing_fields() -> None:
+    with pytest.raises(ConfigError, match=r"no field 'num_frame'; did you mean .*'?num_frames"):
+        compose_config("stream", ["num_frame=4", "image=x"])
+    with pytest.raises(ConfigError, match="image has no value"):
+        build_config(compose_config("stream", ["model=tiny"]), StreamConfig)
+
+
+def test_a_failed_run_leaves_no_video(tiny_weights, sprites_video, tmp_path: Path) -> None:
+    cfg = compose_config("stream", [f"image={sprites_video}", "prompt=zebra", f"out={tmp_path / 'x.mp4'}",
+                                    *tiny_weights.overrides])  # fmt: skip
+    with pytest.raises(ValueError, match="zebra"):
+        main(cfg)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason=f"needs the real clips in {CLIPS}")
+def test_real_video_as_first_frame() -> None:
+    frame = load_first_frame(CLIPS / "cat.mp4", ClipGeometry(48, 80, 33, 16))
+    assert frame.shape == (48, 80, 3) and frame.std() > 10

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.motion.tracks import Tracks
+from stream.track_buffer import TrackBuffer
+
+
+def _tracks(
+    frames: int, count: int = 3, start: int = 0, ids: list[int] | None = None, size: int = 32
+) -> Tracks:
+    """Track n stands at (n, frame number): a point tells which frame it came from."""
+    time = torch.arange(start, start + frames, dtype=torch.float32)
+    points = torch.stack(
+        [torch.arange(count).float()[None].expand(frames, -1), time[:, None].expand(-1, count)], -1
+    )
+    ids_tensor = torch.tensor([ids if ids is not None else [0] * count])
+    return Tracks(points[None], torch.ones(1, frames, count, dtype=torch.bool), ids_tensor, size, size)
+
+
+def _buffer(ending: str = "hold") -> TrackBuffer:
+    return TrackBuffer(32, 32, ending=ending, rng=torch.Generator().manual_seed(0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(pushes=st.lists(st.integers(1, 9), min_size=1, max_size=5), chunk=st.integers(1, 12))
+def test_pieces_pushed_equal_the_whole_clip_pushed(pushes: list[int], chunk: int) -> None:
+    whole, pieces = _buffer(), _buffer()
+    whole.push(_tracks(sum(pushes)))
+    for number, frames in enumerate(pushes):
+        pieces.push(_tracks(frames, start=sum(pushes[:number])))
+    for _ in range(sum(pushes) // chunk + 2):  # beyond the end as well
+        a, b = whole.take(chunk), pieces.take(chunk)
+        torch.testing.assert_close(a.points, b.points)
+        assert torch.equal(a.visibility, b.visibility) and torch.equal(a.ids, b.ids)
+
+
+def test_identities_are_constant_and_distinct() -> None:
+    buffer = _buffer()
+    buffer.push(_tracks(2, count=4))
+    first = buffer.take(2).ids
+    buffer.push(_tracks(2, count=4, start=2))
+    assert torch.equal(buffer.take(2).ids, first)
+    assert len(first.unique()) == 4
+
+
+def test_hold_repeats_and_release_forgets() -> None:
+    for ending, visible in (("hold", True), ("release", False)):
+        buffer = _buffer(ending)
+        buffer.push(_tracks(3))
+        taken = buffer.take(5)
+        assert taken.visibility[0, :3].all() and bool(taken.visibility[0, 4].any()) is visible
+        if ending == "hold":
+            assert taken.points[0, :, 0, 1].tolist() == [0, 1, 2, 2, 2]
+            assert buffer.take(2).points[0, :, 0, 1].tolist() == [2, 2]
+        else:
+            assert not buffer.take(2).visibility.any()
+
+
+def test_a_late_push_starts_at_the_next_frame() -> None:
+    buffer = _buffer()
+    buffer.push(_tracks(2))
+    buffer.take(4)
+    buffer.push(_tracks(3, start=10))
+    assert buffer.num_pending == 3
+    assert buffer.take(3).points[0, :, 0, 1].tolist() == [10, 11, 12]
+
+
+def test_points_come_and_go_by_identity() -> None:
+    buffer = _buffer()
+    buffer.push(_tracks(2, count=2, ids=[7, 8]))
+    buffer.push(_tracks(2, count=2, start=2, ids=[8, 9]))
+    taken = buffer.take(4)
+    seen = {int(i): taken.visibility[0, :, n].tolist() for n, i in enumerate(taken.ids[0])}
+    assert seen == {7: [True, True, False, False], 8: [True] * 4, 9: [False, False, True, True]}
+    assert 7 not in buffer.take(1).ids  # released for good: the buffer does not grow
+    with pytest.raises(ValueError, match="twice"):
+        buffer.push(_tracks(1, count=2, ids=[5, 5]))
+
+
+def test_snapshot_and_restore() -> None:
+    buffer = _buffer()
+    buffer.push(_tracks(6))
+    buffer.take(2)
+    state = buffer.snapshot()
+    first = buffer.take(3).points
+    buffer.push(_tracks(4, start=50))
+    buffer.restore(state)
+    torch.testing.assert_close(buffer.take(3).points, first)
+    assert buffer.num_pending == 1
+
+
+def test_an_empty_buffer_gives_no_tracks_and_another_resolution_is_refused() -> None:
+    buffer = _buffer()
+    assert buffer.take(9).num_tracks == 0
+    with pytest.raises(ValueError, match=r"64x64 px must be at 32x32.*resize_to"):
+        buffer.push(_tracks(2, size=64))
+    with pytest.raises(ValueError, match="ending='stop'"):
+        TrackBuffer(8, 8, ending="stop", rng=torch.Generator())

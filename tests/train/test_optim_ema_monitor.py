@@ -1,0 +1,132 @@
+"""Learning rates, module settings, EMA, metrics.jsonl, W&B offline."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from data.app import build_config, compose_config
+from train.ema import Ema
+from train.monitor import Alarm, LoggerConfig, MetricWindow, Monitor
+from train.optim import ModuleOptim, OptimConfig, build_optimizer, learning_rate
+
+
+def test_learning_rate():
+    cfg = OptimConfig(lr=1.0, warmup_updates=4, schedule="cosine", min_lr_ratio=0.1)
+    rates = [learning_rate(n, cfg, 24) for n in range(30)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert (
+        rates[14] == pytest.approx(0.55)
+        and rates[24] == pytest.approx(0.1)
+        and rates[29] == pytest.approx(0.1)
+    )
+    assert learning_rate(1000, OptimConfig(lr=0.3), 10) == 0.3
+
+
+def test_dmd_settings_of_the_yaml():
+    cfg = build_config(compose_config("train", ["optim=dmd", "optim.modules.critic.lr=1e-6"]).optim)
+    student, critic = cfg.of("student"), cfg.of("critic")
+    assert (student.lr, student.ema_decay, student.betas) == (2e-6, 0.99, [0.0, 0.999])
+    assert (critic.lr, critic.ema_decay, critic.grad_clip) == (1e-6, 0.0, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "linear"}, "optim.schedule=linear must be constant or cosine"),
+        ({"kind": "sgd"}, "optim.kind=sgd must be adamw or muon"),
+        ({"ema_decay": 1.0}, "optim.ema_decay=1.0 must be in"),
+        ({"modules": {"critic": ModuleOptim(lr=-1.0)}}, "optim.modules.critic.lr=-1.0 must be >= 0"),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**settings)
+
+
+def test_muon_keeps_its_ratio():
+    optimizer = build_optimizer(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), OptimConfig(kind="muon", lr=0.1), True
+    )
+    assert [group["lr_ratio"] for group in optimizer.param_groups] == [pytest.approx(10.0), 1.0]
+
+
+def test_ema_counts_updates_starts_and_swaps():
+    module = nn.Linear(1, 1, bias=False)
+    ema, values = Ema(decay=0.5, start=2), [1.0, 2.0, 4.0]
+    for value in values:
+        nn.init.constant_(module.weight, value)
+        ema.update(module)
+        assert ema.active == (ema.updates >= 2)
+    decay = min(0.5, 2 / 11)  # one update after the copy of 2.0
+    expected = decay * 2.0 + (1 - decay) * 4.0
+    assert float(ema.values["weight"]) == pytest.approx(expected)
+    with ema.swapped(module) as averaged:
+        assert float(averaged.weight.detach()) == pytest.approx(expected)
+    assert float(module.weight.detach()) == 4.0
+
+    restored = Ema(decay=0.5, start=2)
+    restored.load(module, ema.values, ema.updates)
+    for average in (ema, restored):
+        average.update(module)
+    assert torch.equal(ema.values["weight"], restored.values["weight"])
+
+
+def test_ema_settles_at_its_decay():
+    module, ema = nn.Linear(1, 1, bias=False), Ema(decay=0.9)
+    nn.init.constant_(module.weight, 0.0)
+    for _ in range(200):
+        ema.update(module)
+    nn.init.constant_(module.weight, 1.0)
+    ema.update(module)
+    assert float(ema.values["weight"]) == pytest.approx(0.1)
+
+
+def test_frozen_parameters_have_no_average():
+    module = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(False))
+    ema = Ema(0.9)
+    ema.update(module)
+    assert set(ema.values) == {"0.weight", "0.bias"}
+
+
+def test_records_behind_the_resumed_step_are_cut(tmp_path):
+    monitor = Monitor(LoggerConfig(), tmp_path, "run", {})
+    monitor.start(0)
+    for step in (1, 2, 3):
+        monitor.log(step, {"loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    again = Monitor(LoggerConfig(), tmp_path, "run", {})
+    again.start(2)
+    again.log(3, {"loss": 30.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_alarm_needs_patience(tmp_path, caplog):
+    monitor = Monitor(LoggerConfig(alarms={"psnr": Alarm(min=20.0, patience=2)}), tmp_path, "run", {})
+    for step, value in enumerate([30.0, 10.0, 30.0, 10.0, float("nan")]):
+        monitor.log(step, {"psnr": value})
+    assert caplog.text.count("alarm: psnr") == 1
+
+
+def test_window_means_over_processes():
+    first, second = MetricWindow(), MetricWindow()
+    first.add({"loss": torch.tensor(1.0)})
+    first.add({"loss": 3.0, "only_here": 5.0})
+    second.add({"loss": 8.0})
+    assert MetricWindow.merge([first.state_dict(), second.state_dict()]) == {"loss": 4.0, "only_here": 5.0}
+
+
+def test_wandb_runs_offline_inside_the_output_folder(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monitor = Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {"a": 1})
+    monitor.start(0)
+    monitor.log(1, {"loss": 2.0})
+    monitor.close()
+    assert list((tmp_path / "wandb").glob("offline-run-*")) and (tmp_path / "wandb_id").read_text()

@@ -1,0 +1,196 @@
+"""Several processes on the CPU (gloo): the run of one process, in ddp and fsdp mode, and across modes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from data.app import compose_config
+from models.assemble import build_dit
+from models.condition import Condition
+from models.wan.cache import CacheSpec, KVCache
+from models.wan.checkpoint import load_dit
+from train.accelerator import Parallel, entry_points
+from train.build import build_trainer, read_settings
+
+
+def train(folder, shards, *overrides):
+    """The run that all of these tests compare, in this process."""
+    cfg = compose_config("train", [
+        "model=tiny", "precision=fp32", "device=cpu", "optim=scratch", "global_batch=4",
+        "optim.warmup_updates=0", "optim.ema_decay=0.9", "optim.decay_updates=4", "micro_batch=1",
+        "log_every=1", "logger.progress=false", "stage.tracks_min=2", "stage.tracks_max=8",
+        f"shards={shards}", f"output_dir={folder}", *overrides,
+    ])  # fmt: skip
+    trainer = build_trainer(read_settings(cfg))
+    assert trainer.fit() == 0
+    trainer.close()
+
+
+def _one_of_many(rank, environment, function, args):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # inherited from the tests before
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    function(*args)
+
+
+def launch(folder, shards, mode, *overrides):
+    run_forked(train, mode, (folder, shards, *overrides))
+
+
+def run_forked(function, mode, args, world=2):
+    """A function on `world` processes, with the environment that torchrun or accelerate would give them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world),
+        "ACCELERATE_USE_FSDP": str(mode == "fsdp").lower(),
+    }
+    context = multiprocessing.get_context("fork")  # no second import of torch
+    processes = [
+        context.Process(target=_one_of_many, args=(rank, environment, function, args))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0, f"{mode}: exit code {process.exitcode}"
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [(line["teacher/loss"], line["teacher/grad_norm"]) for line in lines if "teacher/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    train(folder, tiny_shards, "steps=4")
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_processes_do_the_run_of_one(alone, tiny_shards, tmp_path, mode):
+    launch(
+        tmp_path,
+        tiny_shards,
+        mode,
+        "steps=4",
+        "checkpoint_every=2",
+        "validate_every=2",
+        f"validation_shards={tiny_shards}",
+    )
+    np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=2e-4)
+    first, second = load_dit(alone / "export/teacher"), load_dit(tmp_path / "export/teacher")  # EMA weights
+    for (name, a), b in zip(first.named_parameters(), second.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_sharded_checkpoint_resumes_on_one_process(alone, tiny_shards, tmp_path):
+    """EMA, moments and weights come back whole: nothing of one shard stands for another's."""
+    launch(tmp_path, tiny_shards, "fsdp", "steps=2")
+    saved = torch.load(tmp_path / "checkpoints/step_00000002/ema.pt", weights_only=True)["teacher"]
+    assert {name: value.shape for name, value in saved.items()} == {
+        name: value.shape for name, value in load_dit(tmp_path / "export/teacher").named_parameters()
+    }
+    train(tmp_path, tiny_shards, "steps=4")
+    np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=2e-4)
+
+
+def test_every_entry_point_works_on_shards(tiny_model, tmp_path):
+    run_forked(_compare_entry_points, "fsdp", (tiny_model,))
+
+
+def _compare_entry_points(model_cfg):
+    parallel = Parallel(device="cpu", precision="fp32")
+    plain, sharded = build_dit(model_cfg, seed=3), build_dit(model_cfg, seed=3)
+    for dit in (plain, sharded):
+        rng = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in dit.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=rng)
+    parallel.prepare({"student": sharded})
+    assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
+    for first, second in zip(_outputs(plain, model_cfg), _outputs(sharded, model_cfg), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
+    parallel.backward(sharded, sharded.predict_x0(*_inputs(model_cfg)).square().mean(), last=True)
+    plain.predict_x0(*_inputs(model_cfg)).square().mean().backward()
+    for (name, first), second in zip(plain.named_parameters(), sharded.parameters()):
+        torch.testing.assert_close(first.grad, second.grad.full_tensor(), rtol=1e-3, atol=1e-6, msg=name)
+    with parallel.whole_modules({"student": sharded}) as whole:
+        for first, second in zip(
+            plain.parameters(), whole["student"].parameters() if parallel.is_main else []
+        ):
+            assert torch.equal(first, second)
+    parallel.close()
+
+
+def _inputs(model_cfg):
+    dit, (channels, _, height, width) = model_cfg.dit, model_cfg.latent_shape
+    rng = torch.Generator().manual_seed(5)
+    condition = Condition(
+        torch.randn(1, dit.text_len, dit.text_dim, generator=rng), torch.zeros(1, dit.text_len, dit.text_dim),
+        torch.randn(1, dit.track_id_dim, 9, height, width, generator=rng),
+        torch.randn(1, channels, 1, height, width, generator=rng),
+    )  # fmt: skip
+    return torch.randn(1, channels, 3, height, width, generator=rng), 0.7, condition
+
+
+def _outputs(dit, model_cfg):
+    latents, sigma, condition = _inputs(model_cfg)
+    with_graph = [dit(latents, torch.tensor([700.0]), condition), dit.predict_x0(latents, sigma, condition)]
+    with torch.no_grad():
+        prepared = dit.prepare(condition, dit.prepare_text(condition.prompt_embeds))
+        cache = KVCache.empty(CacheSpec(3, 1, 1, "slot"), len(dit.blocks))
+        layers = dit.cache_pass(latents, prepared, cache.context(dit.token_grid(*latents.shape[-2:])))
+        return [
+            *with_graph,
+            dit(latents, dit.modulation(700.0), prepared),
+            dit.predict_x0(latents, sigma, prepared),
+            torch.stack([layer.key for layer in layers]),
+        ]
+
+
+def test_deepspeed_takes_one_module(monkeypatch):
+    parallel = Parallel(device="cpu", precision="fp32")
+    parallel.mode = "deepspeed"
+    with pytest.raises(
+        ValueError, match=r"deepspeed trains one module and this stage has 2 .student, critic.; use conf"
+    ):
+        parallel.prepare({"student": nn.Linear(1, 1), "critic": nn.Linear(1, 1)})
+
+
+def test_entry_points_are_read_from_the_class():
+    from models.wan.dit import WanDiT
+
+    class Finer(WanDiT):
+        pass
+
+    assert "predict_x0" in entry_points(Finer.__new__(Finer)) and entry_points(nn.Linear(1, 1)) == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "fp16"}, "precision=fp16 must be one of bf16, fp32"),
+        ({"device": "tpu"}, "device=tpu must be auto, cpu or cuda"),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Parallel(**settings)

@@ -1,0 +1,249 @@
+"""The loop: accumulation, schedules, EMA, resume bit for bit, preemption, non-finite gradients."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from toy_stage import Toy
+
+from models.diffusion.noise import KeyedNoise
+from train.accelerator import Parallel
+from train.monitor import LoggerConfig, Monitor
+from train.optim import ModuleOptim, OptimConfig
+from train.trainer import EXIT_REQUEUE, MAX_NONFINITE, TrainConfig, Trainer, accumulation_of
+
+
+def trainer_of(folder, steps=8, stage=None, optim=None, **settings):
+    cfg = TrainConfig(
+        **{
+            "output_dir": str(folder),
+            "steps": steps,
+            "global_batch": 4,
+            "micro_batch": 2,
+            "precision": "fp32",
+            "device": "cpu",
+            "log_every": 1,
+            "checkpoint_every": 3,
+        }
+        | settings
+    )
+    optim = optim or OptimConfig(
+        lr=0.05,
+        warmup_updates=3,
+        ema_decay=0.9,
+        schedule="cosine",
+        modules={"critic": ModuleOptim(ema_decay=0.0)},
+    )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    monitor = Monitor(LoggerConfig(progress=False), Path(folder), "toy", {})
+    stage = stage or Toy(KeyedNoise(cfg.seed))
+    return Trainer(
+        cfg, optim, stage, Parallel(device="cpu", precision="fp32"), None, monitor, {"seed": cfg.seed}
+    )
+
+
+def weights(trainer):
+    return {f"{n}.{k}": v.clone() for n, m in trainer.modules.items() for k, v in m.state_dict().items()}
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("unix", "time/", "seconds", "samples"))}
+        for line in lines
+    ]
+
+
+def test_updates_and_accumulation(tmp_path):
+    trainer = trainer_of(tmp_path, steps=4)
+    assert trainer.fit() == 0
+    once = [
+        (s, u, m)
+        for s, names in enumerate([["student", "critic"], ["critic"], ["critic"], ["student", "critic"]])
+        for u in names
+        for m in range(2)
+    ]
+    assert trainer.stage.trace == once
+    assert trainer.counters.updates == {"student": 2, "critic": 4}
+
+
+def test_lazy_losses_and_accumulation_give_the_gradient_of_the_sum(tmp_path):
+    lazy = trainer_of(tmp_path / "lazy", steps=5)
+    whole = trainer_of(tmp_path / "whole", steps=5, stage=Toy(KeyedNoise(0), lazy=False))
+    one_pass = trainer_of(tmp_path / "one", steps=5, stage=_Doubled(KeyedNoise(0)), micro_batch=4)
+    for trainer in (lazy, whole, one_pass):
+        trainer.fit()
+    for other in (whole, one_pass):
+        for name, value in weights(lazy).items():
+            torch.testing.assert_close(weights(other)[name], value, rtol=1e-5, atol=1e-6)
+
+
+class _Doubled(Toy):
+    """Both micro-batches of Toy in one pass."""
+
+    def train_step(self, batch, context):
+        from dataclasses import replace
+
+        parts = [super(_Doubled, self).train_step(batch, replace(context, micro=m)) for m in range(2)]
+        from train.stage import StepOutput
+
+        return StepOutput(sum(sum(part.losses) for part in parts) / 2)
+
+
+def test_resume_is_bit_for_bit(tmp_path):
+    whole = trainer_of(tmp_path / "whole", steps=11)
+    whole.fit()
+    first = trainer_of(tmp_path / "cut", steps=11)
+    _kill_after(first, 8)  # the checkpoint of step 6 is the last; 7 and 8 are lost
+    second = trainer_of(tmp_path / "cut", steps=11)
+    second.fit()
+    assert second.stage.trace[0][0] == 6
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(second)[name], value), name
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for name, ema in whole.emas.items():
+        assert all(torch.equal(ema.values[k], second.emas[name].values[k]) for k in ema.values)
+    for a, b in zip(whole.stage.exports[-1].values(), second.stage.exports[-1].values()):
+        assert torch.equal(a, b)
+
+
+def _kill_after(trainer, steps):
+    train_one_step = trainer.train_one_step
+
+    def stop_there(batches):
+        if trainer.counters.step == steps:
+            raise KeyboardInterrupt
+        train_one_step(batches)
+
+    trainer.train_one_step = stop_there
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
+def test_resume_in_the_middle_of_a_log_window(tmp_path):
+    for folder, stop in (("whole", None), ("cut", 4)):
+        trainer = trainer_of(tmp_path / folder, steps=8, log_every=4, checkpoint_every=2)
+        if stop:
+            _kill_after(trainer, 3)
+            trainer = trainer_of(tmp_path / folder, steps=8, log_every=4, checkpoint_every=2)
+        trainer.fit()
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_damaged_newest_checkpoint_falls_back(tmp_path, caplog):
+    trainer_of(tmp_path / "whole", steps=8).fit()
+    _kill_after(trainer_of(tmp_path / "cut", steps=8), 7)
+    newest = tmp_path / "cut/checkpoints/step_00000006"
+    content = bytearray((newest / "optimizers.pt").read_bytes())
+    content[-200] ^= 1
+    (newest / "optimizers.pt").write_bytes(content)
+    resumed = trainer_of(tmp_path / "cut", steps=8)
+    resumed.fit()
+    assert resumed.stage.trace[0][0] == 3
+    assert "step_00000006 is damaged (optimizers.pt has another checksum" in caplog.text
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_refuses_another_run_and_a_used_folder(tmp_path):
+    trainer_of(tmp_path, steps=2).fit()
+    with pytest.raises(ValueError, match=r"another run .seed: 0 there, 7 here"):
+        trainer_of(tmp_path, steps=4, seed=7).fit()
+    with pytest.raises(ValueError, match=r"resume=never, but .*step_00000002 exists"):
+        trainer_of(tmp_path, steps=4, resume="never").fit()
+
+
+def test_preemption_saves_at_the_step_boundary(tmp_path):
+    trainer_of(tmp_path / "whole", steps=8).fit()
+    trainer = trainer_of(tmp_path / "cut", steps=8, checkpoint_every=100)
+    train_step, handler = trainer.stage.train_step, signal.getsignal(signal.SIGUSR1)
+
+    def with_signal(batch, context):
+        if context.step == 4 and context.update == "critic":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return train_step(batch, context)
+
+    trainer.stage.train_step = with_signal
+    assert trainer.fit() == EXIT_REQUEUE == 75
+    assert (tmp_path / "cut/checkpoints/last_good").read_text() == "step_00000005\n"
+    assert signal.getsignal(signal.SIGUSR1) == handler
+    assert trainer_of(tmp_path / "cut", steps=8, checkpoint_every=100).fit() == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_nonfinite_gradient_is_skipped_then_given_up(tmp_path, caplog):
+    trainer = trainer_of(tmp_path / "a", steps=3, stage=Toy(KeyedNoise(0), explode_at=1))
+    trainer.fit()
+    assert trainer.counters.updates["critic"] == 2
+    assert "gradient norm of critic is nan; update skipped" in caplog.text
+    assert all(torch.isfinite(v).all() for v in weights(trainer).values())
+
+    endless = Toy(KeyedNoise(0))
+    endless.train_step, step = (lambda batch, context: _nan(step(batch, context))), endless.train_step
+    with pytest.raises(RuntimeError, match=f"{MAX_NONFINITE} updates in a row .* lower optim.lr"):
+        trainer_of(tmp_path / "b", steps=100, stage=endless).fit()
+
+
+def _nan(output):
+    output.losses = sum(output.losses) * float("nan")
+    return output
+
+
+def test_announced_number_of_losses_is_checked(tmp_path):
+    class Wrong(Toy):
+        def train_step(self, batch, context):
+            output = super().train_step(batch, context)
+            output.num_losses = 3
+            return output
+
+    with pytest.raises(RuntimeError, match=r"num_losses=3 and gave 2"):
+        trainer_of(tmp_path, stage=Wrong(KeyedNoise(0))).fit()
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "message"),
+    [
+        (
+            48,
+            5,
+            1,
+            "micro_batch=5 must divide global_batch=48 / 1 processes = 48; valid: 1, 2, 3, 4, 6, 8, 12, 16,",
+        ),
+        (
+            64,
+            8,
+            6,
+            "must be a multiple of micro_batch=8 x 6 processes = 48; valid: global_batch=48 or 96, or",
+        ),
+        (2, 4, 1, "micro_batch=4 must divide global_batch=2 / 1 processes = 2; valid: 1, 2"),
+    ],
+)
+def test_impossible_batches_name_what_works(batch, micro, world, message):
+    with pytest.raises(ValueError) as info:
+        accumulation_of(batch, micro, world)
+    assert message in str(info.value)
+
+
+def test_accumulation():
+    assert accumulation_of(128, 4, 8) == 4
+    assert accumulation_of(8, 8, 1) == 1
+
+
+def test_keeps_the_last_and_the_milestones(tmp_path):
+    trainer_of(tmp_path, steps=10, checkpoint_every=2, keep_last=2, keep_every=4).fit()
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["last_good", "step_00000004", "step_00000008", "step_00000010"]
+
+
+def test_alarm_stops_the_run(tmp_path):
+    from train.monitor import Alarm, AlarmError
+
+    trainer = trainer_of(tmp_path)
+    trainer.monitor.cfg.alarms["critic/loss"] = Alarm(max=1e-9, patience=2, stop=True)
+    with pytest.raises(AlarmError, match=r"critic/loss=.* is beyond min=None, max=1e-09 .2 records"):
+        trainer.fit()
+    assert losses(tmp_path)[-1]["alarm/critic/loss"] == 1.0 and len(losses(tmp_path)) == 2

@@ -1,0 +1,120 @@
+"""stage=vae: it learns, its export is a WanVae folder with measured normalisation, its crops are valid."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.app import compose_config
+from data.batch import Batch, collate
+from data.shards import ShardDataset
+from models.diffusion.noise import KeyedNoise
+from models.vae.wan_vae import WanVae
+from train.build import build_trainer, read_settings
+from train.stage import SetupContext, StepContext
+from train.vae import VaeStage, VaeStageConfig, edge_difference, psnr_db
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden/vae.json"
+
+
+def run(shards, folder, *overrides):
+    cfg = compose_config("train", [
+        "model=tiny", "model.clip.height=32", "model.clip.width=32", "stage=vae", "stage.num_frames=5",
+        "optim=scratch", "precision=fp32", "device=cpu", "global_batch=2", "micro_batch=2", "log_every=1",
+        "logger.progress=false", "stage.normalisation_clips=4", f"shards={shards}",
+        f"output_dir={folder}", *overrides,
+    ])  # fmt: skip
+    trainer = build_trainer(read_settings(cfg))
+    assert trainer.fit() == 0
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_golden_losses(tiny_model, tmp_path):
+    """Five steps on pixels that come from no renderer and no codec."""
+    stage = VaeStage(VaeStageConfig(num_frames=5, channels_last=False))
+    stage.setup(SetupContext(tiny_model, torch.device("cpu"), torch.float32, tmp_path, KeyedNoise(0)))
+    optimizer = torch.optim.AdamW(stage.vae.parameters(), lr=1e-3)
+    rng, losses = np.random.default_rng(0), []
+    coarse = rng.integers(0, 256, (2, 3, 33, 4, 4), dtype=np.uint8)
+    pixels = torch.from_numpy(coarse.repeat(4, axis=-1).repeat(4, axis=-2))
+    for step in range(5):
+        batch = Batch([0, 1], ["a", "b"], ["", ""], pixels=pixels)
+        loss = stage.train_step(batch, StepContext(step, "vae", 0, 0, 1, 0)).losses
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(json.dumps({"losses": losses}, indent=1) + "\n")
+    np.testing.assert_allclose(losses, json.loads(GOLDEN.read_text())["losses"], atol=1e-5)
+
+
+def test_learns_and_exports_a_normalised_vae(pixel_shards, tmp_path):
+    records = run(
+        pixel_shards,
+        tmp_path,
+        "steps=25",
+        "optim=muon",
+        "optim.warmup_updates=0",
+        "optim.ema_decay=0.5",
+        "model.vae.base_dim=8",
+        f"validation_shards={pixel_shards}",
+        "validation_clips=2",
+    )
+    assert (
+        np.mean([r["vae/psnr_db"] for r in records[20:25]])
+        > np.mean([r["vae/psnr_db"] for r in records[:5]]) + 1
+    )
+    assert records[-1]["validation/psnr_db"] > 0
+    assert len(list((tmp_path / "validation/step_00000025").glob("*.mp4"))) == 2
+
+    vae = WanVae.from_folder(tmp_path / "export/vae")
+    dataset = ShardDataset(pixel_shards, ["pixels"])
+    pixels = collate([dataset[n] for n in (0, 2, 5, 7)]).model_pixels()  # the four evenly spaced ones
+    latents = vae.encode(pixels)
+    torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(4), atol=1e-2, rtol=0)
+    assert vae.decode(latents).shape == pixels.shape
+
+
+def test_crops_are_of_the_stated_length_and_keyed_by_sample():
+    stage = VaeStage(VaeStageConfig(num_frames=5))
+    stage.noise = KeyedNoise(0)
+    pixels = torch.arange(33.0).view(1, 1, 33, 1, 1).expand(2, 3, 33, 1, 1)
+    both = stage.crop(pixels, [4, 9], step=3)
+    assert both.shape == (2, 3, 5, 1, 1)
+    assert torch.equal(both[:, 0, :, 0, 0].diff(), torch.ones(2, 4))
+    assert torch.equal(stage.crop(pixels[:1], [9], step=3)[0], both[1])
+    starts = {float(stage.crop(pixels[:1], [1], step)[0, 0, 0]) for step in range(300)}
+    assert starts == set(map(float, range(29)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_frames": 6}, "num_frames=6 must be 1 . 4k; nearest valid: 5"),
+        ({"kl_weight": -1.0}, "stage.kl_weight=-1.0 must be >= 0"),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        VaeStageConfig(**settings)
+
+
+def test_crop_longer_than_the_clip_is_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"stage.num_frames=37 must be at most model.clip.num_frames=33"):
+        VaeStage(VaeStageConfig(num_frames=37)).check(replace(tiny_model))
+
+
+def test_terms():
+    flat, step = torch.zeros(1, 3, 1, 4, 4), torch.zeros(1, 3, 1, 4, 4)
+    step[..., 2:] = 1.0
+    assert float(edge_difference(step, flat)) == pytest.approx(1 / 3)
+    assert float(edge_difference(step + 5, step)) == pytest.approx(0.0)
+    assert float(psnr_db(flat + 0.2, flat)) == pytest.approx(20.0, abs=1e-4)

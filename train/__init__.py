@@ -1,0 +1,1 @@
+"""Training stages and the one loop that runs them all."""

@@ -1,0 +1,297 @@
+"""Processes, devices and sharding behind one small interface, on top of Hugging Face accelerate.
+
+`accelerate launch --config_file conf/launch/<mode>.yaml -m train …` (or torchrun) decides the mode:
+
+    single      one process
+    ddp         whole copies; gradients are averaged once per update, after the last backward pass
+    fsdp        FSDP2 (`fully_shard`) per transformer block; fp32 shards, bf16 by autocast
+    deepspeed   ZeRO-2 through accelerate, for stages with one trainable module
+
+There is no DistributedDataParallel module: stages call methods other than forward (predict_x0, cache_pass),
+make several passes per update and update one of several modules, which its hooks do not allow.
+
+Left out: tensor and sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from train.state import fill_state, full_state
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BUCKET_NUMEL = 64 * 2**20  # gradients exchanged per collective call
+
+
+class Parallel:
+    """This process among the others."""
+
+    def __init__(self, *, device: str = "auto", precision: str = "bf16") -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision} must be one of {', '.join(PRECISIONS)}")
+        self.dtype = PRECISIONS[precision]
+        self.mode = _launch_mode()
+        self.accelerator = _build_accelerator(device, self.mode)
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.is_main: bool = self.accelerator.is_main_process
+        if self.mode == "ddp" and self.world == 1:
+            self.mode = "single"
+        self._shells: dict[str, nn.Module] = {}
+
+    # ------------------------------------------------------------------------------------------ modules
+    def prepare(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """Move to the device and shard, where the mode shards. DeepSpeed does so in `prepare_optimizer`."""
+        if self.mode == "deepspeed" and len(modules) > 1:
+            raise ValueError(
+                f"launch mode deepspeed trains one module and this stage has {len(modules)} "
+                f"({', '.join(modules)}); "
+                "use conf/launch/fsdp.yaml or conf/launch/ddp.yaml"
+            )
+        for name, module in modules.items():
+            module.to(self.device)
+            if self.mode == "fsdp":
+                self._shells[name] = _shell_of(module)
+                shard(module, self.device)
+            elif self.world > 1:
+                for tensor in [*module.parameters(), *module.buffers()]:
+                    dist.broadcast(tensor.detach(), src=0)
+        return dict(modules)
+
+    def prepare_optimizer(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Any:
+        """The optimizer to step with; under DeepSpeed it also builds the engine around the module, which
+        clips.
+        """
+        if self.mode == "deepspeed":
+            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            settings["train_micro_batch_size_per_gpu"] = 1  # only DeepSpeed's own loader would read it
+            settings["gradient_clipping"] = max_norm
+            self._engine, optimizer = self.accelerator.prepare(module, optimizer)
+        return optimizer
+
+    @contextlib.contextmanager
+    def whole_modules(self, modules: Mapping[str, nn.Module]):
+        """Unsharded modules of the same values for export, on the main process; {} on the others."""
+        if self.mode != "fsdp":
+            yield dict(modules) if self.is_main else {}
+            return
+        whole = {}
+        for name, module in modules.items():
+            state = full_state(module.state_dict())
+            if self.is_main:
+                whole[name] = copy.deepcopy(self._shells[name])
+                whole[name].load_state_dict(state, assign=True)
+        yield whole
+
+    def load_modules(
+        self, modules: Mapping[str, nn.Module], states: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        for name, module in modules.items():
+            fill_state(module.state_dict(), states[name], name)
+
+    # ------------------------------------------------------------------------------------------ one update
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def backward(self, module: nn.Module, loss: Tensor, last: bool) -> None:
+        """One backward pass; `last` of the update: gradients are exchanged (under DeepSpeed, the step is
+        made).
+        """
+        if self.mode == "deepspeed":
+            self.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=last)
+            return
+        if self.mode == "fsdp":
+            module.set_requires_gradient_sync(last)
+        loss.backward()
+
+    def finish_gradients(self, module: nn.Module) -> None:
+        """Average the gradients over the processes (ddp; the other modes did it in `backward`)."""
+        if self.mode == "ddp":
+            average_gradients([p for p in module.parameters() if p.requires_grad], self.world)
+
+    def clip(self, module: nn.Module, max_norm: float) -> float:
+        """Clip the gradient norm of the module and return what it was; max_norm 0 only measures."""
+        if self.mode == "deepspeed":
+            return float(self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm() or 0.0)
+        parameters = [p for p in module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(
+            parameters, max_norm or float("inf"), foreach=self.mode != "fsdp"
+        )
+        return float(norm.full_tensor() if self.mode == "fsdp" else norm)
+
+    # ------------------------------------------------------------------------------------------ agreement
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process. A collective."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """One plain object per process, in rank order. A collective."""
+        if self.world == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, everywhere."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read afterwards is true."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # ------------------------------------------------------------------------- DeepSpeed's own state
+    def save_engine(self, folder: Path) -> None:
+        """DeepSpeed's sharded optimizer state, written by all processes. Other modes have none."""
+        if self.mode == "deepspeed":
+            self._engine.save_checkpoint(str(folder), tag="engine")
+
+    def load_engine(self, folder: Path) -> None:
+        if self.mode == "deepspeed":
+            path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
+            if path is None:
+                raise ValueError(
+                    f"{folder} holds no DeepSpeed state; resume in the launch mode that wrote it"
+                )
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def shard(module: nn.Module, device: torch.device) -> None:
+    """FSDP2 in place: each child of `module.blocks` on its own, then the rest.
+
+    Weights are given back after every forward pass, the root's too: outside of one, `parameters()` are
+    shards, which optimizer, EMA and checkpoints rely on.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = list(dict(module.named_children()).get("blocks", nn.ModuleList()).children())
+    for part in [*blocks, module]:
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        _gather_around_entry_points(part)
+
+
+def entry_points(module: nn.Module) -> tuple[str, ...]:
+    """Methods besides forward that read parameters, as the class lists them: FSDP must gather weights for
+    these too.
+    """
+    return next(
+        (vars(cls)["ENTRY_POINTS"] for cls in type(module).__mro__ if "ENTRY_POINTS" in vars(cls)), ()
+    )
+
+
+def _gather_around_entry_points(module: nn.Module) -> None:
+    """Gather weights around the outermost call only: an inner one would give them back too early."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    depth = [0]
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            depth[0] += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+
+        return call
+
+    def outermost(plain: Callable[..., Any], gathering: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (plain if depth[0] else counted(gathering))(*args, **kwargs)
+
+    methods = {name: getattr(module, name) for name in entry_points(module)}
+    for name, plain in methods.items():
+        register_fsdp_forward_method(module, name)
+        setattr(module, name, outermost(plain, getattr(module, name)))
+    module.forward = counted(module.forward)  # type: ignore[method-assign]
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], world: int) -> None:
+    """All-reduce in buckets. A parameter without a gradient on this process counts as zero."""
+    bucket: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        if sum(grad.numel() for grad in bucket) >= BUCKET_NUMEL:
+            _reduce(bucket, world)
+            bucket = []
+    _reduce(bucket, world)
+
+
+def _reduce(bucket: list[Tensor], world: int) -> None:
+    if not bucket:
+        return
+    flat = torch.cat([grad.flatten() for grad in bucket])
+    dist.all_reduce(flat)
+    flat /= world
+    for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+        grad.copy_(part.view_as(grad))
+
+
+def _shell_of(module: nn.Module) -> nn.Module:
+    """A copy without storage, to be filled for export; buffers that no state dict holds keep their values."""
+    held = set(module.state_dict())
+    named = [*module.named_parameters(), *module.named_buffers()]
+    memo: dict[int, Any] = {}
+    for name, tensor in named:
+        if name in held:
+            empty = torch.empty_like(tensor, device="meta")
+            memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, memo)
+
+
+def _launch_mode() -> str:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return "deepspeed"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return "fsdp"
+    return "ddp"
+
+
+def _build_accelerator(device: str, mode: str) -> Accelerator:
+    from accelerate import Accelerator
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={device} must be auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU; use device=auto, or check the driver")
+    if mode == "fsdp":
+        # accelerate only launches here: `shard` shards, several modules with one optimizer each
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
+    # accelerate sets DeepSpeed aside where it is told to use the CPU
+    cpu = mode != "deepspeed" and (device == "cpu" or not torch.cuda.is_available())
+    return Accelerator(cpu=cpu, mixed_precision="no", step_scheduler_with_optimizer=False)

@@ -1,0 +1,215 @@
+"""From a composed configuration to a `Trainer`: every check first, then data, modules, optimizers.
+
+Left out: the loop (`trainer.py`). Stages are named by `stage._target_`, so nothing here imports them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from data.app import build_config, build_target
+from data.batch import Batch, collate
+from data.encode import fingerprints
+from data.loader import Loader, LoaderConfig, build_loader
+from data.shards import ShardDataset, ShardIndex
+from models.assemble import ModelConfig, validate
+from models.diffusion.noise import KeyedNoise
+from train.accelerator import Parallel
+from train.monitor import LoggerConfig, Monitor
+from train.optim import OptimConfig
+from train.stage import ChecksConfig, DescribesItself, ReadsFields, SetupContext, Stage
+from train.trainer import TrainConfig, Trainer, accumulation_of
+
+log = logging.getLogger(__name__)
+
+FINGERPRINTED = {
+    "latents": "vae",
+    "prompt_embeds": "text",
+    "clip_embeds": "clip",
+}  # field: encoder that made it
+
+
+@dataclass
+class Settings:
+    """The composed configuration as dataclasses, checked."""
+
+    train: TrainConfig
+    model: ModelConfig
+    loader: LoaderConfig
+    optim: OptimConfig
+    logger: LoggerConfig
+    stage: Stage
+    stage_target: str
+    plain: dict[str, Any]  # the whole configuration, resolved, for the log
+    fingerprints: dict[str, str]  # of the encoders, by shard field
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that resumes it."""
+        model = {f"model.dit.{key}": value for key, value in self.model.dit.to_dict().items()}
+        for runtime in ("attention_backend", "activation_checkpointing"):
+            model.pop(f"model.dit.{runtime}")
+        return {"stage": self.stage_target, "seed": self.train.seed, **model}
+
+
+def read_settings(cfg: DictConfig) -> Settings:
+    """Dataclasses of a composed conf/train.yaml, checked without building anything. Raises ValueError."""
+    train = build_config(cfg, TrainConfig)
+    model = build_config(cfg.model)
+    stage = build_target(cfg.stage)
+    validate(model)
+    if isinstance(stage, ChecksConfig):
+        stage.check(model)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings = Settings(
+        train, model, build_config(cfg.data), build_config(cfg.optim), build_config(cfg.logger), stage,
+        cfg.stage["_target_"], plain, {},
+    )  # fmt: skip
+    if stage.needs_data:
+        index = ShardIndex.load(_shards_of(settings))
+        fields = check_shards(settings, index)
+        settings.fingerprints = fingerprints_of(model, fields)
+    return settings
+
+
+def _shards_of(settings: Settings) -> Path:
+    if not settings.loader.path:
+        raise ValueError("shards is empty; set it to the folder of shards that `python -m data` wrote")
+    return Path(settings.loader.path)
+
+
+def check_shards(settings: Settings, index: ShardIndex) -> list[str]:
+    """The fields that the stage reads. Refuses shards of another clip size, or without one of them."""
+    fields = fields_of(settings, index)
+    index.require(fields, settings.model.clip, {})
+    return fields
+
+
+def fingerprints_of(model: ModelConfig, fields: Sequence[str]) -> dict[str, str]:
+    """Of the encoders whose output is read, as far as their weights are on this machine."""
+    paths = {"vae": model.vae.path, "text": model.text.path, "clip": model.clip_encoder}
+    made_by = {"latents": "vae", "prompt_embeds": "text", "clip_embeds": "clip"}
+    wanted = {made_by[field] for field in fields if field in made_by}
+    absent = {name for name, path in paths.items() if path is not None and not Path(path).exists()}
+    for name in sorted(wanted & absent):
+        log.warning("%s is not here; whether the shards were made with it is not checked", paths[name])
+    here = replace(
+        model,
+        vae=replace(model.vae, path=None if "vae" in absent else model.vae.path),
+        text=replace(model.text, path=None if "text" in absent else model.text.path),
+        clip_encoder=None if "clip" in absent else model.clip_encoder,
+    )
+    unknown = absent | ({"vae"} if model.vae.path is None else set())  # a text code without weights is known
+    return {name: value for name, value in fingerprints(here).items() if name in wanted - unknown}
+
+
+def fields_of(settings: Settings, index: ShardIndex) -> list[str]:
+    """What the stage reads: its own choice where it makes one, else data.fields."""
+    if isinstance(settings.stage, ReadsFields):
+        return settings.stage.data_fields(settings.model, index.fields)
+    return list(settings.loader.fields)
+
+
+def build_trainer(settings: Settings) -> Trainer:
+    """Data, modules, optimizers, as the launch says. The plan is told in the log before the first step."""
+    cfg = settings.train
+    parallel = Parallel(device=cfg.device, precision=cfg.precision)
+    accumulation_of(cfg.global_batch, cfg.micro_batch, parallel.world)
+    output_dir = Path(cfg.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    loader, sample_clips, held_out = _build_data(settings, parallel)
+    settings.stage.setup(SetupContext(
+        settings.model, parallel.device, parallel.dtype, output_dir, KeyedNoise(cfg.seed), held_out,
+        sample_clips,
+    ))  # fmt: skip
+    monitor = None
+    if parallel.is_main:
+        monitor = Monitor(settings.logger, output_dir, f"{settings.model.name}/{cfg.name}", settings.plain)
+    trainer = Trainer(cfg, settings.optim, settings.stage, parallel, loader, monitor, settings.identity)
+    if parallel.is_main:
+        for line in plan(settings, trainer):
+            log.info(line)
+    return trainer
+
+
+def _build_data(
+    settings: Settings, parallel: Parallel
+) -> tuple[Loader | None, Callable[[int], Iterator[Batch]] | None, Batch | None]:
+    if not settings.stage.needs_data:
+        return None, None, None
+    cfg, clip = settings.train, settings.model.clip
+    fields = fields_of(settings, ShardIndex.load(settings.loader.path))
+    loader = build_loader(
+        replace(settings.loader, batch_size=cfg.micro_batch), rank=parallel.rank, world=parallel.world,
+        fields=fields, geometry=clip, fingerprints=settings.fingerprints,
+    )  # fmt: skip
+
+    def sample_clips(count: int) -> Iterator[Batch]:
+        numbers = spread(len(loader.dataset), count)
+        for start in range(0, len(numbers), cfg.micro_batch):
+            yield collate([loader.dataset[n] for n in numbers[start : start + cfg.micro_batch]])
+
+    held_out = None
+    if cfg.validation_shards is not None:
+        held_out_fields = fields_of(settings, ShardIndex.load(cfg.validation_shards))
+        dataset = ShardDataset(
+            cfg.validation_shards, held_out_fields, geometry=clip, fingerprints=settings.fingerprints
+        )
+        held_out = collate([dataset[n] for n in spread(len(dataset), cfg.validation_clips)])
+    return loader, sample_clips, held_out
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` numbers of 0..total-1, evenly spaced."""
+    count = min(count, total)
+    return [number * total // count for number in range(count)]
+
+
+def plan(settings: Settings, trainer: Trainer) -> list[str]:
+    """What is about to happen, one line each: the effective recipe, so that no default is silent."""
+    cfg, parallel = settings.train, trainer.parallel
+    lines = [
+        f"{settings.stage_target} on {settings.model.name}, seed {cfg.seed}, output {cfg.output_dir}",
+        f"launch: {parallel.mode}, {parallel.world} process(es), {parallel.device}, autocast {cfg.precision}",
+        f"batch: {cfg.global_batch} clips per update = {parallel.world} process(es) x {cfg.micro_batch} x "
+        f"{trainer.accumulation} accumulated",
+        f"steps: {cfg.steps}; checkpoint every {cfg.checkpoint_every}; validation "
+        f"{_every(cfg) if cfg.validation_shards else 'off (validation_shards=null)'}",
+    ]
+    if trainer.loader is not None:
+        clips = len(trainer.loader.dataset)
+        lines.append(
+            f"data: {clips} clips in {settings.loader.path}; "
+            f"{cfg.steps * cfg.global_batch / clips:.1f} epochs "
+            "for each module updated in every step"
+        )
+    for name, module in trainer.modules.items():
+        optim = trainer.settings[name]
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in module.parameters())
+        ema = f"EMA {optim.ema_decay:g} from update {optim.ema_start}" if optim.ema_decay else "no EMA"
+        lines.append(
+            f"{name}: {_count(trained)} of {_count(total)} parameters train; {optim.kind} lr {optim.lr:g} "
+            f"{optim.schedule}, {optim.warmup_updates} warm-up, betas {list(optim.betas)}, weight decay "
+            f"{optim.weight_decay:g}, clip {optim.grad_clip:g}, {ema}"
+        )
+    if isinstance(settings.stage, DescribesItself):
+        lines += settings.stage.describe()
+    return lines
+
+
+def _every(cfg: TrainConfig) -> str:
+    return {True: f"every {cfg.validate_every}", False: "at the end"}[cfg.validate_every > 0]
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

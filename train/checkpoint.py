@@ -1,0 +1,179 @@
+"""Checkpoints: whole, atomic, verified.
+
+`<output_dir>/checkpoints/step_00000100/` holds modules.pt, optimizers.pt, ema.pt, stage.pt, trainer.json and
+manifest.json (size and SHA-256 of every file). A folder gets its name by a rename when everything in it is on
+the disk, and only then does `last_good` point at it: a process killed at any moment leaves the previous one
+valid. Loading verifies the sums; a damaged checkpoint is reported and the one before it is used.
+
+Tensors are read with torch.load(weights_only=True). Left out: what a state means (`trainer.py`), gathering of
+shards (`state.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+POINTER = "last_good"
+PARTIAL = ".partial"
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, keep_last: int = 2, keep_every: int = 0) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last={keep_last} must be >= 1")
+        self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
+
+    # ------------------------------------------------------------------------------------------ writing
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Any],
+        trainer: Mapping[str, Any],
+        add_files: Callable[[Path], None] = lambda folder: None,
+    ) -> Path:
+        """Write <name>.pt for each of `tensors`, trainer.json, and what `add_files` puts there. Main process
+        only.
+        """
+        final = self.path(step)
+        partial = final.with_name(final.name + PARTIAL)
+        partial.mkdir(parents=True, exist_ok=True)
+        for name, content in tensors.items():
+            torch.save(content, partial / f"{name}.pt")
+        (partial / "trainer.json").write_text(json.dumps(dict(trainer), indent=1))
+        add_files(partial)
+        (partial / MANIFEST).write_text(json.dumps(_manifest(partial), indent=1))
+        for file in _files(partial):
+            _fsync(file)
+        _fsync(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _fsync(self.folder)
+        self._point_at(final)
+        self._prune()
+        return final
+
+    def _point_at(self, final: Path) -> None:
+        pointer = self.folder / POINTER
+        fresh = pointer.with_name(POINTER + PARTIAL)
+        fresh.write_text(final.name + "\n")
+        _fsync(fresh)
+        os.replace(fresh, pointer)
+        _fsync(self.folder)
+
+    def _prune(self) -> None:
+        for step in self.steps()[: -self.keep_last]:
+            if not (self.keep_every and step % self.keep_every == 0):
+                shutil.rmtree(self.path(step))
+        for leftover in self.folder.glob(f"step_*{PARTIAL}"):
+            shutil.rmtree(leftover)
+
+    # ------------------------------------------------------------------------------------------ reading
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def partial_path(self, step: int) -> Path:
+        """Where processes put files of their own before the main process calls `save`."""
+        return self.path(step).with_name(self.path(step).name + PARTIAL)
+
+    def clear_partial(self, step: int) -> None:
+        """Throw away what a crash while saving this step left."""
+        if self.partial_path(step).exists():
+            shutil.rmtree(self.partial_path(step))
+
+    def steps(self) -> list[int]:
+        """Steps with a finished folder, ascending."""
+        names = [path.name for path in self.folder.glob("step_*") if path.suffix != PARTIAL]
+        return sorted(int(name.removeprefix("step_")) for name in names)
+
+    def last_good(self) -> Path | None:
+        """The newest checkpoint that is whole; None if the run has none.
+
+        The pointer comes first, then older folders. What is damaged is named in the log. Raises ValueError if
+        there are checkpoints and none is whole: starting again silently would throw the run away.
+        """
+        steps = self.steps()
+        candidates = [self.path(step) for step in reversed(steps)]
+        pointer = self.folder / POINTER
+        if pointer.is_file():
+            pointed = self.folder / pointer.read_text().strip()
+            candidates = [pointed, *[path for path in candidates if path < pointed]]
+        for path in candidates:
+            damage = damaged(path)
+            if damage is None:
+                return path
+            log.warning("checkpoint %s is damaged (%s); trying the one before", path, damage)
+        if steps:
+            raise ValueError(
+                f"{self.folder}: none of the checkpoints {steps} is whole; restore one, or set "
+                "resume=never with another output_dir to start again"
+            )
+        return None
+
+
+def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(tensors by file name, trainer.json) of a checkpoint folder, on the CPU."""
+    tensors = {
+        file.stem: torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        for file in sorted(path.glob("*.pt"))
+    }
+    return tensors, json.loads((path / "trainer.json").read_text())
+
+
+def damaged(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"no readable {MANIFEST}: {error}"
+    for name, stated in manifest.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != stated["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {stated['bytes']}"
+        if _sha256(file) != stated["sha256"]:
+            return f"{name} has another checksum than when written"
+    return None
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in _files(folder)
+        if file.name != MANIFEST
+    }
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while part := stream.read(2**22):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,80 @@
+"""Exponential moving average of a module's weights, counted in updates of that module.
+
+The average holds one tensor per parameter with the parameter's own sharding, and is updated in place on the
+device: no gathering, no copy on the CPU. Saved through `state.full_state`, which gathers shards, it is
+independent of the number of processes that trained it.
+
+The decay rises as (1 + n) / (10 + n) up to its value, n updates after the start, so that a model trained from
+random weights does not carry them along. Left out: averages of buffers (copied as they are in the module).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from train.state import fill_state, local
+
+
+class Ema:
+    """Average of the trainable parameters of `module`: none until update number `start`, then a copy, then
+    decaying.
+    """
+
+    def __init__(self, decay: float, start: int = 0) -> None:
+        self.decay, self.start = decay, start
+        self.updates = 0  # of the module, seen so far
+        self.values: dict[str, Tensor] = {}  # float32, sharded as the parameters
+
+    @property
+    def active(self) -> bool:
+        return bool(self.values)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Call after each optimizer step of the module."""
+        self.updates += 1
+        if self.updates < self.start:
+            return
+        if not self.values:
+            self.values = {name: p.detach().float().clone() for name, p in _trainable(module)}
+            return
+        since = self.updates - max(self.start, 1)
+        decay = min(self.decay, (1 + since) / (10 + since))
+        for name, parameter in _trainable(module):
+            local(self.values[name]).lerp_(local(parameter.detach()).float(), 1 - decay)
+
+    @contextmanager
+    def swapped(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The module with averaged weights inside the block (unchanged while the average is not active)."""
+        if not self.active:
+            yield module
+            return
+        raw = {name: parameter.detach().clone() for name, parameter in _trainable(module)}
+        self._write(module, self.values)
+        try:
+            yield module
+        finally:
+            self._write(module, raw)
+
+    def load(self, module: nn.Module, whole: Mapping[str, Tensor], updates: int) -> None:
+        """Take over a saved average (whole tensors by parameter name; none where it had not started)."""
+        self.updates = updates
+        self.values = {}
+        if whole:
+            self.values = {
+                name: torch.empty_like(p.detach(), dtype=torch.float32) for name, p in _trainable(module)
+            }
+            fill_state(self.values, whole, "EMA")
+
+    @torch.no_grad()
+    def _write(self, module: nn.Module, values: dict[str, Tensor]) -> None:
+        for name, parameter in _trainable(module):
+            local(parameter).copy_(local(values[name]))
+
+
+def _trainable(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)

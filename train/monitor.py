@@ -1,0 +1,193 @@
+"""What a run says: metrics.jsonl, W&B, the progress line, alarms.
+
+metrics.jsonl and W&B get the same records. W&B runs offline unless WANDB_API_KEY is set (`wandb sync` uploads
+later); its run id is kept in the output folder, so a resumed run continues the same curve. After a resume the
+records behind the checkpoint are cut off, so that the file reads as one uninterrupted run.
+
+Left out: what is measured (stages, eval/); the health measures of distillation (distill/health.py).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+KINDS = ("jsonl", "wandb")
+
+
+class AlarmError(RuntimeError):
+    """A metric stayed beyond its limit; the message names it, its value and the limit."""
+
+
+@dataclass
+class Alarm:
+    """Limits of one metric. It goes off after `patience` records in a row beyond them."""
+
+    min: float | None = None
+    max: float | None = None
+    patience: int = 1  # records
+    stop: bool = False  # end the run; else a warning and the metric alarm/<name> = 1
+
+    def beyond(self, value: float) -> bool:
+        low = self.min is not None and value < self.min
+        return low or (self.max is not None and value > self.max) or not math.isfinite(value)
+
+
+@dataclass
+class LoggerConfig:
+    kind: str = "jsonl"  # jsonl | wandb (which writes metrics.jsonl too)
+    project: str = "marionette"  # W&B
+    entity: str | None = None  # W&B
+    tags: list[str] = field(default_factory=list)  # W&B
+    progress: bool = True  # a progress line where the terminal can show one
+    alarms: dict[str, Alarm] = field(default_factory=dict)  # by metric name, e.g. teacher/loss
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"logger.kind={self.kind} must be one of {', '.join(KINDS)}")
+
+
+class Monitor:
+    """Writer of one run's records; made on the main process only."""
+
+    def __init__(self, cfg: LoggerConfig, output_dir: Path, run_name: str, config: Any) -> None:
+        self.cfg, self.output_dir = cfg, Path(output_dir)
+        self.path = self.output_dir / "metrics.jsonl"
+        self._beyond: dict[str, int] = {}
+        self._wandb = _start_wandb(cfg, self.output_dir, run_name, config) if cfg.kind == "wandb" else None
+
+    def start(self, step: int) -> None:
+        """The run begins, or goes on, after `step` finished steps."""
+        self._cut_after(step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One record after `step` finished steps. Raises AlarmError where an alarm says stop."""
+        raised = self._alarms(metrics)
+        record = {**metrics, **{f"alarm/{name}": 1.0 for name in raised}}
+        line = {"step": step, "unix_seconds": round(time.time(), 3), **record}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(dict(record), step=step)
+        for name, message in raised.items():
+            if self.cfg.alarms[name].stop:
+                raise AlarmError(message)
+            log.warning(message)
+
+    def log_videos(self, step: int, videos: Mapping[str, np.ndarray], fps: int) -> Path | None:
+        """Write uint8 [T, H, W, 3] videos to validation/step_*/<name>.mp4 and to W&B."""
+        if not videos:
+            return None
+        from data.video import write_video
+
+        folder = self.output_dir / "validation" / f"step_{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, frames in videos.items():
+            write_video(folder / f"{name}.mp4", frames, fps)
+        if self._wandb is not None:
+            import wandb
+
+            sent = {
+                f"validation/{name}": wandb.Video(str(folder / f"{name}.mp4"), format="mp4")
+                for name in videos
+            }
+            self._wandb.log(sent, step=step)
+        return folder
+
+    def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _alarms(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        raised = {}
+        for name, alarm in self.cfg.alarms.items():
+            if name not in metrics:
+                continue
+            self._beyond[name] = self._beyond.get(name, 0) + 1 if alarm.beyond(metrics[name]) else 0
+            if self._beyond[name] >= alarm.patience:
+                limits = f"min={alarm.min}, max={alarm.max}"
+                raised[name] = (
+                    f"alarm: {name}={metrics[name]:.4g} is beyond {limits} ({alarm.patience} records)"
+                )
+        return raised
+
+    def _cut_after(self, step: int) -> None:
+        """Drop records of steps that a resumed run will do again, and a torn last line."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        fresh = self.path.with_suffix(".jsonl.partial")
+        fresh.write_text("".join(line + "\n" for line in kept))
+        os.replace(fresh, self.path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf  # the process was killed while writing this line
+
+
+def _start_wandb(cfg: LoggerConfig, output_dir: Path, run_name: str, config: Any) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            "logger=wandb needs the package wandb: pip install wandb, or use logger=jsonl"
+        ) from error
+    id_file = output_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:8])
+    online = bool(os.environ.get("WANDB_API_KEY"))
+    return wandb.init(
+        project=cfg.project, entity=cfg.entity, tags=list(cfg.tags), name=run_name, config=config,
+        dir=str(output_dir), id=id_file.read_text().strip(),
+        resume="allow", mode="online" if online else "offline",
+    )  # fmt: skip
+
+
+class MetricWindow:
+    """Means of scalars since the last record: over micro-batches, steps and (in `merge`) processes."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float | Tensor, int]] = {}
+
+    def add(self, metrics: Mapping[str, float | Tensor], prefix: str = "") -> None:
+        """Tensors are kept on their device: reading them here would stall it."""
+        for name, value in metrics.items():
+            value = value.detach() if isinstance(value, Tensor) else value
+            total, count = self._sums.get(prefix + name, (0.0, 0))
+            self._sums[prefix + name] = (total + value, count + 1)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {name: [float(total), count] for name, (total, count) in self._sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        self._sums = {name: (total, int(count)) for name, (total, count) in state.items()}
+
+    def clear(self) -> None:
+        self._sums = {}
+
+    @staticmethod
+    def merge(states: list[dict[str, list[float]]]) -> dict[str, float]:
+        """Means over the states of all processes."""
+        sums: dict[str, list[float]] = {}
+        for state in states:
+            for name, (total, count) in state.items():
+                merged = sums.setdefault(name, [0.0, 0])
+                merged[0] += total
+                merged[1] += count
+        return {name: total / count for name, (total, count) in sums.items()}

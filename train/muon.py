@@ -1,0 +1,98 @@
+"""Muon: momentum whose update is orthogonalised, for the weight matrices; AdamW for everything else.
+
+Jordan et al. 2024 (Newton-Schulz quintic); the scale factor max(1, rows/columns)^0.5 is theirs too. A convolution is the
+matrix [out, in * kernel]. On the sprites world it reaches the same loss in about half the steps of AdamW.
+``torch.optim.Muon`` takes 2-D parameters only and would need a second optimizer beside it for the rest; this one holds
+both, so a stage has one optimizer and one learning-rate schedule. Left out: sharded parameters (FSDP, DeepSpeed), whose
+matrices no rank sees whole; use AdamW there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that drives singular values into about [0.7, 1.2]
+NEWTON_SCHULZ_STEPS = 5
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrix, roughly: singular values of ``matrix`` [rows, columns] are driven towards 1."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.bfloat16()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Matrices between hidden features; input and output layers, embeddings, gains and biases are AdamW's."""
+    outer = ("patch_embedding", "conv_in", "conv_out", "head", "embed")
+    return parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) > 1 and not any(
+        part.startswith(outer) for part in name.split(".")
+    ) and "modulation" not in name
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon on hidden matrices and AdamW on the rest of ``module``.
+
+    learning_rate is AdamW's; matrices use learning_rate * matrix_lr_ratio (an orthogonal update has spectral norm 1, so
+    its natural scale, about 0.02, does not depend on the gradient's).
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        learning_rate: float,
+        *,
+        matrix_lr_ratio: float = 10.0,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        eps: float = 1e-8,
+    ):
+        matrices, others = [], []
+        for name, parameter in named_parameters:
+            if parameter.requires_grad:
+                (matrices if is_hidden_matrix(name, parameter) else others).append(parameter)
+        shared = {"weight_decay": weight_decay}
+        groups = [
+            {"params": matrices, "lr": learning_rate * matrix_lr_ratio, "momentum": momentum, "is_matrix": True},
+            {"params": others, "lr": learning_rate, "betas": betas, "eps": eps, "is_matrix": False},
+        ]
+        super().__init__([group for group in groups if group["params"]], shared)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            update = _muon_update if group["is_matrix"] else _adamw_update
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    update(parameter, parameter.grad, self.state[parameter], group)
+
+
+def _muon_update(parameter: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+    momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+    momentum.lerp_(grad, 1 - group["momentum"])
+    direction = orthogonalise(grad.lerp(momentum, group["momentum"]).flatten(1))  # Nesterov
+    rows, columns = direction.shape
+    parameter.add_(direction.view_as(parameter), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+
+def _adamw_update(parameter: Tensor, grad: Tensor, state: dict, group: dict) -> None:
+    beta1, beta2 = group["betas"]
+    if not state:
+        state.update(step=torch.zeros(()), mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
+    state["step"] += 1
+    state["mean"].lerp_(grad, 1 - beta1)
+    state["square"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    step = state["step"].item()
+    scale = (state["square"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    parameter.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - beta1**step))

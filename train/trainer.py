@@ -1,0 +1,460 @@
+"""The one training loop. It knows no stage; a stage knows no accelerate.
+
+Batch sizes are stated once, globally: `global_batch` clips per update whatever the number of processes, made
+of `micro_batch` clips at a time; the accumulation follows, and a combination that has none is refused. The
+same command run again resumes from the last good checkpoint and continues as if it had not been interrupted.
+
+Left out: what is learned (stages), sharding (`accelerator.py`), the files of a checkpoint (`checkpoint.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import Batch
+from data.loader import Loader
+from train import checkpoint
+from train.accelerator import Parallel
+from train.ema import Ema
+from train.monitor import MetricWindow, Monitor
+from train.optim import OptimConfig, build_optimizer, learning_rate
+from train.preemption import PreemptionSignal
+from train.stage import Stage, StepContext, StepOutput
+from train.state import fill_optimizer, full_state, optimizer_state, plain
+
+log = logging.getLogger(__name__)
+
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: preempted with a checkpoint on the disk, run the same command again
+MAX_NONFINITE = 10  # skipped updates in a row before the run is given up
+
+
+@dataclass
+class TrainConfig:
+    """conf/train.yaml."""
+
+    model: Any = None  # models.assemble.ModelConfig
+    stage: Any = None  # the Config of a stage
+    data: Any = None  # data.loader.LoaderConfig
+    optim: Any = None  # train.optim.OptimConfig
+    logger: Any = None  # train.monitor.LoggerConfig
+    shards: str = ""  # folder of shards with index.json, made by `python -m data`
+    validation_shards: str | None = None  # held-out clips; null = no validation
+    name: str = "run"  # of the run, within model.name
+    output_dir: str = "outputs/run"  # everything the run writes
+    seed: int = 0  # of weights, data order and noise
+    steps: int = 1000
+    global_batch: int = 8  # clips per update, over all processes
+    micro_batch: int = 8  # clips per process and backward pass
+    precision: str = "bf16"  # of the autocast: bf16 | fp32; weights are always float32
+    device: str = "auto"  # auto | cpu | cuda
+    log_every: int = 10  # steps
+    validate_every: int = 0  # steps; 0 = at the end only, negative = never
+    validation_clips: int = 4  # held-out clips
+    checkpoint_every: int = 500  # steps; the end always writes one
+    keep_last: int = 2  # checkpoints
+    keep_every: int = 0  # steps: checkpoints at multiples of it are kept for ever; 0 = none
+    resume: str = "auto"  # auto: continue from the last good checkpoint | never: refuse a used output_dir
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "log_every", "checkpoint_every", "keep_last"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name}={vars(self)[name]} must be at least 1")
+        if self.resume not in ("auto", "never"):
+            raise ValueError(f"resume={self.resume} must be auto or never")
+
+
+def accumulation_of(global_batch: int, micro_batch: int, world: int) -> int:
+    """Micro-batches per update and process. Raises ValueError, naming what would work, if there is none."""
+    accumulation, rest = divmod(global_batch, micro_batch * world)
+    if rest == 0 and accumulation:
+        return accumulation
+    if global_batch % world == 0:
+        share = global_batch // world
+        fitting = [n for n in range(1, share + 1) if share % n == 0]
+        raise ValueError(
+            f"micro_batch={micro_batch} must divide global_batch={global_batch} / {world} processes = "
+            f"{share}; valid: {', '.join(map(str, fitting))}"
+        )
+    unit = micro_batch * world
+    nearest = [n for n in (global_batch // unit * unit, (global_batch // unit + 1) * unit) if n]
+    raise ValueError(
+        f"global_batch={global_batch} must be a multiple of micro_batch={micro_batch} x {world} processes = "
+        f"{unit}; valid: global_batch={' or '.join(map(str, nearest))}, or a number of processes that "
+        f"divides {global_batch}"
+    )
+
+
+@dataclass
+class _Counters:
+    step: int = 0  # finished steps
+    updates: dict[str, int] = field(default_factory=dict)  # per module
+    nonfinite: int = 0  # skipped updates in a row
+
+
+class Trainer:
+    """Runs one stage: `Trainer(cfg, …).fit()` returns the exit code of the process."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        optim: OptimConfig,
+        stage: Stage,
+        parallel: Parallel,
+        loader: Loader | None,
+        monitor: Monitor | None = None,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        """`stage` has been set up; `loader` is None where it needs no data; `monitor` only on the main
+        process.
+
+        `identity`: what must not change between a checkpoint and its resume (stage, architecture, seed).
+        """
+        self.cfg, self.optim_cfg, self.stage, self.parallel = cfg, optim, stage, parallel
+        self.loader, self.monitor, self.identity = loader, monitor, identity or {}
+        self.output_dir = Path(cfg.output_dir)
+        self.accumulation = accumulation_of(cfg.global_batch, cfg.micro_batch, parallel.world)
+        self.modules: dict[str, nn.Module] = parallel.prepare(stage.modules())
+        self.stage.use(self.modules)
+        self.settings = {name: optim.of(name) for name in self.modules}
+        self.optimizers = {name: self._optimizer(name) for name in self.modules}
+        self.emas = {n: Ema(s.ema_decay, s.ema_start) for n, s in self.settings.items() if s.ema_decay > 0}
+        self.counters = _Counters(updates=dict.fromkeys(self.modules, 0))
+        self.store = checkpoint.CheckpointStore(
+            self.output_dir / "checkpoints", cfg.keep_last, cfg.keep_every
+        )
+        self.window = MetricWindow()
+        self._seconds = {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
+
+    # ------------------------------------------------------------------------------------------ the loop
+    def fit(self) -> int:
+        """Train up to cfg.steps, then validate, save and export. Returns 0, or EXIT_REQUEUE after a
+        preemption.
+        """
+        self.resume()
+        if self.monitor is not None:
+            self.monitor.start(self.counters.step)
+        batches = self._batches()
+        started = _Clock(self.counters.step)
+        with PreemptionSignal() as signal, self._progress() as bar:
+            while self.counters.step < self.cfg.steps:
+                self.train_one_step(batches)
+                self.counters.step += 1
+                bar.update(1)
+                self._log_if_due(started, bar)
+                done = self.counters.step
+                if (
+                    done < self.cfg.steps
+                    and self.cfg.validate_every > 0
+                    and done % self.cfg.validate_every == 0
+                ):
+                    self.validate()
+                preempted = self.parallel.any(signal.received)
+                if preempted or done % self.cfg.checkpoint_every == 0 or done == self.cfg.steps:
+                    self.save()
+                if preempted and done < self.cfg.steps:
+                    log.warning("preempted: step %d is saved; the same command continues it", done)
+                    return EXIT_REQUEUE
+        if self.cfg.validate_every >= 0:
+            self.validate()
+        self.export()
+        return 0
+
+    def train_one_step(self, batches: Iterator[Batch]) -> None:
+        """One pass over the modules that this step updates."""
+        for name in self.stage.updates(self.counters.step):
+            with _Timer(self._seconds, "forward_backward", self.parallel):
+                for micro in range(self.accumulation):
+                    with _Timer(self._seconds, "data", exclude="forward_backward"):
+                        batch = next(batches)
+                    self._micro_step(name, micro, batch)
+            if name in self.modules:
+                with _Timer(self._seconds, "optimizer", self.parallel):
+                    self._apply(name)
+
+    def _micro_step(self, name: str, micro: int, batch: Batch) -> None:
+        context = StepContext(
+            self.counters.step, name, micro, self.parallel.rank, self.parallel.world, self.cfg.seed,
+            self.cfg.micro_batch,
+        )  # fmt: skip
+        with self.parallel.autocast():
+            output = self.stage.train_step(batch, context)
+        last_micro = micro == self.accumulation - 1
+        total: Tensor | None = None
+        for loss, last in self._losses(output):
+            if name in self.modules:
+                self.parallel.backward(self.modules[name], loss / self.accumulation, last and last_micro)
+            total = loss.detach() if total is None else total + loss.detach()
+        measured: dict[str, float | Tensor] = {} if total is None else {"loss": total}
+        self.window.add(measured | output.metrics, prefix=f"{name}/")
+
+    def _losses(self, output: StepOutput) -> Iterator[tuple[Tensor, bool]]:
+        """(loss, whether gradients are exchanged after it); a lazy loss is built under autocast when asked
+        for.
+        """
+        if isinstance(output.losses, Tensor):
+            yield output.losses, True
+            return
+        index = 0
+        losses = iter(output.losses)
+        while True:
+            with self.parallel.autocast():
+                loss = next(losses, None)
+            if loss is None:
+                break
+            index += 1
+            yield loss, output.num_losses is None or index == output.num_losses
+        if output.num_losses not in (None, index):
+            raise RuntimeError(f"the stage announced num_losses={output.num_losses} and gave {index}")
+
+    def _apply(self, name: str) -> None:
+        module, optimizer, settings = self.modules[name], self.optimizers[name], self.settings[name]
+        rate = learning_rate(self.counters.updates[name], settings, self.cfg.steps)
+        self.parallel.finish_gradients(module)
+        norm = self.parallel.clip(module, settings.grad_clip)
+        self.window.add({"grad_norm": norm, "lr": rate}, prefix=f"{name}/")
+        if not math.isfinite(norm):
+            self._skip(name, norm)
+        else:
+            self.counters.nonfinite = 0
+            if self.parallel.mode != "deepspeed":  # there the engine stepped in `backward`
+                optimizer.step()
+            self.counters.updates[name] += 1
+            if name in self.emas:
+                self.emas[name].update(module)
+        optimizer.zero_grad(set_to_none=True)
+        self._set_rate(name)
+
+    def _skip(self, name: str, norm: float) -> None:
+        self.counters.nonfinite += 1
+        log.warning("step %d: gradient norm of %s is %s; update skipped", self.counters.step, name, norm)
+        if self.counters.nonfinite >= MAX_NONFINITE:
+            raise RuntimeError(
+                f"{MAX_NONFINITE} updates in a row had a gradient that is not finite (last: {name}, step "
+                f"{self.counters.step}); lower optim.lr or try precision=fp32. Last good checkpoint: "
+                f"{self.store.last_good()}"
+            )
+
+    # ------------------------------------------------------------------------------------------ building
+    def _optimizer(self, name: str) -> Any:
+        whole = self.parallel.mode in ("single", "ddp")
+        optimizer = build_optimizer(self.modules[name], self.settings[name], whole)
+        return self.parallel.prepare_optimizer(self.modules[name], optimizer, self.settings[name].grad_clip)
+
+    def _set_rate(self, name: str) -> None:
+        """Before each update, not after the last: under DeepSpeed the step is made inside `backward`."""
+        rate = learning_rate(self.counters.updates[name], self.settings[name], self.cfg.steps)
+        for group in self.optimizers[name].param_groups:
+            group["lr"] = rate * group["lr_ratio"]
+
+    def _batches(self) -> Iterator[Batch]:
+        if self.loader is None:
+            while True:
+                yield Batch([], [], [])
+        for batch in self.loader:
+            yield batch.to(self.parallel.device)
+
+    def _progress(self) -> Any:
+        from tqdm import tqdm
+
+        shown = self.monitor is not None and self.monitor.cfg.progress
+        return tqdm(
+            total=self.cfg.steps, initial=self.counters.step, desc=self.cfg.name, unit="step",
+            dynamic_ncols=True,
+            disable=None if shown else True,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------ telling
+    def _log_if_due(self, clock: _Clock, bar: Any) -> None:
+        done = self.counters.step
+        if done % self.cfg.log_every and done != self.cfg.steps:
+            return
+        metrics = MetricWindow.merge(self.parallel.gather(self.window.state_dict()))
+        self.window.clear()
+        steps, seconds = clock.lap(done)
+        metrics["samples_per_second"] = steps * self.cfg.global_batch / seconds
+        metrics["seconds_per_step"] = seconds / steps
+        for part, spent in self._seconds.items():
+            metrics[f"time/{part}_seconds"] = spent / steps
+            self._seconds[part] = 0.0
+        if self.monitor is None:
+            return
+        self.monitor.log(done, metrics)
+        shown = {
+            name.split("/", 1)[0] if len(self.modules) > 1 else "loss": value
+            for name, value in metrics.items()
+            if name.endswith("/loss")
+        }
+        bar.set_postfix({name: f"{value:.4g}" for name, value in list(shown.items())[:3]})
+        if bar.disable:
+            losses = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            left = _duration((self.cfg.steps - done) * metrics["seconds_per_step"])
+            log.info(
+                "step %d/%d: %s, %.3g s/step, %s left",
+                done,
+                self.cfg.steps,
+                losses,
+                metrics["seconds_per_step"],
+                left,
+            )
+
+    def validate(self) -> None:
+        """The stage's validation with EMA weights, written by the main process."""
+        with self._ema_weights(), torch.no_grad(), self.parallel.autocast():
+            output = self.stage.validate(self.counters.step)
+        if output is None or self.monitor is None:
+            return
+        self.monitor.log(self.counters.step, {f"validation/{k}": float(v) for k, v in output.metrics.items()})
+        folder = self.monitor.log_videos(self.counters.step, output.videos, output.fps)
+        told = ", ".join(f"{name} {value:.4g}" for name, value in output.metrics.items())
+        log.info(
+            "validation at step %d: %s%s", self.counters.step, told, f"; videos in {folder}" if folder else ""
+        )
+
+    # ------------------------------------------------------------------------------------------ state
+    def save(self) -> None:
+        """Write a checkpoint and export the weights. A collective."""
+        step = self.counters.step
+        tensors = {
+            "modules": {name: full_state(module.state_dict()) for name, module in self.modules.items()},
+            "optimizers": {} if self.parallel.mode == "deepspeed" else {
+                name: optimizer_state(self.modules[name], self.optimizers[name]) for name in self.modules
+            },
+            "ema": {name: full_state(ema.values) for name, ema in self.emas.items()},
+            "stage": plain(self.stage.state_dict()),
+        }  # fmt: skip
+        windows = self.parallel.gather(self.window.state_dict())
+        trainer = {
+            "step": step, "updates": self.counters.updates, "nonfinite": self.counters.nonfinite,
+            "ema_updates": {name: ema.updates for name, ema in self.emas.items()},
+            "loader": self.loader.state_dict() if self.loader is not None else None,
+            "windows": windows, "identity": self.identity, "mode": self.parallel.mode,
+        }  # fmt: skip
+        if self.parallel.is_main:
+            self.store.clear_partial(step)
+        self.parallel.barrier()
+        self.parallel.save_engine(self.store.partial_path(step))
+        self.parallel.barrier()
+        if self.parallel.is_main:
+            path = self.store.save(step, tensors, trainer)
+            log.info("checkpoint %s", path)
+        self.parallel.barrier()
+        if step < self.cfg.steps:
+            self.export()
+
+    def resume(self) -> None:
+        """Continue from the last good checkpoint, if there is one and cfg.resume allows it."""
+        path = self.parallel.from_main(self.store.last_good() if self.parallel.is_main else None)
+        if path is None:
+            for name in self.modules:
+                self._set_rate(name)
+            return
+        if self.cfg.resume == "never":
+            raise ValueError(f"resume=never, but {path} exists; choose another output_dir or use resume=auto")
+        tensors, trainer = checkpoint.load(path)
+        self._require_same(path, trainer["identity"])
+        self.parallel.load_modules(self.modules, tensors["modules"])
+        self._load_optimizers(path, tensors, trainer)
+        for name, ema in self.emas.items():
+            ema.load(self.modules[name], tensors["ema"].get(name, {}), trainer["ema_updates"].get(name, 0))
+        self.stage.load_state_dict(tensors["stage"])
+        if self.loader is not None:
+            self.loader.load_state_dict(trainer["loader"])
+        windows = trainer["windows"]
+        self.window.load_state_dict(windows[self.parallel.rank] if self.parallel.rank < len(windows) else {})
+        self.counters = _Counters(trainer["step"], dict(trainer["updates"]), trainer["nonfinite"])
+        for name in self.modules:
+            self._set_rate(name)
+        log.info("resumed from %s at step %d", path, self.counters.step)
+
+    def _load_optimizers(self, path: Path, tensors: dict[str, Any], trainer: dict[str, Any]) -> None:
+        if self.parallel.mode == "deepspeed" or trainer["mode"] == "deepspeed":
+            if trainer["mode"] != self.parallel.mode:
+                raise ValueError(
+                    f"{path} was written in launch mode {trainer['mode']}, this is {self.parallel.mode}; "
+                    "DeepSpeed's optimizer state can only be resumed by DeepSpeed"
+                )
+            self.parallel.load_engine(path)
+            return
+        for name, optimizer in self.optimizers.items():
+            fill_optimizer(self.modules[name], optimizer, tensors["optimizers"][name])
+
+    def _require_same(self, path: Path, identity: dict[str, Any]) -> None:
+        differing = [
+            f"{key}: {identity.get(key)} there, {value} here"
+            for key, value in self.identity.items()
+            if identity.get(key) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"{path} is of another run ({'; '.join(differing)}); choose another name or output_dir"
+            )
+
+    def export(self) -> None:
+        """Write <output_dir>/export with EMA weights where they are on. A collective."""
+        with self._ema_weights(), self.parallel.whole_modules(self.modules) as whole:
+            if self.parallel.is_main:
+                self.stage.export(self.output_dir / "export", whole)
+        self.parallel.barrier()
+
+    def close(self) -> None:
+        """End the logs and leave the process group."""
+        if self.monitor is not None:
+            self.monitor.close()
+        self.parallel.close()
+
+    def _ema_weights(self) -> ExitStack:
+        stack = ExitStack()
+        for name, ema in self.emas.items():
+            stack.enter_context(ema.swapped(self.modules[name]))
+        return stack
+
+
+class _Timer:
+    """Adds the seconds of its block to `seconds[part]` (and takes them off `exclude`)."""
+
+    def __init__(
+        self,
+        seconds: dict[str, float],
+        part: str,
+        parallel: Parallel | None = None,
+        exclude: str | None = None,
+    ) -> None:
+        self.seconds, self.part, self.parallel, self.exclude = seconds, part, parallel, exclude
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        if self.parallel is not None:
+            self.parallel.synchronize()
+        spent = time.perf_counter() - self.start
+        self.seconds[self.part] += spent
+        if self.exclude is not None:
+            self.seconds[self.exclude] -= spent
+
+
+class _Clock:
+    """Steps and seconds since the last lap."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.time = step, time.perf_counter()
+
+    def lap(self, step: int) -> tuple[int, float]:
+        steps, seconds = step - self.step, time.perf_counter() - self.time
+        self.step, self.time = step, time.perf_counter()
+        return steps, max(seconds, 1e-9)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

@@ -1,0 +1,174 @@
+"""Training of a causal video VAE from scratch, for the sprites world (Wan's own VAEs are used as published).
+
+    loss = |x - x'| + edge_weight * |grad x - grad x'| + kl_weight * KL(q(z | x) || N(0, 1))
+
+with z drawn from the posterior, means over pixels and over latent values. At the end the mean and spread of
+each latent channel are measured on training clips and stored with the weights: `WanVae` normalises by them.
+
+Left out: adversarial and perceptual terms; the spatial gradient term keeps the sprites' edges sharp without
+them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.batch import Batch
+from models.assemble import ModelConfig, build_vae
+from models.condition import num_latent_frames
+from models.vae.wan_vae import WanVae
+from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
+from train.teacher_validation import to_uint8
+
+log = logging.getLogger(__name__)
+
+VAE = "vae"
+
+
+@dataclass
+class VaeStageConfig:
+    """Settings of stage=vae."""
+
+    init_from: str | None = None  # folder of a VAE to continue from; null: fresh weights from the seed
+    num_frames: int | None = None  # random temporal crop of each clip, 1 + 4k; null: whole clips
+    edge_weight: float = 0.5  # of the spatial gradient term
+    kl_weight: float = 1e-5  # per latent value
+    initial_log_variance: float = (
+        -6.0
+    )  # of the posterior with fresh weights; 0 would drown the first signal in noise
+    channels_last: bool = True  # memory layout: faster on CPU
+    normalisation_clips: int = 64  # training clips that mean and spread of the latents are measured on
+
+    def __post_init__(self) -> None:
+        if self.num_frames is not None:
+            num_latent_frames(self.num_frames)
+        for name in ("edge_weight", "kl_weight"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"stage.{name}={vars(self)[name]} must be >= 0")
+        if self.normalisation_clips < 1:
+            raise ValueError(f"stage.normalisation_clips={self.normalisation_clips} must be >= 1")
+
+
+class VaeStage:
+    """The stage; see the module's text."""
+
+    Config = VaeStageConfig
+    needs_data = True
+
+    def __init__(self, cfg: VaeStageConfig) -> None:
+        self.cfg = cfg
+
+    def check(self, model_cfg: ModelConfig) -> None:
+        """Refuses a crop longer than the clip."""
+        frames = self.cfg.num_frames
+        if frames is not None and frames > model_cfg.clip.num_frames:
+            raise ValueError(
+                f"stage.num_frames={frames} must be at most model.clip.num_frames="
+                f"{model_cfg.clip.num_frames}; null takes whole clips"
+            )
+
+    def data_fields(self, model_cfg: ModelConfig, available: Sequence[str]) -> list[str]:
+        return ["pixels"]
+
+    def setup(self, context: SetupContext) -> None:
+        self.check(context.model_cfg)
+        self.model_cfg, self.noise, self.device = context.model_cfg, context.noise, context.device
+        self.held_out, self.sample_clips = context.validation_batch, context.sample_clips
+        if self.cfg.init_from is None:
+            self.vae = build_vae(context.model_cfg, seed=context.noise.seed)
+            moments = self.vae.autoencoder.quant_conv  # mean | log variance
+            nn.init.constant_(moments.bias[self.vae.latent_channels :], self.cfg.initial_log_variance)
+        else:
+            self.vae = WanVae.from_folder(self.cfg.init_from, expected=context.model_cfg.vae)
+        if self.cfg.channels_last:
+            self.vae.use_channels_last()
+        self.vae.to(context.device).train()
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {VAE: self.vae}
+
+    def use(self, modules: Mapping[str, nn.Module]) -> None:
+        self.vae = modules[VAE]  # type: ignore[assignment]
+
+    def updates(self, step: int) -> list[str]:
+        return [VAE]
+
+    def train_step(self, batch: Batch, context: StepContext) -> StepOutput:
+        pixels = self.crop(batch.model_pixels(), batch.sample_ids, context.step)
+        posterior = self.vae.posterior(pixels)
+        shape = posterior.mean.shape[1:]
+        eps = self.noise.normal(shape, batch.sample_ids, VAE, "posterior", context.step, device=pixels.device)
+        reconstruction = self.vae.reconstruct(posterior.mean + posterior.std * eps).float()
+
+        l1 = (reconstruction - pixels).abs().mean()
+        edges = edge_difference(reconstruction, pixels)
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
+        loss = l1 + self.cfg.edge_weight * edges + self.cfg.kl_weight * kl
+        psnr = psnr_db(reconstruction.detach(), pixels).mean()
+        return StepOutput(loss, {"l1": l1, "edge": edges, "kl": kl, "psnr_db": psnr})
+
+    def crop(self, pixels: Tensor, sample_ids: Sequence[int], step: int) -> Tensor:
+        """cfg.num_frames consecutive frames of each clip, from a random first one."""
+        length = self.cfg.num_frames
+        if length is None or length == pixels.shape[2]:
+            return pixels
+        starts = [self.noise.integers(pixels.shape[2] - length + 1, VAE, "crop", step, s) for s in sample_ids]
+        return torch.stack(
+            [clip[:, start : start + length] for clip, start in zip(pixels, starts, strict=True)]
+        )
+
+    def validate(self, step: int) -> ValidationOutput | None:
+        """PSNR of held-out clips through the posterior mode; original beside reconstruction."""
+        if self.held_out is None:
+            return None
+        pixels = self.held_out.to(self.device).model_pixels()
+        reconstruction = self.vae.reconstruct(self.vae.posterior(pixels).mode()).float().clamp(-1, 1)
+        pairs = zip(to_uint8(pixels), to_uint8(reconstruction), strict=True)
+        videos = {f"clip_{row}": np.concatenate(pair, axis=2) for row, pair in enumerate(pairs)}
+        psnr = float(psnr_db(reconstruction, pixels).mean())
+        return ValidationOutput({"psnr_db": psnr}, videos, self.model_cfg.clip.fps)
+
+    def describe(self) -> list[str]:
+        cfg, frames = self.cfg, self.cfg.num_frames or self.model_cfg.clip.num_frames
+        return [f"{frames} frames per clip; edge weight {cfg.edge_weight:g}, KL weight {cfg.kl_weight:g}"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore: the noise is keyed by the step."""
+
+    def export(self, folder: Path, weights: Mapping[str, nn.Module]) -> None:
+        vae = weights[VAE]
+        assert isinstance(vae, WanVae), "the module of stage=vae is a WanVae"
+        device = next(vae.parameters()).device  # an unsharded copy may live on the CPU
+        vae.measure_normalisation(self._normalisation_pixels(device))
+        vae.save(folder / VAE)
+
+    def _normalisation_pixels(self, device: torch.device) -> Iterator[Tensor]:
+        if self.sample_clips is None:
+            raise ValueError(
+                "the VAE's latents cannot be normalised without training clips: no sample_clips given"
+            )
+        for batch in self.sample_clips(self.cfg.normalisation_clips):
+            yield batch.to(device).model_pixels()
+
+
+def edge_difference(first: Tensor, second: Tensor) -> Tensor:
+    """Mean |difference of the spatial gradients| of [B, 3, T, H, W]."""
+    difference = first - second
+    return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+
+
+def psnr_db(first: Tensor, second: Tensor) -> Tensor:
+    """Peak signal to noise ratio per clip, [B, 3, T, H, W] in [-1, 1] -> [B], at most 100 dB."""
+    error = (first - second).square().mean(dim=(1, 2, 3, 4))
+    return 10 * torch.log10(4.0 / error.clamp_min(4e-10))
