@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -113,6 +114,12 @@ class Judge:
         self.pool: ProcessPoolExecutor | None = None
         if num_workers:
             self.pool = ProcessPoolExecutor(num_workers, get_context("spawn"), torch.set_num_threads, (1,))
+
+    def first(self, count: int) -> Judge:
+        """The same judge, for the first ``count`` clips."""
+        fewer = copy(self)
+        fewer.clips = self.clips[:count]
+        return fewer
 
     def judge(self, videos: Sequence[np.ndarray], progress: Callable[[int], None] | None = None) -> Verdict:
         """videos: one uint8 [T, H, W, 3] per clip, in the clips' order; progress is called once per clip."""

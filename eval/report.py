@@ -103,6 +103,7 @@ class Section:
     table: Table | None = None
     figures: Sequence[Figure] = field(default_factory=tuple)
     videos: Sequence[Video] = field(default_factory=tuple)
+    links: Mapping[str, str] = field(default_factory=dict)  # text -> address, relative to the page
 
 
 def write_report(
@@ -224,6 +225,8 @@ def _section_html(section: Section) -> str:
             f'<figure><div class="labels">{labels}</div><video src="{video.data_uri}" autoplay loop muted '
             f"playsinline controls></video>{_caption_html(video.caption)}</figure>"
         )
+    for text, address in section.links.items():
+        parts.append(f'<p><a href="{html.escape(address)}">{html.escape(text)}</a></p>')
     return f"<section>{''.join(parts)}</section>"
 
 

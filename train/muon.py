@@ -1,10 +1,10 @@
 """Muon: momentum whose update is orthogonalised, for the weight matrices; AdamW for everything else.
 
-Jordan et al. 2024 (Newton-Schulz quintic); the scale factor max(1, rows/columns)^0.5 is theirs too. A convolution is the
-matrix [out, in * kernel]. On the sprites world it reaches the same loss in about half the steps of AdamW.
-``torch.optim.Muon`` takes 2-D parameters only and would need a second optimizer beside it for the rest; this one holds
-both, so a stage has one optimizer and one learning-rate schedule. Left out: sharded parameters (FSDP, DeepSpeed), whose
-matrices no rank sees whole; use AdamW there.
+Jordan et al. 2024 (Newton-Schulz quintic); the factor max(1, rows / columns)^0.5 is theirs too. A convolution is
+the matrix [out, in * kernel]. On the sprites VAE it reaches AdamW's loss in half the steps. ``torch.optim.Muon``
+takes 2-D parameters only and would need a second optimizer beside it; this one holds both groups, so a stage has
+one optimizer and one schedule. Left out: sharded parameters (FSDP, DeepSpeed), whose matrices no rank sees whole;
+use AdamW there.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         eps: float = 1e-8,
     ):
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in named_parameters:
             if parameter.requires_grad:
                 (matrices if is_hidden_matrix(name, parameter) else others).append(parameter)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.video import read_video
 from eval.report import Figure, Section, Table, Video, curves_from_log, video_side_by_side, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,10 +27,10 @@ REFRESH_SECONDS = 0.5
 LINE_WIDTH = 110  # characters of the progress line
 SEED_SHOWN = 1  # index of the held-out clip that the student continues at the end
 CURVES = {  # stage -> what of its log is worth a look
-    "vae": ("loss", "psnr_db"),
-    "teacher": ("loss",),
-    "causal_init": ("loss",),
-    "self_forcing": ("critic/loss", "student/loss"),
+    "vae": ("vae/loss",),
+    "teacher": ("teacher/loss",),
+    "causal_init": ("student/loss",),
+    "self_forcing": ("student/loss", "critic/loss"),
 }
 
 
@@ -48,27 +49,24 @@ def chain(out: Path) -> list[Step]:
     student = f"model.student={out / 'self_forcing/export/student'}"
     held_out = out / "held_out"
 
-    def prepare(name: str, step: str, *overrides: str) -> Step:
-        return Step(name, ("data", "experiment=quickstart/data", f"step={step}", f"out={data}", *overrides))
+    def prepare(name: str, *overrides: str) -> Step:
+        return Step(name, ("data", "experiment=quickstart/data", *overrides))
 
     def train(stage: str, *overrides: str) -> Step:
         where = (f"shards={data / 'shards'}", f"output_dir={out / stage}")
         return Step(stage, ("train", f"experiment=quickstart/{stage}", *where, *overrides))
 
     weights = (vae, teacher, student)
-    clip = ("source.split=test", f"source.first_index={SEED_SHOWN}", "source.num_clips=1", f"out={held_out}")
+    clip = ("source.split=test", f"source.first_index={SEED_SHOWN}", "source.num_clips=1", "num_workers=0")
     return [
-        prepare("render", "render"),
-        prepare("track", "track"),
-        prepare("pack", "pack"),
+        prepare("render, track", f"out={data}"),
         train("vae"),
-        prepare("encode", "encode", vae),
-        prepare("pack latents", "pack", vae),
+        prepare("encode", f"out={data}", vae),
         train("teacher", vae),
         train("ode_pairs", vae, teacher),
         train("causal_init", vae, teacher, f"stage.pairs={out / 'ode_pairs/pairs'}"),
         train("self_forcing", vae, teacher, f"stage.init_from={out / 'causal_init/export/student'}"),
-        Step("held-out clip", ("data", "experiment=quickstart/data", "step=all", *clip)),
+        prepare("held-out clip", *clip, f"out={held_out}"),
         Step("stream", ("stream", "experiment=quickstart/stream", *weights, *_stream_inputs(held_out, out))),
         Step("eval", ("eval", "experiment=quickstart/eval", *weights, f"out={out / 'eval'}")),
     ]
@@ -109,7 +107,8 @@ def run(step: Step, number: int, total: int, out: Path) -> float:
     if process.returncode:
         tail = "\n".join(log_path.read_text(errors="replace").replace("\r", "\n").splitlines()[-25:])
         command = shlex.join(["python", "-m", *step.arguments])
-        raise SystemExit(f"\n{step.name} failed with code {process.returncode}\n$ {command}\n{tail}\n\nlog: {log_path}")
+        failure = f"{step.name} failed with code {process.returncode}"
+        raise SystemExit(f"\n{failure}\n$ {command}\n{tail}\n\nlog: {log_path}")
     marker.write_text(json.dumps({"arguments": list(step.arguments), "seconds": seconds}))
     _say(number, total, step.name, seconds, "\n")
     return seconds
@@ -136,16 +135,14 @@ def report(out: Path, times: Sequence[tuple[str, float]]) -> Path:
     """One page: what was reached, what it looks like, how it was learned, how long it took."""
     metrics = json.loads((out / "eval" / "metrics.json").read_text())
     total = sum(seconds for _, seconds in times)
+    rows = [*([name, f"{seconds:.0f}"] for name, seconds in times), ["all", f"{total:.0f}"]]
+    everything = {"Videos with and without tracks, curves, every figure with its interval": "eval/report.html"}
     sections = [
-        Section("Does the video follow the tracks?", _verdict(metrics), table=_headline(metrics)),
-        Section("A stream of the student", "A held-out first frame, continued along the tracks of its clip.",
-                videos=[_stream_video(out)]),
-        Section("How it was learned", "Loss over the steps of each stage.", figures=_loss_figures(out)),
-        Section("Where the time went", table=Table(
-            ["stage", "seconds"], [*([name, f"{seconds:.0f}"] for name, seconds in times), ["all", f"{total:.0f}"]])),
-        Section("Everything that was measured", f"See {out / 'eval' / 'report.html'}: videos of teacher and student "
-                "with and without tracks, curves, every figure with its interval."),
-    ]  # fmt: skip
+        Section("Does the video follow the tracks?", _verdict(metrics), _headline(metrics), links=everything),
+        Section("A stream", "A held-out first frame, continued along the tracks of its clip.", videos=[_video(out)]),
+        Section("How it was learned", "Losses over the steps of each stage.", figures=_loss_figures(out)),
+        Section("Where the time went", table=Table(["stage", "seconds"], rows)),
+    ]
     note = f"make quickstart: trained from nothing in {total / 60:.1f} minutes on {os.cpu_count()} CPU cores"
     return write_report(out / "report.html", sections, title="Marionette quickstart", note=note)
 
@@ -173,11 +170,10 @@ def _headline(metrics: dict) -> Table:
     return Table(columns, rows)
 
 
-def _stream_video(out: Path) -> Video:
-    from data.video import read_video
-
+def _video(out: Path) -> Video:
     truth = read_video(out / "held_out" / "clips" / f"test-{SEED_SHOWN:06d}.mp4")
-    return video_side_by_side({"source of the tracks": truth, "student": read_video(out / "stream.mp4")}, fps=16)
+    columns = {"source of the tracks": truth, "student": read_video(out / "stream.mp4")}
+    return video_side_by_side(columns, fps=16)
 
 
 def _loss_figures(out: Path) -> list[Figure]:

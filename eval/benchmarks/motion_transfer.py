@@ -51,6 +51,7 @@ class MotionTransferConfig(SamplingConfig):
     tracker: TrackerConfig = field(default_factory=TrackerConfig)  # the first judge
     registration: RegistrationConfig = field(default_factory=RegistrationConfig)  # the second judge
     lpips_weights: str | None = None  # folder with the two LPIPS files; null: reported as unavailable
+    num_floor_clips: int = 32  # clips on which the tracker's own error is measured, at most num_clips
     num_workers: int = 0  # processes that judge; 0: this one
     num_shown: int = 4  # clips shown in the report
 
@@ -95,6 +96,7 @@ class MotionTransfer:
     def _floors(self, codecs: Codecs, judge: Judge, results: Results) -> dict[str, Verdict]:
         """The tracker on the ground truth and on its VAE round trip, and a video that stands still."""
         results.add("still.epe_px", still_error(judge.clips).per_video_px.tolist())
+        judge = judge.first(self.cfg.num_floor_clips)
         with progress_bar(2 * len(judge.clips), "noise floors") as bar:
             floors = {
                 "noise_floor": judge.judge([clip.frames for clip in judge.clips], bar.update),
