@@ -28,6 +28,7 @@ LINE_WIDTH = 110  # characters of the progress line
 SEED_SHOWN = 1  # index of the held-out clip that the student continues at the end
 CURVES = {  # stage -> what of its log is worth a look
     "vae": ("vae/loss",),
+    "vae_whole": ("vae/loss",),
     "teacher": ("teacher/loss",),
     "causal_init": ("student/loss",),
     "self_forcing": ("student/loss", "critic/loss"),
@@ -44,7 +45,7 @@ class Step:
 
 def chain(out: Path) -> list[Step]:
     """The stages in order; everything is written under ``out``."""
-    data, vae = out / "data", f"model.vae.path={out / 'vae/export/vae'}"
+    data, vae = out / "data", f"model.vae.path={out / 'vae_whole/export/vae'}"
     teacher = f"model.teacher={out / 'teacher/export/teacher'}"
     student = f"model.student={out / 'self_forcing/export/student'}"
     held_out = out / "held_out"
@@ -61,6 +62,7 @@ def chain(out: Path) -> list[Step]:
     return [
         prepare("render, track", f"out={data}"),
         train("vae"),
+        train("vae_whole", f"stage.init_from={out / 'vae/export/vae'}"),
         prepare("encode", f"out={data}", vae),
         train("teacher", vae),
         train("ode_pairs", vae, teacher),
