@@ -1,10 +1,10 @@
 """Muon: momentum whose update is orthogonalised, for the weight matrices; AdamW for everything else.
 
 Jordan et al. 2024 (Newton-Schulz quintic); the factor max(1, rows / columns)^0.5 is theirs too. A convolution is
-the matrix [out, in * kernel]. On the sprites VAE it reaches AdamW's loss in half the steps. ``torch.optim.Muon``
-takes 2-D parameters only and would need a second optimizer beside it; this one holds both groups, so a stage has
-one optimizer and one schedule. Left out: sharded parameters (FSDP, DeepSpeed), whose matrices no rank sees whole;
-use AdamW there.
+the matrix [out, in * kernel]. On the small sprites VAE it reached AdamW's loss in half the steps.
+``torch.optim.Muon`` takes 2-D parameters only and would need a second optimizer beside it; this one holds both
+groups, so a stage has one optimizer and one schedule. Left out: sharded parameters (FSDP, DeepSpeed), whose
+matrices no rank sees whole; use AdamW there.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrix, roughly: singular values of ``matrix`` [rows, columns] are driven towards 1."""
-    a, b, c = NEWTON_SCHULZ
-    x = matrix.bfloat16()
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)
+    """Nearest semi-orthogonal matrix, roughly: singular values of ``matrix`` [rows, columns] are driven towards 1.
+
+    Each step applies the odd polynomial p(s) = c1 s + c3 s^3 + c5 s^5 to the singular values.
+    """
+    first, third, fifth = NEWTON_SCHULZ
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    wide = (matrix.T if is_tall else matrix).to(torch.bfloat16)  # the smaller Gram matrix
+    wide = wide / wide.norm().clamp_min(1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+        gram = wide @ wide.T
+        even_part = torch.addmm(gram, gram, gram, beta=third, alpha=fifth)
+        wide = torch.addmm(wide, even_part, wide, beta=first)
+    return (wide.T if is_tall else wide).to(matrix.dtype)
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
