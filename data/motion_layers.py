@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-REMAP_COLUMNS = 64
+REMAP_COLUMNS = 2**14  # OpenCV's remap takes fewer than 2^15 rows and columns
 SEARCH_STARTS = 4  # of them refined
 EXPLAINED_SCORE = 2.0  # log-likelihood beyond which a point needs no layer of its own
 MIN_POINTS = 5  # tracks that make a layer
@@ -27,12 +27,16 @@ PATCH_GAP = 1.6  # spacings between neighbours of a patch
 FIT_PX = 0.7  # a track follows a layer's motion if it is this close
 SEEDS = 60  # hypotheses per layer
 ITERATIONS = 8  # Gauss-Newton steps per frame
-EARLY_FRAMES = 5  # frames in which a layer must explain the points it claims
+EARLY = slice(0, 6)  # frames in which a layer must explain the points it claims, frame 0 included
 MAX_PIXELS = 500  # of a layer, used for its alignment
 REFINEMENTS = 1  # rounds of assigning points and aligning the layers again
 MATCH_COLOR = 0.05  # rms colour difference (of 1) below which a pixel matches frame 0
 MAX_TINT_STEP = 0.2  # colour shift that a layer may show within a frame
 MIN_SCALE = 0.65  # of a layer since frame 0
+STILL_SHARE = 0.6  # of the frames in which a point must look as in frame 0 to count as still
+COVERED_SHARE = 0.35  # the same where something may stand before it for a while
+STILL_POINTS = 0.15  # share of such points that makes a layer
+SLOW_GAIN = 0.7  # a layer moves slowly rather than not at all if that lowers its colour residual to this share
 KEEP_SUPPORT = 0.2  # share of a layer's pixels that must match, beyond chance, to follow it on
 FIND_SUPPORT = 0.4  # share to believe a motion that is not near the expected one
 REAL_SUPPORT = 0.6  # share that a layer must reach in two of the first three frames, or it is none
@@ -47,6 +51,7 @@ FAR_COST = 2.0  # score lost per spacing beyond
 MAX_FAR_COST = 20.0
 SIZE_PRIOR = 2.0  # weight of the log share of the points that a layer has
 SAME_COLOR = 0.025  # rms colour difference (of 1) at which a pixel counts as the same
+LOOSE_COLOR = 0.1  # the same in a blurred or flickering video, at most
 VISIBLE_COLOR = 0.12  # a point shows where its pixel differs by less
 
 
@@ -64,7 +69,9 @@ def carry_through(
         owner, _, _ = assign(colors, z[0], layers)
         owned = [replace(layer, members=np.flatnonzero(owner == k)) for k, layer in enumerate(layers)]
         aligned = [
-            align_layer(colors, images, z[0], layer) for layer in owned if len(layer.members) >= MIN_POINTS
+            layer if _is_still(layer) else align_layer(colors, images, z[0], layer)
+            for layer in owned
+            if len(layer.members) >= MIN_POINTS
         ]
         layers = _distinct(aligned, z[0])
     if not layers:
@@ -107,9 +114,12 @@ def find_layers(
     """Greedy: take the motion that most track-frames follow, align it, give it all points it explains,
     repeat.
     """
+    still = _still_layer(colors, images, z[0])
+    layers = [] if still is None else [still]
     free = np.ones(z.shape[1], bool)
+    if still is not None:
+        free[still.members] = False
     grouped, patched = free.copy(), free.copy()  # not yet tried
-    layers: list[Layer] = []
     for _ in range(3 * max_layers):
         if len(layers) == max_layers:
             break
@@ -123,20 +133,44 @@ def find_layers(
             if layer is None:
                 break
             patched[layer.members] = False
+        early = align_layer(colors[EARLY], images[EARLY], z[0], layer)
+        claimed = np.flatnonzero(free & _explained_early(residuals(colors[EARLY], z[0], early)))
+        if len(claimed) < MIN_POINTS:
+            continue
+        if not _seen_well(align_layer(colors[EARLY], images[EARLY], z[0], replace(early, members=claimed))):
+            continue
         layer = align_layer(colors, images, z[0], layer)
-        claimed = np.flatnonzero(free & _explained_early(residuals(colors, z[0], layer)))
-        if len(claimed) >= MIN_POINTS:
-            layer = align_layer(colors, images, z[0], replace(layer, members=claimed))
-            if _is_new(layer, layers, z[0]):
-                layers.append(layer)
-                free[claimed] = False
+        layer = align_layer(colors, images, z[0], replace(layer, members=claimed))
+        if not any(_same_motion(layer, other, z[0]) for other in layers):
+            layers.append(layer)
+            free[claimed] = False
     return layers
 
 
-def _is_new(layer: Layer, layers: list[Layer], start: np.ndarray) -> bool:
-    """Seen well at once, and not the motion of another layer with a few accidents."""
-    seen = (layer.support[1:4] > REAL_SUPPORT).sum() >= min(2, len(layer.support) - 1)
-    return bool(seen) and not any(_same_motion(layer, other, start) for other in layers)
+def _still_layer(colors: np.ndarray, images: np.ndarray, start: np.ndarray) -> Layer | None:
+    """What does not move, as under a camera at rest: no alignment shall drag it along with a slow body beside it.
+
+    Where an alignment explains the colours clearly better, the motion is slow rather than none.
+    """
+    count = len(colors)
+    layer = Layer(np.arange(len(start)), np.ones(count, complex), np.zeros(count, complex), np.ones(count))
+    matching = residuals(colors, start, layer)[1:] < 2 * SAME_COLOR
+    share = matching.mean(0)
+    if (share > STILL_SHARE).sum() < max(STILL_POINTS * len(start), MIN_POINTS):
+        return None
+    layer = replace(layer, members=np.flatnonzero(share > COVERED_SHARE))
+    slow = align_layer(colors, images, start, layer)
+    found, rest = (np.median(residuals(colors, start, each)[1:, layer.members]) for each in (slow, layer))
+    return slow if found < SLOW_GAIN * rest else layer
+
+
+def _is_still(layer: Layer) -> bool:
+    return bool((layer.a == 1).all() and (layer.b == 0).all())
+
+
+def _seen_well(layer: Layer) -> bool:
+    """In the first frames; the motion of another layer with a few accidents is not."""
+    return bool((layer.support[1:4] > REAL_SUPPORT).sum() >= min(2, len(layer.support) - 1))
 
 
 def _same_motion(layer: Layer, other: Layer, start: np.ndarray) -> bool:
@@ -156,7 +190,7 @@ def _distinct(layers: list[Layer], start: np.ndarray) -> list[Layer]:
 
 def _explained_early(residual: np.ndarray) -> np.ndarray:
     """Points whose pixel the layer predicts in most of the first frames: residual [T, N] -> [N]."""
-    first = residual[1 : 1 + EARLY_FRAMES]
+    first = residual[EARLY][1:]
     seen = np.isfinite(first)
     return (first < 2 * SAME_COLOR).sum(0) >= np.maximum(0.6 * seen.sum(0), 2)
 
@@ -222,7 +256,7 @@ def align_layer(colors: np.ndarray, images: np.ndarray, all_starts: np.ndarray, 
     last, before = 0, 0
     for t in range(1, len(images)):
         expected = [(layer.a[t], layer.b[t])] if layer.support[t] > KEEP_SUPPORT else []
-        expected += [_predicted(a, b, before, last, t), (a[last], b[last])]
+        expected += [_predicted(a, b, target.pixels.mean(), before, last, t), (a[last], b[last])]
         found = _best_alignment(colors[t], images[t], target, expected, min(t - last, SEARCH_FRAMES))
         a[t], b[t], support[t] = found.a, found.b, found.support
         if support[t] > KEEP_SUPPORT:
@@ -258,12 +292,19 @@ class Alignment:
     tint: np.ndarray  # [3]
 
 
-def _predicted(a: np.ndarray, b: np.ndarray, before: int, last: int, t: int) -> tuple[complex, complex]:
-    """Constant velocity from the last two frames in which the layer was seen."""
+def _predicted(
+    a: np.ndarray, b: np.ndarray, center: complex, before: int, last: int, t: int
+) -> tuple[complex, complex]:
+    """The layer's center in frame 0 moves on, and the layer turns on, at the speed between the last two frames
+    in which it was seen, for at most 6 frames; its scale stays, since an error in it would grow without bound.
+    """
     if last == before:
         return a[last], b[last]
     steps = min(t - last, 6) / (last - before)
-    return a[last] * (a[last] / a[before]) ** steps, b[last] + (b[last] - b[before]) * steps
+    turn = a[last] / a[before]
+    turned = a[last] * (turn / abs(turn)) ** steps
+    place, place_before = (a[k] * center + b[k] for k in (last, before))
+    return turned, place + (place - place_before) * steps - turned * center
 
 
 def _cover(start: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -280,14 +321,13 @@ def _sample(image: np.ndarray, z: np.ndarray) -> np.ndarray:
     """Bicubic reads at z (any shape); NaN outside the frame."""
     import cv2
 
-    # remap takes fewer than 2^15 rows and columns
-    flat = np.pad(z.reshape(-1), (0, -z.size % REMAP_COLUMNS)).reshape(-1, REMAP_COLUMNS)
+    rows = -(-z.size // REMAP_COLUMNS)
+    flat = np.pad(z.reshape(-1), (0, -z.size % REMAP_COLUMNS if rows > 1 else 0)).reshape(rows, -1)
     x, y = flat.real.astype(np.float32), flat.imag.astype(np.float32)
     values = cv2.remap(image, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
     values = values.reshape(-1, *image.shape[2:])[: z.size].reshape(*z.shape, *image.shape[2:])
-    outside = (
-        (z.real < -0.5) | (z.imag < -0.5) | (z.real > image.shape[1] - 0.5) | (z.imag > image.shape[0] - 0.5)
-    )
+    height, width = image.shape[:2]
+    outside = (np.abs(z.real - (width - 1) / 2) > width / 2) | (np.abs(z.imag - (height - 1) / 2) > height / 2)
     values[outside] = np.nan
     return values
 
@@ -302,15 +342,14 @@ def _best_alignment(
     stacked = np.stack([image, np.gradient(image, axis=1), np.gradient(image, axis=0)], axis=-1)
     best = hidden = Alignment(*expected[0], -1.0, target.tint)
     center = target.pixels.mean()
-    for guess in expected:
-        found = _aligned(color, stacked, target, guess)
-        near = abs((found.a - guess[0]) * center + found.b - guess[1]) < MAX_STEP_PX
-        if found.support > (KEEP_SUPPORT if near else FIND_SUPPORT) and found.support > best.support:
-            best = found
+    for guesses in (expected[:1], expected[1:]):
+        for guess, found in zip(guesses, _aligned(color, stacked, target, guesses), strict=True):
+            near = abs((found.a - guess[0]) * center + found.b - guess[1]) < MAX_STEP_PX
+            if found.support > (KEEP_SUPPORT if near else FIND_SUPPORT) and found.support > best.support:
+                best = found
         if best.support > FIND_SUPPORT:
             return best
-    for guess in _search_around(image, target, expected[0], gap):
-        found = _aligned(color, stacked, target, guess)
+    for found in _aligned(color, stacked, target, _search_around(image, target, expected[0], gap)):
         if found.support > max(FIND_SUPPORT, best.support):
             best = found
     return best if best.support > 0 else hidden
@@ -339,36 +378,47 @@ def _search_around(
 
 
 def _aligned(
-    color: np.ndarray, stacked: np.ndarray, target: Target, guess: tuple[complex, complex]
-) -> Alignment:
-    """Gauss-Newton on gray values, judged by colour. stacked [H, W, 3] = gray image and its derivatives."""
-    a, b = guess
+    color: np.ndarray, stacked: np.ndarray, target: Target, guesses: list[tuple[complex, complex]]
+) -> list[Alignment]:
+    """Gauss-Newton from each of G guesses on gray values, judged by colour.
+
+    stacked [H, W, 3] = gray image and its derivatives.
+    """
+    a, b = (np.array(values, complex)[:, None] for values in zip(*guesses, strict=True))  # [G, 1]
     center = target.pixels.mean()
     local = target.pixels - center
     reach = max(float(np.abs(local).mean()), 1.0)
-    gain, bias = 1.0, None
+    gain, bias = np.ones((len(guesses), 1)), None
     for iteration in range(ITERATIONS):
-        values = _sample(stacked, a * target.pixels + b)
-        seen = ~np.isnan(values[:, 0])
-        if seen.sum() < 12:
-            return Alignment(*guess, -1.0, target.tint)
-        now, gx, gy, wanted = values[seen, 0], values[seen, 1], values[seen, 2], target.gray[seen]
-        bias = float(np.median(wanted - gain * now)) if bias is None else bias
+        values = _sample(stacked, a * target.pixels + b)  # [G, P, 3]
+        seen = ~np.isnan(values[..., 0])
+        values[~seen] = 0
+        now, gx, gy = np.moveaxis(values, -1, 0)
+        if bias is None:
+            bias = _seen_median(target.gray - now, seen)
         width = target.contrast * (1.2 if iteration < 3 else 0.6)
-        gain, bias = _gain_and_bias(now, wanted, _tukey(gain * now + bias - wanted, width))
-        residual = gain * now + bias - wanted
-        weight = _tukey(residual, width)
-        turned = a * local[seen] / reach
+        weight = _tukey(gain * now + bias - target.gray, width) * seen
+        gain, bias = _gain_and_bias(now, target.gray, weight)
+        residual = gain * now + bias - target.gray
+        weight = _tukey(residual, width) * seen
+        turned = a * local / reach
         # by p, q, shift x, shift y, where a -> a + a (p + iq) / reach about the layer's centre
         moves = [gx * turned.real + gy * turned.imag, -gx * turned.imag + gy * turned.real, gx, gy]
-        jacobian = gain * np.stack(moves, axis=1)
-        normal = jacobian.T @ (weight[:, None] * jacobian) + 1e-4 * np.eye(4)
-        p, q, dx, dy = -np.linalg.solve(normal, jacobian.T @ (weight * residual))
+        jacobian = gain[:, None] * np.stack(moves, axis=1)  # [G, 4, P]
+        weighted = weight[:, None] * jacobian
+        normal = weighted @ jacobian.transpose(0, 2, 1) + 1e-4 * np.eye(4)
+        change = -np.linalg.solve(normal, weighted @ residual[..., None])
+        p, q, dx, dy = np.moveaxis(change, 1, 0)
         turn = a * (p + 1j * q) / reach
         a, b = a + turn, b + dx + 1j * dy - turn * center
-        if abs(dx) + abs(dy) + abs(p) + abs(q) < 0.02:
+        if np.abs(change).sum(1).max() < 0.02:
             break
-    return _judged(color, target, a, b)
+    return [_judged(color, target, *found) for found in zip(a[:, 0], b[:, 0], strict=True)]
+
+
+def _seen_median(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Median over the seen pixels: [G, P] -> [G, 1]; 0 where none is seen."""
+    return np.array([[np.median(row[shown]) if shown.any() else 0.0] for row, shown in zip(values, seen)])
 
 
 def _judged(color: np.ndarray, target: Target, a: complex, b: complex) -> Alignment:
@@ -385,18 +435,21 @@ def _judged(color: np.ndarray, target: Target, a: complex, b: complex) -> Alignm
     return Alignment(a, b, float((share - target.chance) / (1 - target.chance + 1e-6)), tint)
 
 
-def _tukey(residual: np.ndarray, width: float) -> np.ndarray:
+def _tukey(residual: np.ndarray, width: float | np.ndarray) -> np.ndarray:
     """Weights that give no say to what covers the layer."""
     return np.maximum(1 - (residual / width) ** 2, 0) ** 2 + 1e-6
 
 
-def _gain_and_bias(now: np.ndarray, wanted: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
-    """Weighted line wanted = gain * now + bias, gain in 0.7 .. 1.4."""
-    share = weight / weight.sum()
-    mean_now, mean_wanted = share @ now, share @ wanted
-    spread, slope = share @ (now - mean_now) ** 2, share @ ((now - mean_now) * (wanted - mean_wanted))
-    gain = min(max(float(slope / max(spread, 1e-6)), 0.7), 1.4)
-    return gain, float(mean_wanted - gain * mean_now)
+def _gain_and_bias(
+    now: np.ndarray, wanted: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted lines wanted = gain * now + bias over the last axis, gain in 0.7 .. 1.4: [..., P] -> [..., 1]."""
+    share = weight / np.maximum(weight.sum(-1, keepdims=True), 1e-9)
+    mean_now, mean_wanted = ((share * v).sum(-1, keepdims=True) for v in (now, wanted))
+    offset = share * (now - mean_now)
+    spread, slope = ((offset * v).sum(-1, keepdims=True) for v in (now - mean_now, wanted - mean_wanted))
+    gain = np.clip(slope / np.maximum(spread, 1e-6), 0.7, 1.4)
+    return gain, mean_wanted - gain * mean_now
 
 
 # ------------------------------------------------------------------------------------------ assignment
@@ -411,14 +464,24 @@ def assign(
     """
     residual = np.stack([residuals(colors, start, layer) for layer in layers])
     known = np.isfinite(residual)
-    match = np.where(known, np.exp(-0.5 * (residual / SAME_COLOR) ** 2), 0)
+    spread = _color_spread(residual, layers)
+    match = np.where(known, np.exp(-0.5 * (residual / spread) ** 2), 0)
     covered = _covered_by_others(colors.shape[1:3], start, layers, match > 0.5)
-    score = np.where(known, np.log(np.where(covered, 0.8, 0.25) + 30 * match), 0)[:, 1:].sum(1)
+    density = 30 * match * SAME_COLOR / spread
+    score = np.where(known, np.log(np.where(covered, 0.8, 0.25) + density), 0)[:, 1:].sum(1)
     for k, layer in enumerate(layers):
         distance = np.abs(start[:, None] - start[layer.members]).min(1) / _spacing(start)
         score[k] -= np.clip(FAR_COST * (distance - NEAR), 0, MAX_FAR_COST)
         score[k] += SIZE_PRIOR * np.log(len(layer.members) / len(start))
     return score.argmax(0), score.max(0), residual
+
+
+def _color_spread(residual: np.ndarray, layers: list[Layer]) -> np.ndarray:
+    """How far colours of one surface differ from frame 0 in this video: [T, 1], from SAME_COLOR in a clean one to
+    LOOSE_COLOR in a blurred or flickering one. The layer that fits best in a frame tells.
+    """
+    typical = np.stack([np.median(residual[k][:, layer.members], axis=1) for k, layer in enumerate(layers)])
+    return np.clip(typical.min(0), SAME_COLOR, LOOSE_COLOR)[:, None]
 
 
 def _covered_by_others(
@@ -484,12 +547,12 @@ def residuals(colors: np.ndarray, start: np.ndarray, layer: Layer) -> np.ndarray
         values = _sample(image, layer.a[t] * start + layer.b[t])
         seen = ~np.isnan(values[:, 0])
         trusted = layer.members[seen[layer.members]]
-        for channel in range(3 if len(trusted) >= 4 else 0):
-            now, wanted = values[trusted, channel], template[trusted, channel]
-            gain, bias = 1.0, float(np.median(wanted - now))
+        if len(trusted) >= 4:
+            now, wanted = values[trusted].T, template[trusted].T  # [3, M]
+            gain, bias = np.ones((3, 1)), np.median(wanted - now, axis=1, keepdims=True)
             for _ in range(3):
-                weight = _tukey(gain * now + bias - wanted, 1.5 * float(contrast[channel]))
+                weight = _tukey(gain * now + bias - wanted, 1.5 * contrast[:, None])
                 gain, bias = _gain_and_bias(now, wanted, weight)
-            values[:, channel] = gain * values[:, channel] + bias
+            values = values * gain.T + bias.T
         found[t, seen] = np.sqrt(((values - template)[seen] ** 2).mean(1))
     return found

@@ -54,20 +54,22 @@ class SpritesConfig:
     num_frames: int = 33  # any length; 1 + 4k where a video VAE reads it
     fps: int = 16  # frames per second
     min_sprites: int = 1
-    max_sprites: int = 3  # at most 5: shapes do not repeat, so that a caption is unambiguous
+    max_sprites: int = 3  # at most as many as shapes: none repeats, so that a caption is unambiguous
+    shapes: list[str] = field(default_factory=lambda: list(SHAPES))
     min_size: float = 0.30  # sprite diameter, fraction of height
     max_size: float = 0.48
     min_speed: float = 0.25  # heights per second
     max_speed: float = 0.85
     max_rotation: float = 90.0  # degrees per second, either way
     scale_change: float = 0.15  # scale stays in 1 +- this
-    leave_margin: float = 0.15  # how far outside the frame a path may lead, fraction of the size
+    leave_margin: float = 0.15  # how far outside the frame a path may lead, fraction of its size; < 0: it stays inside
     occlusion: bool = True  # False: paths are drawn again until sprites keep apart
     background: str = "mixed"  # static | panning | mixed (half of the clips pan)
     max_pan_speed: float = 0.25  # heights per second
     camera_pan_speed: float = 0.0  # heights per second; moves sprites and background together
     events: bool = True  # colour changes that the caption tells
     event_ratio: float = 0.35  # share of the clips with an event
+    same_look: bool = False  # True: sprites of one shape and texture look alike and stand upright in frame 0
     wavelength_px: float = 6.0  # texture on sprites: waves of 0.9 to 1.7 times this, 7.8 px on average
     background_wavelength_px: float = 9.0  # the same rule: 11.7 px on average
 
@@ -76,10 +78,12 @@ class SpritesConfig:
             raise ValueError(f"height={self.height}, width={self.width} must be at least 16 px")
         if self.num_frames < 1 or self.fps < 1:
             raise ValueError(f"num_frames={self.num_frames} and fps={self.fps} must be >= 1")
-        if not 1 <= self.min_sprites <= self.max_sprites <= len(SHAPES):
+        if unknown := [shape for shape in self.shapes if shape not in SHAPES]:
+            raise ValueError(f"shapes={list(self.shapes)} has {unknown[0]!r}; shapes are {', '.join(SHAPES)}")
+        if not 1 <= self.min_sprites <= self.max_sprites <= len(self.shapes):
             raise ValueError(
                 f"min_sprites={self.min_sprites}, max_sprites={self.max_sprites} must satisfy "
-                f"1 <= min_sprites <= max_sprites <= {len(SHAPES)}"
+                f"1 <= min_sprites <= max_sprites <= {len(self.shapes)}, the number of shapes"
             )
         if self.background not in BACKGROUNDS:
             raise ValueError(f"background={self.background!r} must be one of {BACKGROUNDS}")
@@ -88,6 +92,8 @@ class SpritesConfig:
                 raise ValueError(
                     f"{low}={getattr(self, low)} must be > 0 and <= {high}={getattr(self, high)}"
                 )
+        if self.leave_margin < -0.45:
+            raise ValueError(f"leave_margin={self.leave_margin} must be >= -0.45, to leave a path some room")
         if not 0 <= self.scale_change < 0.9:
             raise ValueError(f"scale_change={self.scale_change} must be in [0, 0.9)")
 
@@ -321,14 +327,14 @@ def simulate(cfg: SpritesConfig, seed: int) -> Scene:
     """Draw shapes, colours, paths and events from the seed, without rendering."""
     rng = np.random.default_rng([seed, 0])
     count = int(rng.integers(cfg.min_sprites, cfg.max_sprites + 1))
-    shapes = rng.choice(len(SHAPES), count, replace=False)
+    shapes = rng.choice(len(cfg.shapes), count, replace=False)
     colors = rng.choice(len(COLORS), count + 1, replace=False)
     camera = _drift(cfg, cfg.camera_pan_speed, np.random.default_rng([seed, 1]))
     background = _draw_background(cfg, list(COLORS)[colors[-1]], camera, rng)
     sprites: list[Sprite] = []
     starts = _spread_starts(cfg, count, rng)
     for k in range(count):
-        identity = SHAPES[shapes[k]], list(COLORS)[colors[k]]
+        identity = cfg.shapes[shapes[k]], list(COLORS)[colors[k]]
         sprite = _draw_sprite(cfg, identity, starts[k], camera, sprites, np.random.default_rng([seed, 2, k]))
         if sprite is not None:
             sprites.append(sprite)
@@ -358,7 +364,8 @@ def _draw_sprite(
     shape, color = identity
     radius = 0.5 * cfg.height * rng.uniform(cfg.min_size, cfg.max_size)
     texture = TEXTURES[rng.integers(len(TEXTURES))]
-    waves = Waves.draw(cfg.wavelength_px, 8, rng)
+    look = [SHAPES.index(shape), TEXTURES.index(texture)]
+    waves = Waves.draw(cfg.wavelength_px, 8, np.random.default_rng(look) if cfg.same_look else rng)
     rgb = np.tile(np.array(COLORS[color]), (cfg.num_frames, 1))
     for _ in range(1 if cfg.occlusion else 60):
         pose = _draw_pose(cfg, start, camera, rng)
@@ -377,7 +384,8 @@ def _apart(first: Sprite, second: Sprite) -> bool:
 def _spread_starts(cfg: SpritesConfig, count: int, rng: np.random.Generator) -> np.ndarray:
     """Start points inside the frame, kept apart so that the first frame shows every sprite."""
     size = np.array([cfg.width, cfg.height])
-    layouts = size * rng.uniform(0.18, 0.82, (64, count, 2))
+    inset = max(0.18, -cfg.leave_margin)
+    layouts = size * rng.uniform(inset, 1 - inset, (64, count, 2))
     gaps = np.linalg.norm(layouts[:, :, None] - layouts[:, None], axis=-1) + 1e9 * np.eye(count)
     return layouts[gaps.min(axis=(1, 2)).argmax()]
 
@@ -413,6 +421,8 @@ def _draw_pose(cfg: SpritesConfig, start: np.ndarray, camera: np.ndarray, rng: n
     step = cfg.height * KNOT_SECONDS * rng.uniform(cfg.min_speed, cfg.max_speed)
     turn = np.deg2rad(cfg.max_rotation) * KNOT_SECONDS
     angles = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.uniform(-turn, turn, (count, 1)), axis=0)
+    if cfg.same_look:
+        angles -= angles[1]  # the knot of frame 0
     scales = 1 + rng.uniform(-cfg.scale_change, cfg.scale_change, (count, 1))
     center = _spline(_wander(cfg, start, step, count, rng), cfg) + camera
     scale = np.clip(_spline(scales, cfg)[:, 0], 1 - cfg.scale_change, 1 + cfg.scale_change)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -96,6 +97,12 @@ def judge_clip(
     )
 
 
+def _one_thread() -> None:
+    """A worker is one of several that share the cores."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
 class Judge:
     """Judges videos of a fixed list of clips; ``num_workers`` processes share the clips (0: this one)."""
 
@@ -113,7 +120,7 @@ class Judge:
         self.lpips = lpips
         self.pool: ProcessPoolExecutor | None = None
         if num_workers:
-            self.pool = ProcessPoolExecutor(num_workers, get_context("spawn"), torch.set_num_threads, (1,))
+            self.pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _one_thread)
 
     def first(self, count: int) -> Judge:
         """The same judge, for the first ``count`` clips."""

@@ -25,11 +25,11 @@ from models.wan.checkpoint import load_dit, load_pretrained
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
 from models.wan.image_encoder import ClipImageEncoder
-from models.wan.text_encoder import TextEncoder, Umt5Encoder, VocabularyEncoder
+from models.wan.text_encoder import HashedEncoder, TextEncoder, Umt5Encoder, VocabularyEncoder
 
 log = logging.getLogger(__name__)
 
-TEXT_KINDS = ("vocabulary", "umt5")
+TEXT_KINDS = ("vocabulary", "hashed", "umt5")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROLE_STAGES = {"teacher": "teacher", "student": "self_forcing"}  # role: the stage that makes it
 
@@ -38,7 +38,7 @@ ROLE_STAGES = {"teacher": "teacher", "student": "self_forcing"}  # role: the sta
 class TextConfig:
     """Which text encoder; its length and width are dit.text_len and dit.text_dim."""
 
-    kind: str = "vocabulary"  # vocabulary: the sprites world's fixed code | umt5: Wan's
+    kind: str = "vocabulary"  # vocabulary: fixed code of the sprites world | hashed: the same for any words | umt5
     path: str | None = None  # umt5: folder with text_encoder/ and tokenizer/
     null_caption: str = ""  # umt5: what a dropped text means; the vocabulary's null is the empty caption
 
@@ -152,9 +152,9 @@ def _check_channels(cfg: ModelConfig) -> None:
 
 def _check_text(cfg: ModelConfig) -> None:
     wanted = VocabularyEncoder.dim_for(cfg.dit.text_len)
-    if cfg.text.kind == "vocabulary" and cfg.dit.text_dim != wanted:
+    if cfg.text.kind != "umt5" and cfg.dit.text_dim != wanted:
         raise ValueError(
-            f"model.dit.text_dim={cfg.dit.text_dim} must be {wanted}, the width of the vocabulary code at "
+            f"model.dit.text_dim={cfg.dit.text_dim} must be {wanted}, the width of the word code at "
             f"text_len={cfg.dit.text_len}"
         )
 
@@ -196,8 +196,11 @@ def build_tiny_vae(cfg: ModelConfig, latent_space: LatentSpace) -> TinyVae:
 
 def build_text_encoder(cfg: ModelConfig) -> TextEncoder:
     """The text encoder, at the DiT's length; ValueError where its width is not the DiT's."""
+    encoder: TextEncoder
     if cfg.text.kind == "vocabulary":
-        encoder: TextEncoder = VocabularyEncoder(cfg.dit.text_len)
+        encoder = VocabularyEncoder(cfg.dit.text_len)
+    elif cfg.text.kind == "hashed":
+        encoder = HashedEncoder(cfg.dit.text_len)
     elif cfg.text.path is None:
         raise ValueError(
             "model.text.path is not set; pass a folder with text_encoder/ and tokenizer/ of a Wan model"

@@ -3,15 +3,17 @@
 Every encoder gives [B, text_len, text_dim], exactly zero beyond a caption's last token: Wan cuts the padding
 after the encoder and before its own text MLP, and attends to all text_len positions without a mask.
 
-The sprites encoder has no weights. A token is a sparse code, one-hot word | one-hot word before it | one-hot
-position, and the DiT's text MLP, which every Wan DiT has, is the learned embedding of it. The word before
-binds an attribute to its noun ("red disc") without a text transformer.
+The sprites encoder has no weights, and neither has its sibling for captions in any words. A token is a sparse
+code, one-hot word | one-hot word before it | one-hot position, and the DiT's text MLP, which every Wan DiT
+has, is the learned embedding of it. The word before binds an attribute to its noun ("red disc") without a
+text transformer.
 """
 
 from __future__ import annotations
 
 import html
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -102,7 +104,7 @@ class VocabularyEncoder:
         return self.encode([""])
 
     def _pairs(self, caption: str) -> Iterable[tuple[int, int | None]]:
-        words = re.sub(r"[,.;:!?]", " ", caption.lower()).split()
+        words = split_words(caption)
         if unknown := [word for word in words if word not in self._index]:
             raise ValueError(
                 f"unknown word {', '.join(map(repr, unknown))} in caption {caption!r}; the sprites world "
@@ -114,6 +116,25 @@ class VocabularyEncoder:
             )
         indices = [self._index[word] for word in words]
         return zip(indices, [None, *indices])
+
+
+class HashedEncoder(VocabularyEncoder):
+    """The same code for captions in any words, for small models on real video: a word takes the slot that its
+    checksum says, and may share it with others. Words beyond text_len are cut, as T5 tokenizers do.
+    """
+
+    def __init__(self, text_len: int) -> None:
+        super().__init__(text_len, vocabulary=())
+
+    def _pairs(self, caption: str) -> Iterable[tuple[int, int | None]]:
+        words = split_words(caption)[: self.text_len]
+        indices = [zlib.crc32(word.encode()) % VOCABULARY_CAPACITY for word in words]
+        return zip(indices, [None, *indices])
+
+
+def split_words(caption: str) -> list[str]:
+    """Words in lower case, without punctuation marks."""
+    return re.sub(r"[,.;:!?]", " ", caption.lower()).split()
 
 
 class Umt5Encoder(nn.Module):

@@ -52,6 +52,8 @@ def test_splits_never_share_a_seed(index, split, other_index, other_split):
         ("background", "starry"),
         ("height", 8),
         ("min_speed", 0.0),
+        ("shapes", ["disc", "sphere"]),
+        ("leave_margin", -0.5),
     ],
 )
 def test_config_is_refused_by_field(field, value):
@@ -120,6 +122,26 @@ def test_no_occlusion_keeps_sprites_apart():
             first, second = scene.sprites
             gap = np.linalg.norm(first.pose.center - second.pose.center, axis=1)
             assert (gap > first.radius_px + second.radius_px).all()
+
+
+def test_a_negative_margin_keeps_paths_inside():
+    cfg = SpritesConfig(leave_margin=-0.25, max_sprites=1, max_speed=0.4)
+    for seed in range(20):
+        center = simulate(cfg, seed).sprites[0].pose.center
+        assert center.min() > 0.25 * 64 - 4 and center.max() < 0.75 * 64 + 4  # a spline swings past its knots
+
+
+def test_same_look_makes_a_name_an_appearance():
+    cfg = SpritesConfig(same_look=True, shapes=["disc", "square"], max_sprites=1)
+    looks: dict[tuple[str, str], list] = {}
+    for seed in range(30):
+        sprite = simulate(cfg, seed).sprites[0]
+        assert sprite.shape in cfg.shapes and sprite.pose.angle[0] == 0
+        looks.setdefault((sprite.shape, sprite.texture), []).append(sprite.waves)
+    assert len(looks) == 6 and max(map(len, looks.values())) > 1
+    for waves in looks.values():
+        assert all(np.array_equal(waves[0].phases, other.phases) for other in waves)
+    assert len({waves[0].phases[0] for waves in looks.values()}) == 6
 
 
 def test_events_change_colour_but_not_motion_and_are_told():

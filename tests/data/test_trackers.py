@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data.lucas_kanade import LucasKanadeConfig
-from data.motion_layers import fit_motion
+from data.motion_layers import _predicted, fit_motion
 from data.sprites import SpritesConfig, render_clip
 from data.trackers import CoTracker3, TrackerConfig, build_tracker, grid_queries
 
@@ -83,6 +83,32 @@ def test_layers_find_a_point_again_after_occlusion():
     assert seen[11, still & passed].mean() > 0.9 > plain_seen[11, still & passed].mean()
     error = np.linalg.norm(points[11] - queries, axis=-1)[still & passed]
     assert np.median(error) < 0.1 and (error < 1).mean() > 0.9
+
+
+def test_a_slow_body_does_not_drag_the_still_ground_along():
+    """In a blurred, flickering video: one that a small model generated."""
+    cv2, rng = pytest.importorskip("cv2"), np.random.default_rng(3)
+    ground, body = rng.integers(0, 255, (48, 48, 3)), rng.integers(0, 255, (20, 20, 3))
+    frames = np.stack([ground] * 20).astype(np.float32)
+    for t in range(20):
+        left = 4 + t // 2
+        frames[t, 14:34, left : left + 20] = body
+    frames = np.stack([cv2.GaussianBlur(f, (0, 0), 1.3) + 6 * rng.standard_normal((1, 1, 3)) for f in frames])
+    queries = grid_queries(48, 48, 8, 8)
+    points, _ = build_tracker(TrackerConfig(max_layers=2)).track(frames.clip(0, 255).astype(np.uint8), queries)
+    aside = (np.abs(queries[:, 1] - 24) > 14) | (queries[:, 0] > 38)
+    assert np.linalg.norm(points[-1] - queries, axis=-1)[aside].max() < 0.5
+    on_body = (np.abs(queries - [14, 24]) < 8).all(-1)
+    assert np.abs(points[-1] - queries - [9, 0])[on_body].max() < 1
+
+
+def test_a_hidden_layer_turns_about_its_own_center_and_keeps_its_scale():
+    t, center = np.arange(5), 40 + 30j
+    a = 1.1**t * np.exp(0.3j * t)
+    b = (center + (2 + 1j) * t) - a * center
+    found_a, found_b = _predicted(a, b, center, before=2, last=3, t=5)
+    assert np.isclose(found_a, 1.1**3 * np.exp(0.3j * 5))
+    assert np.isclose(found_a * center + found_b, center + (2 + 1j) * 5)
 
 
 def test_no_queries_and_one_frame():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -125,3 +128,26 @@ def test_self_forcing(model_cfg, tmp_path, reuse_rollout):
     resumed = make("cut")
     resumed.fit()
     assert_equal_runs(whole, resumed)
+
+
+def fit_self_forcing(model_cfg, folder: Path, steps: int) -> Trainer:
+    torch.set_num_threads(1)  # a sum over two threads has another order
+    trainer = trainer_of(
+        model_cfg, SelfForcing(SelfForcingConfig(student_every=2, **TRACKS)), folder, steps=steps
+    )
+    trainer.fit()
+    return trainer
+
+
+def test_self_forcing_after_kill_9(model_cfg, tmp_path):
+    """Killed at whatever it was doing: a rollout, an update, a checkpoint."""
+    process = get_context("spawn").Process(target=fit_self_forcing, args=(model_cfg, tmp_path / "cut", 12))
+    process.start()
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "cut/checkpoints/last_good").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "cut/checkpoints/step_00000012").exists()  # it had not come to the end
+    assert_equal_runs(*(fit_self_forcing(model_cfg, tmp_path / name, 12) for name in ("whole", "cut")))

@@ -104,7 +104,7 @@ def test_an_unknown_key_is_refused(unknown):
         ("dit.latent_channels=5", "model.dit.latent_channels=5 must be the VAE's z_dim=4"),
         ("dit.text_len=31", "model.dit.text_dim=288 must be 287"),
         ("dit.clip_dim=1280", "model.dit.clip_dim=1280 and model.clip_encoder=None must both be set"),
-        ("text.kind=t5", "model.text.kind='t5' must be vocabulary or umt5"),
+        ("text.kind=t5", "model.text.kind='t5' must be vocabulary or hashed or umt5"),
         ("dtype=float16", "model.dtype='float16' must be float32 or bfloat16"),
         ("guidance.txt=3", "guidance 'txt' must be one of text, motion"),
         ("dit.track_channels=0", "model.guidance.motion=1.5 needs a model that sees tracks"),

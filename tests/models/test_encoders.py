@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from models.wan.image_encoder import CLIP_MEAN, CLIP_STD, ClipImageEncoder
 from models.wan.text_encoder import (
     SPRITES_VOCABULARY,
     VOCABULARY_CAPACITY,
+    HashedEncoder,
     TextEncoder,
     Umt5Encoder,
     VocabularyEncoder,
@@ -72,6 +75,22 @@ def test_the_vocabulary_covers_the_captions_of_the_sprites_world():
     from data.sprites import CAPTION_WORDS
 
     assert set(CAPTION_WORDS) <= set(SPRITES_VOCABULARY)
+
+
+# ---------------------------------------------------------------------------- hashed words
+def test_hashed_words_take_any_caption_and_cut_a_long_one():
+    encoder = HashedEncoder(text_len=4)
+    bear, same, cut = encoder.encode(["A bear walks!", "a Bear, walks", "a bear walks over large rocks"])
+    assert bear.shape == (4, VocabularyEncoder.dim_for(4))
+    assert torch.equal(bear, same)
+    assert torch.equal(cut[:3], bear[:3]) and cut[3].any()
+    assert not torch.equal(encoder.encode(["a bear swims"])[0], bear)
+    assert torch.equal(encoder.null(), torch.zeros(1, 4, encoder.text_dim))
+
+
+def test_hashed_slots_do_not_depend_on_the_process():
+    slot = int(HashedEncoder(text_len=1).encode(["bear"])[0, 0].argmax())
+    assert slot == zlib.crc32(b"bear") % VOCABULARY_CAPACITY == 41
 
 
 # ---------------------------------------------------------------------------- UMT5

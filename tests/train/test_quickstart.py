@@ -25,6 +25,16 @@ def test_stages_hand_their_results_on():
     assert "out/self_forcing/export/student" in commands["eval"]
 
 
+def test_training_stages_share_the_cores_among_processes(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    step = Step("teacher", ("train", "steps=1"), processes=2)
+    assert step.environment["OMP_NUM_THREADS"] == "2"
+    assert step.command[:2] == ["-m", "torch.distributed.run"] and "--nproc_per_node=2" in step.command
+    assert step.command[-3:] == ["-m", "train", "steps=1"]
+    assert Step("eval", ("eval",)).command == ["-m", "eval"]
+    assert Step("eval", ("eval",)).environment["OMP_NUM_THREADS"] == "4"
+
+
 def test_last_line_reads_through_progress_bars(tmp_path):
     log = tmp_path / "log"
     log.write_text("started\nencode:  10%|#   \rencode:  50%|##  \r\n\n")

@@ -14,11 +14,12 @@ import torch
 from data.app import compose_config
 from data.batch import Batch, collate
 from data.shards import ShardDataset
+from models.assemble import build_vae
 from models.diffusion.noise import KeyedNoise
 from models.vae.wan_vae import WanVae
 from train.build import build_trainer, read_settings
 from train.stage import SetupContext, StepContext
-from train.vae import VaeStage, VaeStageConfig, edge_difference, psnr_db
+from train.vae import VaeStage, VaeStageConfig, edge_difference, psnr_db, start_near_linear
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden/vae.json"
 
@@ -81,6 +82,24 @@ def test_learns_and_exports_a_normalised_vae(pixel_shards, tmp_path):
     torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(4), atol=1e-2, rtol=0)
     assert vae.decode(latents).shape == pixels.shape
+
+
+def test_the_start_is_a_function_of_the_seed_and_its_residual_branches_are_silent(tiny_model):
+    def started(seed: int):
+        vae = build_vae(tiny_model, seed=0)
+        start_near_linear(vae, torch.Generator().manual_seed(seed))
+        return vae
+
+    pixels = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    vae, same, other = started(0), started(0), started(1)
+    latents = vae.encode(pixels)
+    assert torch.equal(latents, same.encode(pixels)) and not torch.equal(latents, other.encode(pixels))
+    branches = [parameter for name, parameter in same.named_parameters() if ".conv1." in name]
+    assert branches
+    with torch.no_grad():
+        for parameter in branches:
+            parameter.normal_()
+    assert torch.equal(latents, same.encode(pixels))
 
 
 def test_crops_are_of_the_stated_length_and_keyed_by_sample():
