@@ -153,6 +153,8 @@ def _still_layer(colors: np.ndarray, images: np.ndarray, start: np.ndarray) -> L
     Where an alignment explains the colours clearly better, the motion is slow rather than none.
     """
     count = len(colors)
+    if count == 1:
+        return None
     layer = Layer(np.arange(len(start)), np.ones(count, complex), np.zeros(count, complex), np.ones(count))
     matching = residuals(colors, start, layer)[1:] < 2 * SAME_COLOR
     share = matching.mean(0)
