@@ -145,6 +145,31 @@ def video_side_by_side(columns: Mapping[str, np.ndarray], fps: float, caption: s
     return Video(_mp4_uri(np.concatenate(parts, axis=2), fps), list(columns), caption)
 
 
+def contact_sheet(rows: Mapping[str, np.ndarray], *, num_frames: int = 7, caption: str = "") -> Figure:
+    """Frames at equal distances, a row per video with its name before it, as one PNG.
+
+    rows: name -> uint8 [T, H, W, 3], all of one shape.
+    """
+    from matplotlib.figure import Figure as Plot
+
+    length, height, width = next(iter(rows.values())).shape[:3]
+    picked = np.linspace(0, length - 1, min(num_frames, length)).round().astype(int)
+    cell = 1.2  # inches
+    plot = Plot(figsize=(cell * width / height * (len(picked) + 1), cell * len(rows) + 0.3), layout="constrained")
+    grid = plot.subplots(len(rows), len(picked), squeeze=False)
+    for (name, frames), line in zip(rows.items(), grid, strict=True):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for axes, frame in zip(line, picked, strict=True):
+            axes.imshow(frames[frame])
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+    for axes, frame in zip(grid[-1], picked, strict=True):
+        axes.set_xlabel(f"frame {frame}")
+    stream = io.BytesIO()
+    plot.savefig(stream, format="png", dpi=110)
+    return Figure(_data_uri("image/png", stream.getvalue()), caption)
+
+
 def enlarge(frames: np.ndarray) -> tuple[np.ndarray, int]:
     """Frames [T, H, W, 3] repeated by the least whole factor that makes both sides big enough to look at."""
     factor = max(1, math.ceil(MIN_VIDEO_SIDE_PX / min(frames.shape[1:3])))

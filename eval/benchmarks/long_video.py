@@ -20,12 +20,12 @@ from torch import Tensor
 from data.sprites import SpritesConfig
 from data.trackers import TrackerConfig, build_tracker
 from eval.benchmarks.context import EvalContext, Outcome, progress_bar
-from eval.benchmarks.motion_transfer import show_clip
+from eval.benchmarks.motion_transfer import draw_clip
 from eval.clips import EvalClip, sprites_clips
 from eval.metrics.drift import drift, frame_saturation, latent_moments, window_means
 from eval.metrics.epe import endpoint_error
 from eval.metrics.registration import RegistrationConfig, register_sprites
-from eval.report import Section, line_figure
+from eval.report import Section, line_figure, video_side_by_side
 from eval.results import Results
 from models.condition import ClipGeometry
 from models.motion.tracks import NUM_TRACK_IDS, Tracks, sample_track_ids
@@ -217,7 +217,9 @@ class LongVideo:
             ),
         ]
         shown = [
-            show_clip(clip, {"student": video}, context.model_cfg.clip.fps)
+            video_side_by_side(
+                draw_clip(clip, {"student": video}), context.model_cfg.clip.fps, f"{clip.key}: {clip.caption}"
+            )
             for clip, video in zip(clips[: cfg.num_shown], videos, strict=False)
         ]
         text = (

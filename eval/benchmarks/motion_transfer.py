@@ -24,7 +24,7 @@ from eval.clips import EvalClip, folder_clips, sprites_clips
 from eval.judge import Judge, Verdict, still_error
 from eval.metrics.lpips import load_lpips
 from eval.metrics.registration import RegistrationConfig
-from eval.report import Figure, Section, Video, enlarge, line_figure, video_side_by_side
+from eval.report import Figure, Section, contact_sheet, enlarge, line_figure, video_side_by_side
 from eval.results import Results
 from eval.roles import ROLES, SamplingConfig, generate
 from models.diffusion.guidance import Guidance
@@ -156,15 +156,21 @@ class MotionTransfer:
             f"{guidance}. EPE: query frame 0, points visible in the ground truth, frame 0 excluded, mean "
             f"over points, then over clips. Tracker: {self.cfg.tracker.name}."
         )
-        shown = [
-            show_clip(clip, {name: frames[i] for name, frames in videos.items()}, context.model_cfg.clip.fps)
+        shown = {
+            f"{clip.key}: {clip.caption}": draw_clip(clip, {name: frames[i] for name, frames in videos.items()})
             for i, clip in enumerate(clips[: self.cfg.num_shown])
-        ]
+        }
+        fps = context.model_cfg.clip.fps
         return [
             Section("Motion transfer", "\n".join([text, *results.notes()]), results.by_role()),
             Section("Further figures", table=results.others()),
             Section("Error over time", figures=[error_over_time(verdicts)]),
-            Section("Clips", "The tracks that were asked for are drawn over every video.", videos=shown),
+            Section(
+                "Clips",
+                "The tracks that were asked for are drawn over every video.",
+                figures=[contact_sheet(rows, caption=caption) for caption, rows in list(shown.items())[:1]],
+                videos=[video_side_by_side(rows, fps, caption) for caption, rows in shown.items()],
+            ),
         ]
 
 
@@ -212,16 +218,16 @@ def error_over_time(verdicts: Mapping[str, Verdict]) -> Figure:
     )
 
 
-def show_clip(clip: EvalClip, videos: Mapping[str, np.ndarray], fps: float) -> Video:
-    """Ground truth and generated videos beside each other, the asked-for tracks drawn over each."""
+def draw_clip(clip: EvalClip, videos: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Ground truth and generated videos by name, enlarged, the asked-for tracks drawn over each."""
     points, visibility = clip.tracks.points[0].numpy(), clip.tracks.visibility[0].numpy()
     travel = np.linalg.norm(np.diff(points, axis=0), axis=-1).sum(0)
     moving = np.flatnonzero(travel >= np.median(travel))
     drawn = moving[np.linspace(0, len(moving) - 1, min(MAX_DRAWN_TRACKS, len(moving))).round().astype(int)]
-    columns = {}
+    rows = {}
     for name, frames in {"ground truth": clip.frames, **videos}.items():
         large, factor = enlarge(frames)
-        columns[name.replace("_", ", tracks ")] = draw_tracks_on(
+        rows[name.replace("_", ", tracks ")] = draw_tracks_on(
             large, points[:, drawn] * factor, visibility[:, drawn]
         )
-    return video_side_by_side(columns, fps, caption=f"{clip.key}: {clip.caption}")
+    return rows

@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from data.video import read_video
 from eval.report import (
     Section,
     Table,
+    contact_sheet,
     curves_from_log,
     enlarge,
     line_figure,
@@ -69,6 +71,16 @@ def test_the_embedded_video_shows_both_clips_in_step() -> None:
     assert abs(frames[5, 100, 100].astype(int) - 140).max() <= 4  # left plays on
     assert abs(frames[5, 100, 400].astype(int) - 100).max() <= 4  # right holds its last frame
     assert list(video.labels) == ["left", "right"]
+
+
+def test_a_contact_sheet_shows_first_and_last_frame_of_every_row() -> None:
+    sheet = contact_sheet({"truth": _ramp(5), "student": 255 - _ramp(5)}, num_frames=3)
+    content = base64.b64decode(sheet.data_uri.removeprefix("data:image/png;base64,"))
+    picture = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE)
+    upper, lower = picture[: len(picture) // 2], picture[len(picture) // 2 :]
+    for level in (40, 80, 120):
+        assert (upper == level).sum() > 1000 and (lower == 255 - level).sum() > 1000
+        assert not (lower == level).sum() > 1000
 
 
 def test_small_clips_are_enlarged_and_large_ones_kept() -> None:
