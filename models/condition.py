@@ -220,7 +220,13 @@ def build_condition(
             )
         height, width = latent_size
         track_map = scatter_tracks(
-            tracks, dim=dit.track_id_dim, height_cells=height, width_cells=width, cell_px=cell_px, rng=rng
+            tracks,
+            dim=dit.track_id_dim,
+            height_cells=height,
+            width_cells=width,
+            cell_px=cell_px,
+            with_offsets=dit.track_offsets,
+            rng=rng,
         )
     return Condition(
         prompt_embeds=prompt_embeds,

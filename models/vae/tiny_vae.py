@@ -11,7 +11,7 @@ last step of the chunk before, so that chunks equal the whole clip. Latents are 
 they belong to is stored with the weights and asserted on loading (``latent_space.py``). Inside, RGB runs in
 [0, 1]; outside in [-1, 1].
 
-Left out: TAEHV's "super" decoder, and training (the loss and the discriminator).
+Left out: TAEHV's "super" decoder. Training: ``train/tiny_vae.py``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from models.vae.folder import replace_folder
 from models.vae.latent_space import LatentSpace
 from models.vae.streaming_decode import StreamingDecoder
 
+PRESETS = ("taew2_1", "taew2_2", "wan_2_2_large", "sprites")
 MEMORY_BLOCKS = 3  # per resolution
 TEMPORAL_STRIDE = 4
 Memory = tuple[Tensor, ...]  # the last input [B, C, h, w] of each memory block
@@ -81,6 +82,13 @@ class TinyVaeConfig:
             latent_channels=latent_channels, decoder_widths=[64, 32, 16], time_upscale=[True, True],
             encoder_width=32, time_downscale=[True, True],
         )  # fmt: skip
+
+    @classmethod
+    def preset(cls, name: str, latent_channels: int) -> TinyVaeConfig:
+        """The architecture called ``name``; only "sprites" takes the number of channels, the others have theirs."""
+        if name not in PRESETS:
+            raise ValueError(f"tiny VAE preset '{name}' must be one of {', '.join(PRESETS)}")
+        return cls.sprites(latent_channels) if name == "sprites" else getattr(cls, name)()
 
     @classmethod
     def for_space(cls, space: LatentSpace) -> TinyVaeConfig:
@@ -270,6 +278,10 @@ class TinyVae(nn.Module):
         to three frames ahead of the frames that the Wan VAE puts into it: use the Wan VAE wherever exact
         latents matter.
         """
+        return self.approximate_latents(pixels).float()
+
+    def approximate_latents(self, pixels: Tensor) -> Tensor:
+        """As ``encode``, but differentiable and in the dtype of the weights, for training."""
         if (
             pixels.ndim != 5
             or pixels.shape[1] != 3
@@ -283,7 +295,7 @@ class TinyVae(nn.Module):
         frames = torch.cat([pixels, pixels[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
         patch = self.config.patch_size
         patches = rearrange(frames * 0.5 + 0.5, "b c t (h q) (w r) -> b (c q r) t h w", q=patch, r=patch)
-        return _run(self.encoder, patches, None)[0].float()
+        return _run(self.encoder, patches, None)[0]
 
 
 def _run(layers: nn.Sequential, video: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from models.motion.embedding import OFFSET_DIM
 from models.wan.attention import ATTENTION_BACKENDS
 
 IMAGE_CONDITIONING = ("none", "first_frame", "fun_control", "inp")
@@ -41,6 +42,7 @@ class WanConfig:
     image_conditioning: str = "none"  # none | first_frame | fun_control | inp; see input_layout
     track_channels: int = 0  # channels after the track head; 0: a model without tracks
     track_id_dim: int = 64  # width of a track's identity encoding
+    track_offsets: bool = False  # the head also sees where in its cell a track lies (ours; the paper floors it away)
     track_hidden: int = 128  # hidden width of the track head
     track_encoding: str = "head"  # head: learned from the track map | rgb: VAE latents of drawn tracks
     attention_backend: str = "sdpa"  # sdpa | matmul | flex | flash
@@ -98,6 +100,11 @@ class WanConfig:
     @property
     def has_track_head(self) -> bool:
         return self.track_channels > 0 and self.track_encoding == "head"
+
+    @property
+    def track_map_dim(self) -> int:
+        """Channels of the track map that the head reads."""
+        return self.track_id_dim + (OFFSET_DIM if self.track_offsets else 0)
 
     @classmethod
     def wan_1_3b(cls, **overrides: Any) -> WanConfig:

@@ -78,7 +78,7 @@ class WanDiT(nn.Module):
         if config.clip_dim is not None:
             self.img_emb = ClipProjection(config.clip_dim, dim)
         if config.has_track_head:
-            self.track_head = TrackHead(config.track_id_dim, config.track_hidden, config.track_channels)
+            self.track_head = TrackHead(config.track_map_dim, config.track_hidden, config.track_channels)
         if not self.patch_embedding.weight.is_meta:
             self.reset_parameters(rng)
 

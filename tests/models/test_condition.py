@@ -153,6 +153,7 @@ def architecture(**changes) -> SimpleNamespace:
     fields = {
         "track_channels": 4,
         "track_id_dim": 8,
+        "track_offsets": False,
         "track_encoding": "head",
         "image_conditioning": "none",
         "clip_dim": None,

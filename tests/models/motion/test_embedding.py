@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import pytest
 import torch
@@ -144,13 +143,27 @@ def test_tracks_in_another_resolution_are_refused_with_the_remedy():
         scatter_tracks(tracks_at([[[1.0, 1.0]]]), dim=16, height_cells=8, width_cells=12, cell_px=8)
 
 
-def test_a_training_batch_takes_milliseconds():
-    rng = torch.Generator().manual_seed(0)
-    points = torch.rand(16, 33, 256, 2, generator=rng) * 64
-    tracks = Tracks(points, torch.ones(16, 33, 256, dtype=torch.bool), sample_track_ids(16, 256, rng), 64, 64)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        scatter_tracks(tracks, dim=64, height_cells=8, width_cells=8, cell_px=8, rng=rng)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.1  # about 5 ms on one core; a loop over tracks would take seconds
+def test_offsets_tell_where_in_its_cell_the_winner_lies() -> None:
+    """Two tracks share a cell: the winner's offset is written; an unseen track at infinity leaves nothing."""
+    points = [[[3.0, 20.0], [5.0, 17.0], [float("inf"), 4.0], [47.9, 8.0]]]
+    tracks = tracks_at(points, [[True, True, False, True]])
+    features = scatter_tracks(tracks, dim=16, with_offsets=True, **CELLS)
+    assert torch.equal(features[:, :16], scatter(tracks))
+    offsets = features[0, 16:, 0]
+    assert offsets[:, 2, 0].tolist() == [3 / 8 * 2 - 1, 4 / 8 * 2 - 1]
+    assert offsets[:, 1, 5].tolist() == pytest.approx([7.9 / 8 * 2 - 1, -1.0], abs=1e-5)
+    offsets[:, 2, 0] = offsets[:, 1, 5] = 0
+    assert not offsets.any()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**31 - 1))
+def test_cell_and_offset_give_the_point_back(seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    points = torch.rand(1, 3, 1, 2, generator=rng) * torch.tensor([SIZE[1], SIZE[0]])
+    tracks = Tracks(points, torch.ones(1, 3, 1, dtype=torch.bool), torch.tensor([[7]]), *SIZE)
+    features = scatter_tracks(tracks, dim=16, with_offsets=True, rng=rng, **CELLS)
+    for frame, (x, y) in enumerate(points[0, :, 0].tolist()):
+        row, column = features[0, :16, frame].abs().sum(0).nonzero()[0].tolist()
+        found = (features[0, 16:, frame, row, column] + 1) / 2 * 8 + torch.tensor([column, row]) * 8
+        assert found.tolist() == pytest.approx([x, y], abs=1e-4)

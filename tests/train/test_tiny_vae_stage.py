@@ -1,0 +1,176 @@
+"""stage=tiny_vae: golden losses, the discriminator's input, the replay buffer, what it learns and exports."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.app import compose_config
+from data.batch import Batch
+from models.assemble import build_vae
+from models.diffusion.noise import KeyedNoise
+from models.vae.latent_space import LatentSpace
+from models.vae.tiny_vae import PRESETS, TinyVae, TinyVaeConfig
+from train.build import build_trainer, read_settings
+from train.discriminator import STRETCH_FRAMES, PatchDiscriminator, ReplayBuffer, stretch_of
+from train.stage import SetupContext, StepContext
+from train.tiny_vae import DISCRIMINATOR, TINY_VAE, TinyVaeStage, TinyVaeStageConfig
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden/tiny_vae.json"
+SMALL = {"preset": "sprites", "num_frames": 9, "crop_px": 16, "discriminator_widths": [8, 16], "replay_size": 4}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, tmp_path_factory):
+    """The tiny model with a VAE on disk, whose fresh latents are normalised by measurement."""
+    vae = build_vae(tiny_model, seed=0)
+    rng = torch.Generator().manual_seed(0)
+    vae.measure_normalisation([torch.rand(2, 3, 9, 16, 16, generator=rng) * 2 - 1])
+    vae.save(tmp_path_factory.mktemp("vae") / "vae")
+    path = str(next(tmp_path_factory.getbasetemp().glob("vae*/vae")))
+    return replace(tiny_model, vae=replace(tiny_model.vae, path=path))
+
+
+def pixel_batch(ids: list[int]) -> Batch:
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (len(ids), 3, 33, 4, 4), dtype=np.uint8)
+    pixels = torch.from_numpy(coarse.repeat(4, axis=-1).repeat(4, axis=-2))
+    return Batch(ids, [str(each) for each in ids], [""] * len(ids), pixels=pixels)
+
+
+def set_up(model, tmp_path, **changes) -> TinyVaeStage:
+    stage = TinyVaeStage(TinyVaeStageConfig(**(SMALL | changes)))
+    stage.setup(SetupContext(model, torch.device("cpu"), torch.float32, tmp_path, KeyedNoise(0)))
+    return stage
+
+
+def test_golden_losses(model, tmp_path):
+    """Four steps, the discriminator from the third on."""
+    stage, losses = set_up(model, tmp_path, gan_start=2), []
+    optimizers = {name: torch.optim.AdamW(module.parameters(), lr=1e-3) for name, module in stage.modules().items()}
+    for step in range(4):
+        for update in stage.updates(step):
+            loss = stage.train_step(pixel_batch([0, 1]), StepContext(step, update, 0, 0, 1, 0)).losses
+            optimizers[update].zero_grad()
+            loss.backward()
+            optimizers[update].step()
+            losses.append(float(loss.detach()))
+    assert len(losses) == 2 + 2 * 2
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(json.dumps({"losses": losses}, indent=1) + "\n")
+    np.testing.assert_allclose(losses, json.loads(GOLDEN.read_text())["losses"], atol=1e-5)
+
+
+def test_each_update_leaves_the_other_module_alone(model, tmp_path):
+    stage = set_up(model, tmp_path, gan_start=0)
+    for update, other in ((TINY_VAE, DISCRIMINATOR), (DISCRIMINATOR, TINY_VAE)):
+        stage.train_step(pixel_batch([0, 1]), StepContext(0, update, 0, 0, 1, 0)).losses.backward()
+        assert any(parameter.grad is not None for parameter in stage.modules()[update].parameters())
+        assert all(parameter.grad is None for parameter in stage.modules()[other].parameters())
+        stage.modules()[update].zero_grad()
+        assert all(parameter.requires_grad for parameter in stage.modules()[other].parameters())
+
+
+def test_a_stretch_comes_with_the_latent_of_its_middle_frame():
+    """Latent 0 covers frame 0, latent j >= 1 frames 4j - 3 .. 4j."""
+    video = torch.arange(9.0).view(1, 1, 9, 1, 1).expand(1, 3, 9, 4, 4)
+    latents = torch.arange(3.0).view(1, 1, 3, 1, 1).expand(1, 2, 3, 1, 1)
+    for start, latent in ((0, 1), (2, 1), (3, 1), (4, 2), (6, 2)):
+        stretch, of = stretch_of(video, latents, [start])
+        assert stretch.shape == (1, 3 * STRETCH_FRAMES, 4, 4)
+        assert stretch[0, :STRETCH_FRAMES, 0, 0].tolist() == [start, start + 1, start + 2]
+        assert float(of[0, 0]) == latent
+
+
+def test_the_replay_buffer_gives_back_older_ones_in_half_the_batch():
+    buffer = ReplayBuffer(size=3)
+    first = torch.full((4, 9, 2, 2), 1.0)
+    latents = torch.arange(4.0).view(4, 1, 1, 1)
+    stretches, of = buffer.exchange(first, latents, [0, 1, 2, 3])
+    assert torch.equal(stretches, first) and torch.equal(of, latents)  # nothing to give back yet
+    assert len(buffer.stretches) == 3  # the fourth replaced the first
+    mixed, of = buffer.exchange(2 * first, latents + 10, [0, 0, 1, 5])
+    assert mixed[:, 0, 0, 0].tolist() == [2, 2, 1, 1]
+    assert of.flatten().tolist() == [10, 11, 1, 2]  # picks 1 and 5 of the stored latents 3, 1, 2
+    again = ReplayBuffer(size=3)
+    again.load_state_dict(buffer.state_dict())
+    for one, other in zip(again.exchange(first, latents, [2] * 4), buffer.exchange(first, latents, [2] * 4)):
+        assert torch.equal(one, other)
+
+
+def test_the_discriminator_judges_patches_and_reads_the_latent():
+    torch.manual_seed(0)
+    judge = PatchDiscriminator(latent_channels=4, widths=[8, 16])
+    stretch, latent = torch.rand(2, 9, 16, 16), torch.randn(2, 4, 4, 4)
+    logits, features = judge(stretch, latent)
+    assert logits.shape == (2, 1, 4, 4) and [each.shape[2] for each in features] == [8, 4]
+    assert not torch.allclose(judge(stretch, -latent)[0], logits)
+
+
+def test_crops_in_space_and_time_are_keyed_by_sample(model, tmp_path):
+    stage = set_up(model, tmp_path, crop_px=8)
+    pixels = torch.rand(2, 3, 33, 16, 16)
+    both = stage.crop(pixels, [4, 9], step=3)
+    assert both.shape == (2, 3, 9, 8, 8)
+    assert torch.equal(stage.crop(pixels[1:], [9], step=3)[0], both[1])
+    windows = pixels[0].unfold(1, 9, 1).unfold(2, 8, 1).unfold(3, 8, 1).permute(1, 2, 3, 0, 4, 5, 6)
+    assert (windows == both[0]).flatten(3).all(-1).sum() == 1  # a piece of the clip, as it is
+
+
+def test_it_learns_and_its_export_knows_its_latent_space(model, pixel_shards, tmp_path):
+    cfg = compose_config("train", [
+        "model=tiny", "model.clip.height=32", "model.clip.width=32", f"model.vae.path={model.vae.path}",
+        "stage=tiny_vae", "stage.preset=sprites", "stage.num_frames=9", "stage.crop_px=16", "stage.gan_start=25",
+        "stage.discriminator_widths=[8,16]", "optim=muon", "optim.warmup_updates=0", "optim.ema_decay=0.5",
+        "steps=30", "precision=fp32", "device=cpu", "global_batch=2", "micro_batch=2", "log_every=1",
+        "logger.progress=false", f"shards={pixel_shards}", f"validation_shards={pixel_shards}",
+        "validation_clips=2", f"output_dir={tmp_path}",
+    ])  # fmt: skip
+    assert build_trainer(read_settings(cfg)).fit() == 0
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    psnr = [record["tiny_vae/psnr_db"] for record in records if "tiny_vae/psnr_db" in record]
+    assert np.mean(psnr[20:25]) > np.mean(psnr[:5]) + 1
+    assert "discriminator/filmed" in records[-2] and "discriminator/filmed" not in records[10]
+    assert records[-1]["validation/psnr_db"] > 0 and "validation/full_psnr_db" in records[-1]
+    space = build_vae(model).latent_space
+    assert TinyVae.from_folder(tmp_path / "export/tiny_vae", expected=space).latent_space == space
+    with pytest.raises(ValueError, match="fingerprint"):
+        TinyVae.from_folder(tmp_path / "export/tiny_vae", expected=replace(space, fingerprint="other"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_their_published_sizes(name):
+    decoders = {"taew2_1": 9.84, "taew2_2": 9.92, "wan_2_2_large": 56.7, "sprites": 0.59}  # M parameters
+    config = TinyVaeConfig.preset(name, latent_channels=8)
+    space = LatentSpace(config.latent_channels, config.spatial_stride, "any")
+    with torch.device("meta"):
+        decoder = TinyVae(config, space).decoder
+    millions = sum(parameter.numel() for parameter in decoder.parameters()) / 1e6
+    assert millions == pytest.approx(decoders[name], abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_frames": 6}, "num_frames=6 must be 1 . 4k; nearest valid: 5"),
+        ({"num_frames": 1}, "stage.num_frames=1 must be at least 5"),
+        ({"gan_weight": -1.0}, "stage.gan_weight=-1.0 must be >= 0"),
+        ({"preset": "taew"}, "stage.preset='taew' must be one of taew2_1"),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TinyVaeStageConfig(**settings)
+
+
+def test_a_crop_that_does_not_fit_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="stage.crop_px=10 must be a multiple of 4.*nearest valid: 8"):
+        TinyVaeStage(TinyVaeStageConfig(num_frames=9, crop_px=10)).check(tiny_model)
+    with pytest.raises(ValueError, match="stage.num_frames=37 must be at most"):
+        TinyVaeStage(TinyVaeStageConfig(num_frames=37, crop_px=8)).check(tiny_model)

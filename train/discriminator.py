@@ -1,0 +1,99 @@
+"""The patch discriminator of the tiny VAE: does a short stretch of video look like one that was filmed?
+
+MotionStream appendix A names a PatchGAN with a replay buffer and leaves the rest open; Isola et al. 2017 for the
+patches, Shrivastava et al. 2017 for the buffer (half of each batch of decoded stretches is an older one, so that
+the discriminator does not forget what the decoder did before). A stretch is three successive frames, which shows
+flicker, beside the latent that they were decoded from, which shows what they should be.
+Left out: spectral normalisation, gradient penalties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STRETCH_FRAMES = 3
+
+
+class PatchDiscriminator(nn.Module):
+    """Logits per patch, above 0 for a filmed stretch; `len(widths)` blocks of stride 2."""
+
+    def __init__(self, latent_channels: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        fan_in, blocks = 3 * STRETCH_FRAMES + latent_channels, []
+        for width in widths:
+            blocks.append(
+                nn.Sequential(
+                    nn.Conv2d(fan_in, width, 4, stride=2, padding=1),
+                    nn.GroupNorm(max(1, width // 16), width),
+                    nn.LeakyReLU(0.2),
+                )
+            )
+            fan_in = width
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Conv2d(fan_in, 1, 3, padding=1)
+
+    def forward(self, stretch: Tensor, latent: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """stretch [N, 9, H, W] in [-1, 1], latent [N, C, h, w] -> logits [N, 1, H', W'], features of each block."""
+        x = torch.cat([stretch, F.interpolate(latent, size=stretch.shape[2:])], dim=1)
+        features = []
+        for block in self.blocks:
+            x = block(x)
+            features.append(x)
+        return self.head(x), features
+
+
+class ReplayBuffer:
+    """The last `size` decoded stretches with their latents, on the CPU in half precision."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.stretches: list[Tensor] = []
+        self.latents: list[Tensor] = []
+        self.next = 0  # where the next one goes once the buffer is full
+
+    def exchange(self, stretch: Tensor, latent: Tensor, picks: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Store a batch, and return it with its second half replaced by stored ones.
+
+        picks: for each sample, any non-negative integer; it names the stored one modulo their number.
+        """
+        older = range(len(stretch) - len(stretch) // 2, len(stretch)) if self.stretches else range(0)
+        mixed, conditions = list(stretch), list(latent)
+        for row in older:
+            pick = picks[row] % len(self.stretches)
+            mixed[row] = self.stretches[pick].to(stretch)
+            conditions[row] = self.latents[pick].to(latent)
+        for one, condition in zip(stretch, latent, strict=True):
+            self._store(one.detach().to("cpu", torch.float16), condition.detach().to("cpu", torch.float16))
+        return torch.stack(mixed), torch.stack(conditions)
+
+    def _store(self, stretch: Tensor, latent: Tensor) -> None:
+        if len(self.stretches) < self.size:
+            self.stretches.append(stretch)
+            self.latents.append(latent)
+        else:
+            self.stretches[self.next], self.latents[self.next] = stretch, latent
+        self.next = (self.next + 1) % self.size
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.stretches:
+            return {"next": self.next}
+        return {"next": self.next, "stretches": torch.stack(self.stretches), "latents": torch.stack(self.latents)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.next = int(state["next"])
+        self.stretches, self.latents = (list(state.get(name, ())) for name in ("stretches", "latents"))
+
+
+def stretch_of(video: Tensor, latents: Tensor, starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Three successive frames of each clip as channels, and the latent of the middle one.
+
+    video [B, 3, T, H, W], latents [B, C, F, h, w], T = 1 + 4 (F - 1) -> [B, 9, H, W], [B, C, h, w].
+    """
+    frames = [clip[:, start : start + STRETCH_FRAMES].flatten(0, 1) for clip, start in zip(video, starts, strict=True)]
+    middle = [each[:, -(-(start + 1) // 4)] for each, start in zip(latents, starts, strict=True)]
+    return torch.stack(frames), torch.stack(middle)
