@@ -3,7 +3,9 @@
 Per chunk (Self-Forcing, arXiv 2506.08009; MotionStream sections 3.2 and 3.3): start from fresh noise;
 predict x0 at each noise level of the student and renoise it with *fresh* noise to the next (a consistency
 sampler, not an ODE); then one pass over the finished chunk at timestep 0, whose keys and values go to the
-rolling cache of sink and window chunks.
+rolling cache of sink and window chunks. Beyond the papers, ``merged_cache`` saves that pass: the cache gets the
+keys and values of the last denoising pass, a context as noisy as that pass's input, for which the student must
+have been trained.
 
 Gradients are truncated by construction: only a chunk's exit step can carry them, the cache holds constants.
 They are taken in one pass (``GradientPolicy.EXIT_STEP`` keeps the graphs of all chunks) or in two: roll out
@@ -28,7 +30,7 @@ from models.diffusion.noise import KeyedNoise, KeyPart
 from models.diffusion.prediction import add_noise
 from models.diffusion.sampler import first_frame_clamp
 from models.diffusion.schedule import NUM_TRAIN_TIMESTEPS, flow_grid
-from models.wan.cache import CacheSpec, KVCache, KVContext, RingSnapshot, StaticKVCache
+from models.wan.cache import CacheSpec, KVCache, KVContext, LayerKV, RingSnapshot, StaticKVCache
 from models.wan.dit import Modulation, PreparedCondition, TextContext, WanDiT
 
 CACHES = ("immutable", "static")
@@ -49,6 +51,7 @@ class RolloutConfig:
     step_indices: list[int] = field(default_factory=lambda: [0, 16, 32])  # grid points of the student
     positions: str = "slot"  # slot | absolute: temporal positions of cached chunks
     context_noise: float = 0.0  # noise level (sigma) of the cached context
+    merged_cache: bool = False  # cache the last denoising pass; false: a pass of its own at context_noise
 
     def __post_init__(self) -> None:
         steps = list(self.step_indices)
@@ -60,6 +63,11 @@ class RolloutConfig:
             )
         if not 0 <= self.context_noise < 1:
             raise ValueError(f"context_noise={self.context_noise} must be in [0, 1); 0 keeps a clean context")
+        if self.merged_cache and self.context_noise:
+            raise ValueError(
+                f"context_noise={self.context_noise} must be 0 with merged_cache=true: its context is as noisy "
+                "as the input of the last step"
+            )
         _ = self.sigmas, self.cache_spec  # their own checks
 
     @property
@@ -218,13 +226,20 @@ class Rollout:
             kept = None
             if isinstance(before, KVCache):
                 kept = ChunkRecord(index, noisy, self.sigmas[last], condition, before, self.grid)
+            layers = None
             if gradient is GradientPolicy.NONE:
-                x0 = self._predict(noisy, last, prepared, context)
+                if update_cache and self._is_merged(last):
+                    x0, layers = self._predict_and_cache(noisy, last, prepared, context)
+                else:
+                    x0 = self._predict(noisy, last, prepared, context)
         if gradient is GradientPolicy.EXIT_STEP:
             assert kept is not None, "a static cache was refused above"
             x0 = replay_exit_step(self.student, kept, context)
         if update_cache:
-            self._update_cache(x0.detach(), condition, prepared, context)
+            if layers is None:
+                given = noisy if self._is_merged(last) else None
+                layers = self._cache_pass(x0.detach(), given, condition, prepared, context)
+            self.cache = self.cache.append(layers)
         self._is_open = update_cache
         return Chunk(index, x0, kept if record else None)
 
@@ -267,18 +282,39 @@ class Rollout:
         modulation = self._modulation(sigma)
         return self.student.predict_x0(noisy, sigma, prepared, attention=context, modulation=modulation)
 
+    def _is_merged(self, step: int) -> bool:
+        """Whether the pass of this step is the one to be cached."""
+        return self.cfg.merged_cache and step == self.cfg.num_steps - 1
+
+    def _predict_and_cache(
+        self, noisy: Tensor, step: int, prepared: PreparedCondition, context: KVContext
+    ) -> tuple[Tensor, list[LayerKV]]:
+        sigma = self.sigmas[step]
+        return self.student.predict_x0_and_cache(noisy, sigma, prepared, context, self._modulation(sigma))
+
     @torch.no_grad()
-    def _update_cache(
-        self, x0: Tensor, condition: Condition, prepared: PreparedCondition, context: KVContext
-    ) -> None:
-        """One pass at the context noise level, 0 by default: the cache must hold clean context."""
-        sigma = self.cfg.context_noise
-        latents = x0
-        if sigma > 0:
-            noisy = add_noise(x0, self._noise("context", 0), sigma)
+    def _cache_pass(
+        self,
+        x0: Tensor,
+        last_input: Tensor | None,
+        condition: Condition,
+        prepared: PreparedCondition,
+        context: KVContext,
+    ) -> list[LayerKV]:
+        """A pass over the finished chunk, clean by default: the cache must hold clean context.
+
+        With ``merged_cache`` it repeats the last denoising pass, on ``last_input`` or, where the chunk stopped
+        at an earlier step, on what the last step would have been given.
+        """
+        sigma, latents, purpose = self.cfg.context_noise, x0, ("context", 0)
+        if self.cfg.merged_cache:
+            sigma, purpose = self.sigmas[-1], ("renoise", self.cfg.num_steps - 1)
+        if last_input is not None:
+            latents = last_input
+        elif sigma > 0:
+            noisy = add_noise(x0, self._noise(*purpose), sigma)
             latents = first_frame_clamp(self.student, condition)(noisy)
-        layers = self.student.cache_pass(latents, prepared, context, self._modulation(sigma))
-        self.cache = self.cache.append(layers)
+        return self.student.cache_pass(latents, prepared, context, self._modulation(sigma))
 
     def _noise(self, purpose: str, step: int) -> Tensor:
         key = (*self.noise_key, "rollout", self.chunk_index, step, purpose)

@@ -15,6 +15,7 @@ Leaves out noise schedules, guidance and the chunk loop (models/diffusion, model
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -58,7 +59,7 @@ class WanDiT(nn.Module):
     """noisy latents, timestep, condition -> velocity."""
 
     # Methods beside forward that read parameters; a sharding wrapper has to be told of them.
-    ENTRY_POINTS = ("predict_x0", "cache_pass", "prepare_text", "prepare", "modulation")
+    ENTRY_POINTS = ("predict_x0", "predict_x0_and_cache", "cache_pass", "prepare_text", "prepare", "modulation")
 
     def __init__(self, config: WanConfig, rng: torch.Generator | None = None):
         """Fresh weights (head and track head output zero), drawn from ``rng`` or the global generator."""
@@ -106,8 +107,7 @@ class WanDiT(nn.Module):
                 x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*args)
-        table = time.head if isinstance(time, Modulation) else self.head.modulation_table(time)
-        return self._unpatchify(self.head(x, table), noisy_latents.shape[-2])
+        return self._leave(x, time, noisy_latents)
 
     def predict_x0(
         self,
@@ -126,9 +126,7 @@ class WanDiT(nn.Module):
         sigma = _per_sample(sigma, noisy_latents.shape[0], noisy_latents.device)
         timestep = 1000.0 * sigma if modulation is None else modulation
         velocity = self(noisy_latents, timestep, condition, attention=attention, start_frame=start_frame)
-        x0 = velocity_to_x0(noisy_latents, velocity, sigma)
-        image = clean_first_frame(condition, self.config)
-        return x0 if image is None else torch.cat([image.to(x0), x0[:, :, 1:]], dim=2)
+        return self._x0(noisy_latents, velocity, sigma, condition)
 
     @torch.no_grad()
     def cache_pass(
@@ -147,12 +145,23 @@ class WanDiT(nn.Module):
             timestep = _per_sample(timestep, latents.shape[0], latents.device)
         x, time, prepared, shared = self._enter(latents, timestep, condition, context, 0)
         *blocks, last_block = self.blocks
-        layers = []
-        for layer, block in enumerate(blocks):
-            text = of_layer(prepared.text, layer)
-            x, key_value = block.forward_with_key_value(x, layer, of_layer(time, layer), text, shared)
-            layers.append(key_value)
+        x, layers = self._run_with_key_values(blocks, x, time, prepared, shared)
         return [*layers, last_block.project_key_value(x, of_layer(time, len(blocks)))]
+
+    @torch.no_grad()
+    def predict_x0_and_cache(
+        self,
+        noisy_latents: Tensor,
+        sigma: float,
+        condition: Condition | PreparedCondition,
+        context: KVContext,
+        modulation: Modulation,
+    ) -> tuple[Tensor, list[LayerKV]]:
+        """`predict_x0` of a chunk, and the keys and values of that very pass (of noisy context); no gradient."""
+        x, time, prepared, shared = self._enter(noisy_latents, modulation, condition, context, 0)
+        x, layers = self._run_with_key_values(self.blocks, x, time, prepared, shared)
+        velocity = self._leave(x, time, noisy_latents)
+        return self._x0(noisy_latents, velocity, sigma, prepared), layers
 
     def prepare_text(self, prompt_embeds: Tensor, clip_embeds: Tensor | None = None) -> TextContext:
         """Text keys and values of all layers, for inference; a training step passes the `Condition`."""
@@ -228,6 +237,38 @@ class WanDiT(nn.Module):
         time = self._time(timestep, latents, clean_first_frame(condition, self.config) is not None)
         tokens = self._patchify(model_input(latents, condition, self.config))
         return tokens, time, condition, context
+
+    def _run_with_key_values(
+        self,
+        blocks: Iterable[nn.Module],
+        x: Tensor,
+        time: TimeEmbedding | Modulation,
+        prepared: PreparedCondition,
+        context: AttentionContext,
+    ) -> tuple[Tensor, list[LayerKV]]:
+        """Tokens after the first blocks, and the keys and values of each."""
+        layers = []
+        for layer, block in enumerate(blocks):
+            text = of_layer(prepared.text, layer)
+            x, key_value = block.forward_with_key_value(x, layer, of_layer(time, layer), text, context)
+            layers.append(key_value)
+        return x, layers
+
+    def _leave(self, x: Tensor, time: TimeEmbedding | Modulation, latents: Tensor) -> Tensor:
+        """Tokens after the last block -> velocity [B, C, F, H, W]."""
+        table = time.head if isinstance(time, Modulation) else self.head.modulation_table(time)
+        return self._unpatchify(self.head(x, table), latents.shape[-2])
+
+    def _x0(
+        self,
+        noisy_latents: Tensor,
+        velocity: Tensor,
+        sigma: Tensor | float,
+        condition: Condition | PreparedCondition,
+    ) -> Tensor:
+        x0 = velocity_to_x0(noisy_latents, velocity, sigma)
+        image = clean_first_frame(condition, self.config)
+        return x0 if image is None else torch.cat([image.to(x0), x0[:, :, 1:]], dim=2)
 
     def _attention_context(self, attention: Attention, latents: Tensor, start_frame: int) -> AttentionContext:
         frames, grid = latents.shape[2], self.token_grid(*latents.shape[-2:])

@@ -84,6 +84,7 @@ def test_default_steps_are_those_of_motionstream():
         ({"step_indices": [0, 50]}, "num_inference_steps=50"),
         ({"step_indices": []}, "step_indices"),
         ({"context_noise": 1.0}, "context_noise=1.0"),
+        ({"context_noise": 0.1, "merged_cache": True}, "context_noise=0.1 must be 0"),
         ({"positions": "relative"}, "positions"),
         ({"chunk_frames": 0}, "chunk_frames=0"),
     ],
@@ -193,6 +194,31 @@ def test_context_noise_is_added_only_where_asked():
     dit = student(1)
     clean, noisy = clip(dit, config(), 2), clip(dit, config(context_noise=0.1), 2)
     assert torch.equal(clean[0].x0, noisy[0].x0) and not torch.equal(clean[1].x0, noisy[1].x0)
+
+
+@pytest.mark.parametrize("image_conditioning", ["none", "first_frame"])
+def test_a_merged_cache_is_that_of_the_last_pass_without_a_pass_of_its_own(image_conditioning, monkeypatch):
+    """What is kept of the last pass equals the same pass run again, which is what gradients make necessary."""
+    dit, cfg = student(image_conditioning=image_conditioning), config(merged_cache=True)
+    given = condition(3, image=image_conditioning == "first_frame")
+    run_again = latents(clip(dit, cfg, 3, given, gradient=GradientPolicy.EXIT_STEP)).detach()
+    counts = count_calls(dit, monkeypatch, "predict_x0", "predict_x0_and_cache", "cache_pass")
+    merged = latents(clip(dit, cfg, 3, given))
+    assert counts == {"predict_x0": 7, "predict_x0_and_cache": 2, "cache_pass": 0}  # none is kept of the last chunk
+    torch.testing.assert_close(merged, run_again, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(latents(clip(dit, cfg, 3, given, cache="static")), merged, atol=2e-5, rtol=1e-4)
+    separate = latents(clip(dit, config(), 3, given))
+    assert torch.equal(merged[:, :, :FRAMES], separate[:, :, :FRAMES])
+    assert not torch.allclose(merged, separate, atol=1e-3)
+
+
+def test_a_merged_cache_after_an_early_exit_is_as_noisy_as_after_a_late_one(monkeypatch):
+    dit, cfg, levels = student(1), config(merged_cache=True), []
+    cache_pass = dit.cache_pass
+    monkeypatch.setattr(dit, "cache_pass", lambda *args: levels.append(args[0]) or cache_pass(*args))
+    early = clip(dit, cfg, 2, exit_step=1)
+    noise = KeyedNoise(0).normal((4, FRAMES, 4, 6), IDS, "rollout", 0, cfg.num_steps - 1, "renoise")
+    assert torch.equal(levels[0], add_noise(early[0].x0, noise, cfg.sigmas[-1]))
 
 
 # --- shared work ----------------------------------------------------------------------------------
