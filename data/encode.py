@@ -1,7 +1,8 @@
 """The encode step: clips to latents, captions to text embeddings, first frames to CLIP features.
 
 Which encoders, and where their weights are, is told by the composed `model` config. Their fingerprints are
-written into the index, so that latents of another VAE are refused by the loader.
+written into the index, so that latents of another VAE are refused by the loader. Under torchrun the processes
+share the clips, each on its own device.
 """
 
 from __future__ import annotations
@@ -65,16 +66,21 @@ def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool
     if may_skip and (reason := _no_vae(model)):
         log.info("encode: skipped, %s; then run step=encode and step=pack", reason)
         return len(keys)
+    rank, world = process_share()
+    if cfg.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     encoders = build_encoders(cfg, model)
-    forget_others(out, "encode", set(keys))
+    mine = keys[rank::world]
     stamps = {
-        key: stamp(encoders.fingerprints, cfg.dtype, marker(out, "render", key)["stamp"]) for key in keys
+        key: stamp(encoders.fingerprints, cfg.dtype, marker(out, "render", key)["stamp"]) for key in mine
     }
-    pending = [key for key in keys if marker(out, "encode", key).get("stamp") != stamps[key]]
-    log.info("encode: %d of %d clips to do", len(pending), len(keys))
+    pending = [key for key in mine if marker(out, "encode", key).get("stamp") != stamps[key]]
+    log.info("encode: %d of %d clips to do", len(pending), len(mine))
     (out / "encoded").mkdir(exist_ok=True)
-    text_len = encoders.text.null().shape[1]
-    write_json(out / "encoded" / "about.json", {"text_len": text_len, "fingerprints": encoders.fingerprints})
+    if rank == 0:
+        forget_others(out, "encode", set(keys))
+        about = {"text_len": encoders.text.null().shape[1], "fingerprints": encoders.fingerprints}
+        write_json(out / "encoded" / "about.json", about)
     with tqdm(total=len(pending), desc="encode", unit="clip") as bar:
         for group in _groups(pending, cfg.batch_size):
             for key, arrays, reason in _encode_group(cfg, encoders, out, group):
@@ -85,6 +91,11 @@ def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool
                 mark(out, "encode", key, stamps[key], marker(out, "render", key)["origin"], reason)
                 bar.update()
     return len(done_keys(out, "encode")) or len(keys)
+
+
+def process_share() -> tuple[int, int]:
+    """Rank of this process and number of processes, as torchrun tells them; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _no_vae(model: DictConfig) -> str | None:

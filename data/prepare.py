@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from data.app import build_config, build_target
-from data.encode import EncodeConfig, encode_clips
+from data.encode import EncodeConfig, encode_clips, process_share
 from data.progress import Call, done_keys, marker, run_items, stamp, write_json, write_rejected
 from data.shards import npy_bytes, write_shards
 from data.sources import Source, SourceItem, scene_of
@@ -73,6 +73,12 @@ class Job:
 def main(cfg: DictConfig) -> int:
     """Entry of `python -m data`. Exit code 1 if no clip at all came through."""
     settings = build_config(cfg, PrepareConfig)
+    rank, world = process_share()
+    if world > 1 and settings.step != "encode":
+        raise ValueError(
+            f"step={settings.step} under {world} processes must be step=encode, the only one that they share; "
+            "run the others without torchrun (they have num_workers)"
+        )
     out = Path(settings.out)
     job = Job(out, ClipGeometry(**cfg.model.clip), build_target(cfg.source), settings.tracker)
     out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +86,8 @@ def main(cfg: DictConfig) -> int:
     alive = 0
     for step in steps:
         alive = run_step(step, settings, job, cfg)
-        write_rejected(out)
+        if rank == 0:
+            write_rejected(out)
     return 0 if alive else 1
 
 

@@ -155,6 +155,26 @@ def test_encode_stores_what_the_encoders_give(tmp_path):
     assert sample.prompt_embeds.shape[0] == 32
 
 
+def test_processes_share_the_clips_to_encode(tmp_path, monkeypatch):
+    """Each takes every second clip; together they leave nothing out, and no other step may be run so."""
+    WanVae.from_config(build_config(compose_config("data", ["model=tiny"]).model).vae, seed=0).save(tmp_path / "vae")
+    common = ("source=sprites", "source.num_clips=5", f"out={tmp_path / 'out'}", "previews=0")
+    vae = f"model.vae.path={tmp_path / 'vae'}"
+    run(*common)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    encoded = []
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        assert run(*common, vae, "step=encode") == 0
+        encoded.append(len(list((tmp_path / "out/encoded").glob("*.npz"))))
+    assert encoded == [2, 5]
+    with pytest.raises(ValueError, match="step=pack under 2 processes must be step=encode"):
+        run(*common, vae, "step=pack")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert run(*common, vae, "step=pack") == 0
+    assert len(ShardDataset(tmp_path / "out/shards", ["latents"])) == 5
+
+
 def test_encode_alone_needs_a_vae(tmp_path):
     run("source=sprites", "source.num_clips=1", f"out={tmp_path}", "previews=0")
     with pytest.raises(ValueError, match=r"model\.vae\.path is not set"):
