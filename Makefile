@@ -1,12 +1,15 @@
 # make quickstart   train, distil, stream and evaluate on the sprites world; ends with a report to open
 # make test         checks and tests
+# make zoo          train the shipped sprites weights again, from nothing; hours on two cores, goes on after a kill
+# make ablations    train and judge the variants that the claims table compares
 # Each makes the virtual environment it needs. VENV=/path uses another one; PYTHON picks the interpreter.
 VENV ?= .venv
 PYTHON ?= python3
 RUN := $(abspath $(VENV))/bin
 WORKERS ?= 2
+FROM ?= scratch
 
-.PHONY: help install quickstart test check clean
+.PHONY: help install quickstart zoo ablations test check clean
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -18,7 +21,13 @@ $(RUN)/.installed: setup.py constraints.txt
 install: $(RUN)/.installed
 
 quickstart: install
-	$(RUN)/python -m train.quickstart
+	$(RUN)/python -m train.quickstart --start $(FROM)
+
+zoo: install
+	$(RUN)/python -m train.zoo
+
+ablations: install
+	$(RUN)/python -m train.ablations
 
 check: install
 	$(RUN)/ruff check .

@@ -35,7 +35,7 @@ from models.assemble import ModelConfig
 from models.condition import Condition
 from models.diffusion.noise import KeyedNoise
 from models.wan.attention import ChunkMask
-from models.wan.checkpoint import save_dit
+from models.wan.checkpoint import load_dit, save_dit
 from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
 
 TINY = 1e-8
@@ -46,6 +46,7 @@ class CausalInitConfig:
     """Settings of stage=causal_init."""
 
     pairs: str = ""  # folder written by stage=ode_pairs
+    init_from: str | None = None  # folder of a student to go on with; null: the teacher's weights
     sink_chunks: list[int] = field(default_factory=lambda: [0, 1, 2])  # drawn per step
     window_chunks: list[int | None] = field(default_factory=lambda: [1, 2, 3, 6, None])  # null: all
     train_track_head: bool = False  # false: keep the teacher's track head
@@ -67,7 +68,7 @@ class CausalInit:
 
     def check(self, model_cfg: ModelConfig) -> None:
         """Refuses what cannot train: no teacher, no pairs, or pairs of another clip or step list."""
-        require_weights(model_cfg)
+        require_weights(model_cfg, self.cfg.init_from)
         if not self.cfg.pairs:
             raise ValueError("stage.pairs is empty; set it to the folder that stage=ode_pairs wrote")
         store = PairStore.open(self.cfg.pairs)
@@ -84,7 +85,8 @@ class CausalInit:
         self.model_cfg, self.device, self.noise = context.model_cfg, context.device, context.noise
         self.store = PairStore.open(self.cfg.pairs)
         self.sigmas = torch.tensor([*context.model_cfg.rollout.sigmas, 0.0], device=context.device)
-        student = copy_of_teacher(context.model_cfg)
+        found = self.cfg.init_from
+        student = load_dit(found, expected=context.model_cfg.dit) if found else copy_of_teacher(context.model_cfg)
         self.student = trainable(student, context.device, self.cfg.train_track_head)
 
     def describe(self) -> list[str]:
@@ -112,7 +114,9 @@ class CausalInit:
         index = draw_indices(self.noise, numbers, context.step, num_frames // chunk_frames, len(self.sigmas))
         index = index.repeat_interleave(chunk_frames, dim=1).to(self.device)  # [B, F]
         noisy_latents, sigma = select_states(states, index), self.sigmas[index]
-        mask = draw_mask(self.noise, context.step, self.cfg, chunk_frames)
+        mask = draw_mask(
+            self.noise, context.step, self.cfg.sink_chunks, self.cfg.window_chunks, chunk_frames
+        )
         x0 = self.student.predict_x0(noisy_latents, sigma, condition, attention=mask)
 
         counted = (sigma > 0) & self.student.generated_frames(condition, num_frames).to(self.device)
@@ -190,10 +194,16 @@ def draw_indices(
     return torch.tensor(draws)
 
 
-def draw_mask(noise: KeyedNoise, step: int, cfg: CausalInitConfig, chunk_frames: int) -> ChunkMask:
-    """Sinks and window of this step: keyed by the step alone, so all ranks agree."""
-    sink = cfg.sink_chunks[noise.integers(len(cfg.sink_chunks), "sink", step)]
-    window = cfg.window_chunks[noise.integers(len(cfg.window_chunks), "window", step)]
+def draw_mask(
+    noise: KeyedNoise,
+    step: int,
+    sink_chunks: Sequence[int],
+    window_chunks: Sequence[int | None],
+    chunk_frames: int,
+) -> ChunkMask:
+    """Sinks and window of this step, one of each list: keyed by the step alone, so all ranks agree."""
+    sink = sink_chunks[noise.integers(len(sink_chunks), "sink", step)]
+    window = window_chunks[noise.integers(len(window_chunks), "window", step)]
     return ChunkMask(chunk_frames, sink, window)
 
 

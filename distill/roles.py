@@ -32,7 +32,9 @@ def require_weights(model_cfg: ModelConfig, init_from: str | None = None) -> Non
     if not Path(model_cfg.teacher).exists():
         raise FileNotFoundError(f"model.teacher={model_cfg.teacher} does not exist; run stage=teacher first")
     if init_from and not Path(init_from).exists():
-        raise FileNotFoundError(f"stage.init_from={init_from} does not exist; run stage=causal_init first")
+        raise FileNotFoundError(
+            f"stage.init_from={init_from} does not exist; pass the folder of a student, as stage=causal_init exports"
+        )
 
 
 def load_frozen_teacher(model_cfg: ModelConfig, device: torch.device) -> WanDiT:

@@ -2,7 +2,8 @@
 
 `metrics.json` maps `role.metric_unit` to a number (null where nothing could be measured, a text beginning
 "unavailable:" where weights are missing); a mean over clips has `<key>_low` and `<key>_high` beside it.
-`meta.json` holds the whole configuration, the commit and the machine: a figure without them means nothing.
+`per_clip.json` holds the values behind each mean, in the order of the clips, so that two runs can be compared clip by
+clip. `meta.json` holds the whole configuration, the commit and the machine: a figure without them means nothing.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ class Results:
         self.seed = seed
         self.level = level
         self.values: dict[str, float | int | str | None] = {}
+        self.per_clip: dict[str, list[float]] = {}
         self._intervals: dict[str, Interval] = {}
 
     def add(self, key: str, per_clip: Sequence[float]) -> None:
         """A mean over clips, with its interval."""
+        self.per_clip[key] = [float(value) for value in per_clip]
         self._put_interval(key, bootstrap_interval(per_clip, seed=self.seed, level=self.level))
 
     def add_difference(self, key: str, first: Sequence[float], second: Sequence[float]) -> None:
@@ -63,10 +66,11 @@ class Results:
         return list(dict.fromkeys(texts))
 
     def write(self, folder: Path, config: dict[str, Any]) -> None:
-        """Write metrics.json and meta.json, each atomically."""
+        """Write metrics.json, per_clip.json and meta.json, each atomically."""
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "metrics.json", self.values)
-        _write_json(
+        write_json(folder / "metrics.json", self.values)
+        write_json(folder / "per_clip.json", self.finite_per_clip())
+        write_json(
             folder / "meta.json",
             {
                 "config": config,
@@ -76,6 +80,10 @@ class Results:
                 "written_unix_seconds": time.time(),
             },
         )
+
+    def finite_per_clip(self) -> dict[str, list[float | None]]:
+        """`per_clip` as JSON has it: null for nan."""
+        return {key: [v if math.isfinite(v) else None for v in values] for key, values in self.per_clip.items()}
 
     def _put_interval(self, key: str, interval: Interval) -> None:
         self._intervals[key] = interval
@@ -109,7 +117,8 @@ class Results:
         return f"{value:.4g}" if isinstance(value, float) else str(value).split(":")[0]
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Atomically; raises ValueError for nan and infinity, which JSON has not."""
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -33,10 +33,13 @@ class SamplingConfig:
     """How the teacher is sampled; its guidance is model.guidance, the student's steps model.rollout."""
 
     num_inference_steps: int = 50  # Euler steps of the teacher
+    release_frame: int | None = None  # frame from which on no tracks are given, as when a user lets go; null: never
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={self.num_inference_steps} must be at least 1")
+        if self.release_frame is not None and self.release_frame < 1:
+            raise ValueError(f"release_frame={self.release_frame} must be at least 1, or null to never let go")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def generate(
     frames, denoise_seconds, decode_seconds = [], 0.0, 0.0
     for start in range(0, len(clips), batch_size):
         batch = clips[start : start + batch_size]
-        condition = _condition(codecs, batch, with_tracks)
+        condition = _condition(codecs, batch, with_tracks, sampling.release_frame)
         started = codecs.clock()
         latents = sample(dit, codecs, condition, sampling, noise, [clip.sample_id for clip in batch])
         denoised = codecs.clock()
@@ -93,10 +96,13 @@ def load_dit_role(model_cfg: ModelConfig, role: str, device: torch.device | str)
     return load_role(model_cfg, role).eval().requires_grad_(False).to(device, model_cfg.torch_dtype)
 
 
-def _condition(codecs: Codecs, clips: Sequence[EvalClip], with_tracks: bool) -> Condition:
+def _condition(
+    codecs: Codecs, clips: Sequence[EvalClip], with_tracks: bool, release_frame: int | None
+) -> Condition:
+    tracks = stack_tracks(clips)
     condition = codecs.condition(
         codecs.encode_prompts([clip.caption for clip in clips]),
-        stack_tracks(clips),
+        tracks if release_frame is None else tracks.released_at(release_frame),
         codecs.encode_first_frames(np.stack([clip.frames[0] for clip in clips])),
     )
     return condition if with_tracks or condition.track_map is None else condition.drop("motion")

@@ -40,8 +40,8 @@ def main(cfg: DictConfig) -> int:
     validate(model_cfg)
     benchmark, device = build_target(cfg.bench), pick_device(settings.device)
     codecs = Codecs.load(model_cfg, device=device, tiny=settings.decoder == "tiny")
-    outcome = benchmark.run(EvalContext(model_cfg, codecs, device, settings.seed))
     out = Path(settings.out)
+    outcome = benchmark.run(EvalContext(model_cfg, codecs, device, settings.seed, out))
     outcome.results.write(out, OmegaConf.to_container(cfg, resolve=True))
     found = machine()
     report = write_report(

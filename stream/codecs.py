@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +80,12 @@ class Codecs:
             image_encoder=build_clip_encoder(model_cfg),
             tiny_vae=build_tiny_vae(model_cfg, vae.latent_space) if tiny else None,
         )
+
+    def under(self, model_cfg: ModelConfig) -> Codecs:
+        """The same weights under another configuration of the model (guidance, rollout); nothing is loaded again."""
+        other = copy(self)
+        other.model_cfg = model_cfg
+        return other
 
     @property
     def cell_px(self) -> int:

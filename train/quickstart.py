@@ -1,7 +1,6 @@
 """The whole chain on the sprites world, on a laptop: `make quickstart`.
 
-Runs the commands that a user would type, one process per stage, with one progress line each and the time it took, and
-ends with one report to open. A stage that has finished is not run again, and an interrupted one resumes.
+Runs the commands that a user would type (pipeline.py), each with the time it took, and ends with one report to open.
 Left out: every setting. What each stage does is in conf/experiment/quickstart/*.yaml.
 """
 
@@ -10,26 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from data.video import read_video
 from eval.report import Figure, Section, Table, Video, curves_from_log, video_side_by_side, write_report
+from train.pipeline import PROCESSES, ROOT, Step, run_all
+from train.zoo import ZOO
 
-ROOT = Path(__file__).resolve().parents[1]
-REFRESH_SECONDS = 0.5
-PROCESSES = min(2, os.cpu_count() or 1)  # of a training stage; two on one thread each beat one on two by far
-KEEP_FREED_MEMORY = {  # glibc: reuse the big buffers of a step instead of returning them to the system
-    "MALLOC_TOP_PAD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824",
-}  # fmt: skip
-LINE_WIDTH = 110  # characters of the progress line
 SEED_SHOWN = 1  # index of the held-out clip that the student continues at the end
+CONFIGS = {"zoo": "quickstart_zoo", "scratch": "quickstart"}  # start -> folder in conf/experiment
 CURVES = {  # stage -> what of its log is worth a look
     "vae": ("vae/loss",),
     "vae_whole": ("vae/loss",),
@@ -39,57 +28,38 @@ CURVES = {  # stage -> what of its log is worth a look
 }
 
 
-@dataclass(frozen=True)
-class Step:
-    """One line of the quickstart: its name and the arguments after ``python -m``."""
-
-    name: str
-    arguments: tuple[str, ...]
-    processes: int = 1
-
-    @property
-    def command(self) -> list[str]:
-        """The arguments of the interpreter: ``-m train …`` or, for more than one process, the same under torchrun."""
-        if self.processes == 1:
-            return ["-m", *self.arguments]
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
-        return ["-m", *launcher, "-m", *self.arguments]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The cores are shared among the processes."""
-        threads = max(1, (os.cpu_count() or 1) // self.processes)
-        return {**os.environ, **KEEP_FREED_MEMORY, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-
-
-def chain(out: Path) -> list[Step]:
-    """The stages in order; everything is written under ``out``."""
-    data, vae = out / "data", f"model.vae.path={out / 'vae_whole/export/vae'}"
+def chain(out: Path, start: str) -> list[Step]:
+    """The stages in order, from the weights of ``start`` (zoo | scratch); everything is written under ``out``."""
+    configs, data, held_out = CONFIGS[start], out / "data", out / "held_out"
+    vae = f"model.vae.path={out / ('vae' if start == 'zoo' else 'vae_whole') / 'export/vae'}"
     teacher = f"model.teacher={out / 'teacher/export/teacher'}"
     student = f"model.student={out / 'self_forcing/export/student'}"
-    held_out = out / "held_out"
 
     def prepare(name: str, *overrides: str) -> Step:
-        return Step(name, ("data", "experiment=quickstart/data", *overrides))
+        return Step(name, ("data", f"experiment={configs}/data", *overrides))
 
-    def train(stage: str, *overrides: str) -> Step:
+    def train(stage: str, *overrides: str, begin: str | Path | None = None) -> Step:
         where = (f"shards={data / 'shards'}", f"output_dir={out / stage}")
-        return Step(stage, ("train", f"experiment=quickstart/{stage}", *where, *overrides), PROCESSES)
+        begun = () if begin is None else (f"stage.init_from={begin}",)
+        return Step(stage, ("train", f"experiment={configs}/{stage}", *where, *overrides, *begun), PROCESSES)
+
+    def shipped(part: str) -> Path | None:
+        return ZOO / part if start == "zoo" else None
 
     weights = (vae, teacher, student)
     clip = ("source.split=test", f"source.first_index={SEED_SHOWN}", "source.num_clips=1", "num_workers=0")
     return [
-        prepare("render, track", f"out={data}"),
-        train("vae"),
-        train("vae_whole", f"stage.init_from={out / 'vae/export/vae'}"),
+        prepare("render, track", f"out={data}", "model.vae.path=null"),
+        train("vae", begin=shipped("vae")),
+        *([] if start == "zoo" else [train("vae_whole", begin=out / "vae/export/vae")]),
         prepare("encode", f"out={data}", vae),
-        train("teacher", vae),
+        train("teacher", vae, begin=shipped("teacher")),
         train("ode_pairs", vae, teacher),
-        train("causal_init", vae, teacher, f"stage.pairs={out / 'ode_pairs/pairs'}"),
-        train("self_forcing", vae, teacher, f"stage.init_from={out / 'causal_init/export/student'}"),
-        prepare("held-out clip", *clip, f"out={held_out}"),
-        Step("stream", ("stream", "experiment=quickstart/stream", *weights, *_stream_inputs(held_out, out))),
-        Step("eval", ("eval", "experiment=quickstart/eval", *weights, f"out={out / 'eval'}")),
+        train("causal_init", vae, teacher, f"stage.pairs={out / 'ode_pairs/pairs'}", begin=shipped("student")),
+        train("self_forcing", vae, teacher, begin=out / "causal_init/export/student"),
+        prepare("held-out clip", *clip, f"out={held_out}", "model.vae.path=null"),
+        Step("stream", ("stream", f"experiment={configs}/stream", *weights, *_stream_inputs(held_out, out))),
+        Step("eval", ("eval", f"experiment={configs}/eval", *weights, f"out={out / 'eval'}")),
     ]
 
 
@@ -97,58 +67,6 @@ def _stream_inputs(held_out: Path, out: Path) -> tuple[str, ...]:
     key = f"test-{SEED_SHOWN:06d}"
     clip, tracks = held_out / "clips" / f"{key}.mp4", held_out / "tracks" / f"{key}.npz"
     return (f"image={clip}", f"tracks={tracks}", f"out={out / 'stream.mp4'}", f"output_dir={out / 'stream'}")
-
-
-def run(step: Step, number: int, total: int, out: Path) -> float:
-    """Run one step, its output in a log, and return the seconds it took; a finished one is skipped.
-
-    Raises SystemExit with the end of the log where the command fails.
-    """
-    marker = out / "done" / f"{number:02d}_{step.name.replace(' ', '_')}.json"
-    if marker.exists():
-        finished = json.loads(marker.read_text())
-        if finished["arguments"] == list(step.arguments):
-            _say(number, total, step.name, finished["seconds"], "done before\n")
-            return finished["seconds"]
-    log_path = out / "logs" / f"{marker.stem}.log"
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with log_path.open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, *step.command],
-            cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=step.environment,
-        )  # fmt: skip
-        while process.poll() is None:
-            time.sleep(REFRESH_SECONDS)
-            if sys.stdout.isatty():
-                _say(number, total, step.name, time.monotonic() - started, last_line(log_path))
-    seconds = time.monotonic() - started
-    if process.returncode:
-        tail = "\n".join(log_path.read_text(errors="replace").replace("\r", "\n").splitlines()[-25:])
-        command = shlex.join(["python", *step.command])
-        failure = f"{step.name} failed with code {process.returncode}"
-        raise SystemExit(f"\n{failure}\n$ {command}\n{tail}\n\nlog: {log_path}")
-    marker.write_text(json.dumps({"arguments": list(step.arguments), "seconds": seconds}))
-    _say(number, total, step.name, seconds, "\n")
-    return seconds
-
-
-def last_line(log_path: Path) -> str:
-    """The newest non-empty line of a log, progress bars (ended by a carriage return) included."""
-    with log_path.open("rb") as log:
-        log.seek(max(0, log_path.stat().st_size - 2000))
-        text = log.read().decode(errors="replace")
-    lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
-    return lines[-1] if lines else ""
-
-
-def _say(number: int, total: int, name: str, seconds: float, text: str) -> None:
-    minutes, rest = divmod(int(seconds), 60)
-    line = f"[{number:2d}/{total}] {name:<14} {minutes:2d}:{rest:02d}  {text}"
-    start = "\r\033[K" if sys.stdout.isatty() else ""
-    end = "\n" if line.endswith("\n") else ""
-    print(start + line.rstrip("\n")[:LINE_WIDTH], end=end, flush=True)
 
 
 def report(out: Path, times: Sequence[tuple[str, float]]) -> Path:
@@ -163,7 +81,8 @@ def report(out: Path, times: Sequence[tuple[str, float]]) -> Path:
         Section("How it was learned", "Losses over the steps of each stage.", figures=_loss_figures(out)),
         Section("Where the time went", table=Table(["stage", "seconds"], rows)),
     ]
-    note = f"make quickstart: trained from nothing in {total / 60:.1f} minutes on {os.cpu_count()} CPU cores"
+    start = "from nothing" if (out / "vae_whole").exists() else "on from the shipped weights"
+    note = f"make quickstart: trained {start} in {total / 60:.1f} minutes on {os.cpu_count()} CPU cores"
     return write_report(out / "report.html", sections, title="Marionette quickstart", note=note)
 
 
@@ -200,15 +119,18 @@ def _loss_figures(out: Path) -> list[Figure]:
     return [
         curves_from_log(out / stage / "metrics.jsonl", keys, caption=stage)
         for stage, keys in CURVES.items()
+        if (out / stage).exists()
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], prog="python -m train.quickstart")
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "quickstart", help="folder for everything")
-    out = parser.parse_args().out.resolve()
-    steps = chain(out)
-    times = [(step.name, run(step, i, len(steps), out)) for i, step in enumerate(steps, start=1)]
+    parser.add_argument("--start", choices=CONFIGS, default="scratch", help="shipped weights to go on from, or none")
+    parser.add_argument("--out", type=Path, help="folder for everything; default: outputs/quickstart[_zoo]")
+    arguments = parser.parse_args()
+    default = "quickstart" if arguments.start == "scratch" else "quickstart_zoo"
+    out = (arguments.out or ROOT / "outputs" / default).resolve()
+    times = run_all(chain(out, arguments.start), out)
     page = report(out, times)
     print(f"\n{sum(seconds for _, seconds in times) / 60:.1f} minutes. Open {page}")
 

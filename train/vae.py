@@ -3,7 +3,8 @@
     loss = |x - x'| + edge_weight * |grad x - grad x'| + kl_weight * KL(q(z | x) || N(0, 1))
 
 with z drawn from the posterior, means over pixels and over latent values. At the end the mean and spread of
-each latent channel are measured on training clips and stored with the weights: `WanVae` normalises by them.
+each latent channel are measured on training clips and stored with the weights: `WanVae` normalises by them. With a
+frozen encoder they are kept.
 
 Left out: adversarial and perceptual terms; the spatial gradient term keeps the sprites' edges sharp without
 them.
@@ -38,6 +39,7 @@ class VaeStageConfig:
     """Settings of stage=vae."""
 
     init_from: str | None = None  # folder of a VAE to continue from; null: fresh weights from the seed
+    freeze_encoder: bool = False  # train the decoder alone: the latent space, and what reads it, stays as it is
     num_frames: int | None = None  # random temporal crop of each clip, 1 + 4k; null: whole clips
     edge_weight: float = 0.5  # of the spatial gradient term
     kl_weight: float = 1e-5  # per latent value
@@ -55,6 +57,8 @@ class VaeStageConfig:
                 raise ValueError(f"stage.{name}={vars(self)[name]} must be >= 0")
         if self.normalisation_clips < 1:
             raise ValueError(f"stage.normalisation_clips={self.normalisation_clips} must be >= 1")
+        if self.freeze_encoder and self.init_from is None:
+            raise ValueError("stage.freeze_encoder=true needs stage.init_from, the VAE whose encoder is kept")
 
 
 class VaeStage:
@@ -92,6 +96,9 @@ class VaeStage:
         if self.cfg.channels_last:
             self.vae.use_channels_last()
         self.vae.to(context.device).train()
+        if self.cfg.freeze_encoder:
+            self.vae.autoencoder.encoder.requires_grad_(False)
+            self.vae.autoencoder.quant_conv.requires_grad_(False)
 
     def modules(self) -> dict[str, nn.Module]:
         return {VAE: self.vae}
@@ -150,8 +157,9 @@ class VaeStage:
     def export(self, folder: Path, weights: Mapping[str, nn.Module]) -> None:
         vae = weights[VAE]
         assert isinstance(vae, WanVae), "the module of stage=vae is a WanVae"
-        device = next(vae.parameters()).device  # an unsharded copy may live on the CPU
-        vae.measure_normalisation(self._normalisation_pixels(device))
+        if not self.cfg.freeze_encoder:
+            device = next(vae.parameters()).device  # an unsharded copy may live on the CPU
+            vae.measure_normalisation(self._normalisation_pixels(device))
         vae.save(folder / VAE)
 
     def _normalisation_pixels(self, device: torch.device) -> Iterator[Tensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
@@ -27,6 +28,16 @@ class EvalContext:
     codecs: Codecs
     device: torch.device
     seed: int
+    out: Path  # folder of this run's results
+
+    def changed(self, **changes: Any) -> EvalContext:
+        """The same weights under other settings of the model: guidance, rollout, teacher, student."""
+        model_cfg = replace(self.model_cfg, **changes)
+        return replace(self, model_cfg=model_cfg, codecs=self.codecs.under(model_cfg))
+
+    def with_tiny_decoder(self) -> EvalContext:
+        """The same model, decoding with model.tiny_vae."""
+        return replace(self, codecs=Codecs.load(self.model_cfg, device=self.device, tiny=True))
 
     @property
     def noise(self) -> KeyedNoise:

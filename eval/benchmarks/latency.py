@@ -86,6 +86,9 @@ class Latency:
         steady = timings[self.cfg.warmup_chunks :]
         seconds = np.array([timing.total_seconds for timing in steady])
         frames = sum(timing.num_frames for timing in steady)
+        results.add("student.chunk_seconds", seconds.tolist())
+        results.add("student.denoise_seconds", [timing.denoise_seconds for timing in steady])
+        results.add("student.seconds_per_frame", [timing.total_seconds / timing.num_frames for timing in steady])
         for percent in (50, 95, 99):
             results.put(f"student.chunk_seconds_p{percent}", float(np.percentile(seconds, percent)))
         results.put("student.first_frame_seconds", opened + timings[0].total_seconds)

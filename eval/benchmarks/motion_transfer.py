@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from data.sprites import SpritesConfig
 from data.trackers import TrackerConfig
@@ -24,6 +25,7 @@ from eval.clips import EvalClip, folder_clips, sprites_clips
 from eval.judge import Judge, Verdict, still_error
 from eval.metrics.lpips import load_lpips
 from eval.metrics.registration import RegistrationConfig
+from eval.metrics.sprites_network import SpritesNetwork, event_accuracy
 from eval.report import Figure, Section, contact_sheet, enlarge, line_figure, video_side_by_side
 from eval.results import Results
 from eval.roles import ROLES, SamplingConfig, generate
@@ -33,6 +35,7 @@ from stream.codecs import Codecs, to_pixels
 from stream.track_source import query_grid
 
 MAX_DRAWN_TRACKS = 24  # more hide the picture
+NETWORK_BATCH = 16  # clips that the feature network sees at a time
 
 
 @dataclass
@@ -51,6 +54,7 @@ class MotionTransferConfig(SamplingConfig):
     tracker: TrackerConfig = field(default_factory=TrackerConfig)  # the first judge
     registration: RegistrationConfig = field(default_factory=RegistrationConfig)  # the second judge
     lpips_weights: str | None = None  # folder with the two LPIPS files; null: reported as unavailable
+    features: str | None = None  # folder of the sprites feature network, for text accuracy; null: without
     num_floor_clips: int = 32  # clips on which the tracker's own error is measured, at most num_clips
     num_workers: int = 0  # processes that judge; 0: this one
     num_shown: int = 4  # clips shown in the report
@@ -79,6 +83,7 @@ class MotionTransfer:
         clips = load_clips(self.cfg, context)
         lpips = load_lpips(self.cfg.lpips_weights)
         judge = Judge(clips, self.cfg.tracker, self.cfg.registration, lpips, self.cfg.num_workers)
+        network = None if self.cfg.features is None else SpritesNetwork.from_folder(self.cfg.features)
         results = Results(seed=context.seed)
         results.put("num_clips", len(clips))
         results.put("latent_cell_px", context.codecs.cell_px)
@@ -87,6 +92,9 @@ class MotionTransfer:
         videos: dict[str, np.ndarray] = {}
         for role, dit in dits.items():
             self._judge_role(role, dit, context, judge, results, verdicts, videos)
+        if network is not None:
+            for name, frames in videos.items():
+                results.add(f"{name}.text_accuracy", text_accuracy(network, clips, frames))
         if {"teacher", "student"} <= set(verdicts):
             results.add_difference(
                 "student.epe_over_teacher_px", verdicts["student"].epe_px, verdicts["teacher"].epe_px
@@ -195,6 +203,17 @@ def load_clips(cfg: MotionTransferConfig, context: EvalContext) -> list[EvalClip
         queries=queries,
         noise=context.noise,
     )
+
+
+def text_accuracy(network: SpritesNetwork, clips: Sequence[EvalClip], frames: np.ndarray) -> list[float]:
+    """Per clip whether it ends with the colour that only its caption tells; nan where the caption tells none."""
+    found: list[float] = []
+    for start in range(0, len(clips), NETWORK_BATCH):
+        part = slice(start, start + NETWORK_BATCH)
+        with torch.no_grad():
+            logits = network(to_pixels(frames[part]))["end_colors"]
+        found += event_accuracy(logits, [clip.caption for clip in clips[part]])
+    return found
 
 
 def round_trip(codecs: Codecs, clips: Sequence[EvalClip]) -> list[np.ndarray]:

@@ -89,6 +89,11 @@ class Tracks:
         """A stretch of pixel frames."""
         return replace(self, points=self.points[:, frames], visibility=self.visibility[:, frames])
 
+    def released_at(self, frame: int) -> Tracks:
+        """The same tracks until a frame, from which on none is visible."""
+        before = torch.arange(self.num_frames, device=self.points.device) < frame
+        return replace(self, visibility=self.visibility & before[:, None])
+
     def select(self, index: Tensor) -> Tracks:
         """Tracks by number: ``index`` [M] takes the same tracks of each clip, [B, M] others per clip."""
         index = torch.as_tensor(index, dtype=torch.long, device=self.points.device)

@@ -44,6 +44,17 @@ def test_the_student_starts_as_the_teacher(model_cfg, pairs, tmp_path):
     assert frozen and all(name.startswith("track_head.") for name in frozen)
 
 
+def test_a_student_can_be_gone_on_with(model_cfg, pairs, tmp_path):
+    first = build(model_cfg, pairs, tmp_path / "first")
+    with torch.no_grad():
+        first.student.patch_embedding.bias.add_(1.0)
+    first.export(tmp_path / "export", {STUDENT: first.student})
+    second = build(model_cfg, pairs, tmp_path / "second", init_from=str(tmp_path / "export" / STUDENT))
+    assert torch.equal(second.student.patch_embedding.bias, first.student.patch_embedding.bias)
+    with pytest.raises(FileNotFoundError, match="stage.init_from=none does not exist"):
+        build(model_cfg, pairs, tmp_path, init_from="none")
+
+
 def test_states_are_drawn_per_chunk_and_include_the_clean_end():
     index = draw_indices(KeyedNoise(0), list(range(300)), step=4, num_chunks=3, num_states=4)
     assert index.shape == (300, 3)
@@ -64,8 +75,8 @@ def test_selected_states_are_those_of_the_frames():
 
 def test_masks_are_keyed_by_the_step_and_cover_the_lists():
     cfg = CausalInitConfig(pairs="x")
-    masks = [draw_mask(KeyedNoise(0), step, cfg, 3) for step in range(200)]
-    assert masks == [draw_mask(KeyedNoise(0), step, cfg, 3) for step in range(200)]
+    masks = [draw_mask(KeyedNoise(0), step, cfg.sink_chunks, cfg.window_chunks, 3) for step in range(200)]
+    assert masks == [draw_mask(KeyedNoise(0), step, cfg.sink_chunks, cfg.window_chunks, 3) for step in range(200)]
     assert {mask.sink_chunks for mask in masks} == {0, 1, 2}
     assert {mask.window_chunks for mask in masks} == {1, 2, 3, 6, None}
 

@@ -114,6 +114,8 @@ def test_results_write_flat_keys_with_intervals(tmp_path: Path) -> None:
     assert 1.0 <= metrics["student.epe_px_low"] < 3.0 < metrics["student.epe_px_high"] <= 6.0
     assert metrics["student.gain_px"] == metrics["student.gain_px_low"] == 2.0
     assert metrics["broken_px"] is None and metrics["student.lpips"].startswith("unavailable")
+    per_clip = json.loads((tmp_path / "per_clip.json").read_text())
+    assert per_clip == {"student.epe_px": [1.0, 2.0, 6.0]}
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert meta["config"] == {"seed": 0} and meta["machine"]["cpu_count"] and meta["git_commit"]
     results.add("teacher.epe_px", [2.0, 2.0])

@@ -84,6 +84,17 @@ def test_learns_and_exports_a_normalised_vae(pixel_shards, tmp_path):
     assert vae.decode(latents).shape == pixels.shape
 
 
+def test_a_frozen_encoder_keeps_the_latent_space(pixel_shards, tmp_path, tiny_model):
+    run(pixel_shards, tmp_path / "first", "steps=1")
+    before = tmp_path / "first/export/vae"
+    run(pixel_shards, tmp_path / "second", "steps=2", f"stage.init_from={before}", "stage.freeze_encoder=true")
+    first, second = (WanVae.from_folder(folder) for folder in (before, tmp_path / "second/export/vae"))
+    pixels = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    assert first.latent_space == second.latent_space
+    assert torch.equal(first.encode(pixels), second.encode(pixels))
+    assert not torch.equal(first.decode(first.encode(pixels)), second.decode(first.encode(pixels)))
+
+
 def test_the_start_is_a_function_of_the_seed_and_its_residual_branches_are_silent(tiny_model):
     def started(seed: int):
         vae = build_vae(tiny_model, seed=0)
@@ -118,6 +129,7 @@ def test_crops_are_of_the_stated_length_and_keyed_by_sample():
     ("settings", "message"),
     [
         ({"num_frames": 6}, "num_frames=6 must be 1 . 4k; nearest valid: 5"),
+        ({"freeze_encoder": True}, "stage.freeze_encoder=true needs stage.init_from"),
         ({"kl_weight": -1.0}, "stage.kl_weight=-1.0 must be >= 0"),
     ],
 )

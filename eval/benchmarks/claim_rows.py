@@ -1,0 +1,236 @@
+"""The rows of the claims table: what the paper says, its figures, and the observations that decide.
+
+A row says in code what counts as holding, before anything is measured. Thresholds come from the paper's own figures
+(MotionStream, arXiv 2511.01266; rows 15 to 18 go beyond it). Names are those of RUNS below and of the ablations in
+train/ablations.py, "base" being the student and teacher that these vary.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from eval.benchmarks.claims import Effect, Finding, NotMeasuredError, Observations, Run
+
+TEACHER, STUDENT = {"roles": ["teacher"]}, {"roles": ["student"]}
+VERY_LONG = {"num_frames": 1001, "num_clips": 2, "window_frames": 100}
+
+RUNS = {
+    "joint": Run("motion_transfer", TEACHER),
+    "text_only": Run("motion_transfer", TEACHER, guidance={"motion": 0.0}),
+    "motion_only": Run("motion_transfer", TEACHER, guidance={"text": 0.0}),
+    "student": Run("motion_transfer", {**STUDENT, "withhold_tracks": True}),
+    "steps_1": Run("motion_transfer", STUDENT, rollout={"step_indices": [0]}),
+    "steps_2": Run("motion_transfer", STUDENT, rollout={"step_indices": [0, 12]}),
+    "steps_4": Run("motion_transfer", STUDENT, rollout={"step_indices": [0, 6, 12, 18]}),
+    "tiny": Run("motion_transfer", STUDENT, tiny=True),
+    "long": Run("long_video"),
+    "long_no_sink": Run("long_video", rollout={"sink_chunks": 0}),
+    "long_window_2": Run("long_video", rollout={"window_chunks": 2}),
+    "long_window_3": Run("long_video", rollout={"window_chunks": 3}),
+    "long_window_6": Run("long_video", rollout={"window_chunks": 6}),
+    "very_long": Run("long_video", VERY_LONG),
+    "very_long_no_sink": Run("long_video", VERY_LONG, rollout={"sink_chunks": 0}),
+    "latency": Run("latency"),
+    "latency_growing": Run("latency", rollout={"window_chunks": None}),
+    "latency_tiny": Run("latency", tiny=True),
+    "latency_merged": Run("latency", rollout={"merged_cache": True}),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finding: ``effects`` measures it."""
+
+    number: int
+    claim: str
+    paper: str
+    effects: Callable[[Observations], list[Effect]]
+
+    def find(self, observations: Observations) -> Finding:
+        """Measure it; what is absent is said in the finding."""
+        try:
+            return Finding(self.number, self.claim, self.paper, self.effects(observations))
+        except NotMeasuredError as absent:
+            return Finding(self.number, self.claim, self.paper, (), str(absent))
+
+
+def _guidance(seen: Observations) -> list[Effect]:
+    return [
+        seen.less("EPE without motion guidance minus joint (px)", "joint", "text_only", "teacher.epe_px"),
+        seen.more("text accuracy, joint minus motion guidance alone", "joint", "motion_only", "teacher.text_accuracy"),
+    ]
+
+
+def _student(seen: Observations) -> list[Effect]:
+    teacher, student = seen.values("joint", "teacher.epe_px"), seen.values("student", "student.epe_px")
+    psnr = zip(seen.values("student", "student.psnr_db"), seen.values("joint", "teacher.psnr_db"), strict=True)
+    speed = seen.figure("student", "student.frames_per_second") / seen.figure("joint", "teacher.frames_per_second")
+    return [
+        seen.effect("1.46 x teacher EPE minus student EPE (px)", _margin(teacher, student, 1.46)),
+        seen.effect("student PSNR minus teacher PSNR + 1.15 (dB)", [ours - theirs + 1.15 for ours, theirs in psnr]),
+        seen.effect("student over teacher throughput, minus 21", [speed - 21]),
+    ]
+
+
+def _track_encoding(seen: Observations) -> list[Effect]:
+    by_head, by_vae = seen.track_encoding_seconds()
+    return [
+        seen.less("EPE of RGB tracks minus track head (px)", "base_teacher", "rgb_tracks", "teacher.epe_px"),
+        seen.effect("encoding time, RGB over head, minus 1", _ratio_margin(by_vae, by_head, 1.0)),
+    ]
+
+
+def _sink(seen: Observations) -> list[Effect]:
+    return [
+        seen.less("EPE without sink minus with, 241 frames (px)", "long", "long_no_sink", "student.epe_px"),
+        seen.less("the same over 1,000 frames (px)", "very_long", "very_long_no_sink", "student.epe_px"),
+    ]
+
+
+def _window(seen: Observations) -> list[Effect]:
+    return [
+        seen.less(f"EPE with window {window} minus window 1 (px)", "long", f"long_window_{window}", "student.epe_px")
+        for window in (2, 3, 6)
+    ]
+
+
+def _chunk(seen: Observations) -> list[Effect]:
+    fast, slow = (seen.values(name, "student.seconds_per_frame") for name in ("base_latency", "chunk_1_latency"))
+    return [
+        seen.less("EPE of chunk 1 minus chunk 3 (px)", "base_student", "chunk_1", "student.epe_px"),
+        seen.effect("seconds a frame, chunk 1 over chunk 3, minus 1", _ratio_margin(slow, fast, 1.0)),
+    ]
+
+
+def _latency(seen: Observations) -> list[Effect]:
+    fixed, growing = (_spread(seen.values(name, "student.chunk_seconds")) for name in ("latency", "latency_growing"))
+    return [
+        seen.effect("relative spread of chunk times, growing window minus c3s1w1", _differences(growing, fixed)),
+    ]
+
+
+def _steps(seen: Observations) -> list[Effect]:
+    one, two, four = (seen.values(f"steps_{n}", "student.epe_px") for n in (1, 2, 4))
+    three = seen.values("student", "student.epe_px")
+    second = [(a - b) - (b - c) for a, b, c in zip(two, three, four, strict=True)]
+    return [
+        seen.effect("EPE of 1 step minus 3 steps (px)", _differences(one, three)),
+        seen.effect("EPE of 2 steps minus 3 steps (px)", _differences(two, three)),
+        seen.effect("gain of the third step minus gain of the fourth (px)", second),
+    ]
+
+
+def _tiny(seen: Observations) -> list[Effect]:
+    full, tiny = (seen.values(name, "student.chunk_seconds") for name in ("latency", "latency_tiny"))
+    drop = [tiny - full + 0.3 for tiny, full in seen.pairs("tiny", "student", "student.psnr_db")]
+    return [
+        seen.effect("throughput, tiny over full, minus 1.75", _ratio_margin(full, tiny, 1.75)),
+        seen.effect("PSNR, tiny minus full, + 0.3 (dB)", drop),
+    ]
+
+
+def _release(seen: Observations) -> list[Effect]:
+    key = "teacher.registration_correlation"
+    return [seen.more("likeness of the sprite after release, with minus without", "mid_mask", "no_mid_mask", key)]
+
+
+def _ode(seen: Observations) -> list[Effect]:
+    return [seen.less("EPE without ODE initialisation minus with (px)", "base_student", "no_ode", "student.epe_px")]
+
+
+def _rolling(seen: Observations) -> list[Effect]:
+    what = "EPE over 129 frames, trained with all the past minus rolling cache (px)"
+    return [seen.less(what, "base_long", "no_rolling_long", "student.epe_px")]
+
+
+def _positions(seen: Observations) -> list[Effect]:
+    what = "EPE over 129 frames, absolute minus slot positions (px)"
+    return [seen.less(what, "base_long", "absolute_long", "student.epe_px")]
+
+
+def _withheld(seen: Observations) -> list[Effect]:
+    pairs = zip(
+        seen.values("student", "student.epe_without_tracks_px"), seen.values("student", "student.epe_px"), strict=True
+    )
+    return [seen.effect("EPE without tracks minus with (px)", [without - given for without, given in pairs])]
+
+
+def _merged(seen: Observations) -> list[Effect]:
+    base, merged = (seen.values(name, "student.epe_px") for name in ("base_student", "merged_cache"))
+    slow, fast = (seen.values(name, "student.denoise_seconds") for name in ("latency", "latency_merged"))
+    return [
+        seen.effect("1.1 x EPE with its own cache pass minus merged (px)", _margin(base, merged, 1.1)),
+        seen.effect("denoising time, own pass over merged, minus 1", _ratio_margin(slow, fast, 1.0)),
+    ]
+
+
+def _causal_teacher(seen: Observations) -> list[Effect]:
+    base, other = (seen.values(name, "student.epe_px") for name in ("base_student", "causal_teacher"))
+    return [seen.effect("1.1 x EPE from ODE pairs minus EPE from a causal teacher (px)", _margin(base, other, 1.1))]
+
+
+def _random_contexts(seen: Observations) -> list[Effect]:
+    base, random = (seen.values(name, "student.epe_px") for name in ("base_student", "random_context"))
+    return [
+        seen.effect("1.1 x EPE of the c3s1w1 student minus the random one's, at c3s1w1 (px)",
+                    _margin(base, random, 1.1)),
+        seen.less("EPE at window 2, c3s1w1 student minus the random one (px)", "random_context_window_2",
+                  "base_window_2", "student.epe_px"),
+    ]  # fmt: skip
+
+
+def _offsets(seen: Observations) -> list[Effect]:
+    return [seen.less("EPE of floored tracks minus sub-cell (px)", "offsets", "base_teacher", "teacher.epe_px")]
+
+
+def _margin(reference: list[float], ours: list[float], factor: float) -> list[float]:
+    """factor * reference - ours, clip by clip."""
+    return [factor * theirs - mine for theirs, mine in zip(reference, ours, strict=True)]
+
+
+def _differences(first: list[float], second: list[float]) -> list[float]:
+    return [a - b for a, b in zip(first, second, strict=True)]
+
+
+def _ratio_margin(numerator: list[float], denominator: list[float], factor: float) -> list[float]:
+    """Each numerator over the median denominator, minus factor."""
+    middle = statistics.median(denominator)
+    return [value / middle - factor for value in numerator]
+
+
+def _spread(seconds: list[float]) -> list[float]:
+    """Distance of each from the median, relative to it."""
+    middle = statistics.median(seconds)
+    return [abs(value - middle) / middle for value in seconds]
+
+
+ROWS = [
+    Row(1, "Motion guidance lowers EPE, text guidance makes what only the text says happen; joint has both",
+        "Fig. 4, 5: w_t = 3, w_m = 1.5", _guidance),
+    Row(2, "The student keeps the teacher's quality at a multiple of its speed",
+        "Table 1: EPE 7.80 / 5.35 = 1.46, PSNR -0.41 and -1.15 dB, 16.7 / 0.79 = 21 x", _student),
+    Row(3, "A track head beats drawing tracks as RGB through the VAE, at a fraction of the time",
+        "Table 3: EPE 6.54 against 8.57, 24.8 against 1,053 ms", _track_encoding),
+    Row(4, "Without a sink long videos degrade", "Table 4: EPE 25.34 with, 26.64 without; Fig. 6, A3", _sink),
+    Row(5, "A longer window degrades long videos", "Fig. 6 (a): window 1 is best", _window),
+    Row(6, "Chunk size 1 is worse than 3, and slower", "Table 4, Fig. A2", _chunk),
+    Row(7, "c3s1w1 has a constant latency, a growing context has not", "Table 4: 0.70 +- 0.01 s; Fig. 6 (b, c)",
+        _latency),
+    Row(8, "Three steps: fewer are worse, a fourth adds little", "Fig. A2 (b)", _steps),
+    Row(9, "The tiny VAE raises throughput and hardly changes quality",
+        "Table A2: 1.75 x, PSNR 16.67 and 16.68", _tiny),
+    Row(10, "Mid-frame masking in training keeps an object whose tracks are released", "Section 3.1", _release),
+    Row(11, "ODE initialisation helps Self-Forcing", "Section 3.2", _ode),
+    Row(12, "The rolling cache and sink must be used in training, not only at inference", "Section 3.3", _rolling),
+    Row(13, "Slot positions outlast absolute ones past the training length", "Section 3.3", _positions),
+    Row(14, "Withholding the motion raises the error", "Table A4", _withheld),
+    Row(15, "Beyond the paper: the cache pass merged into the last denoising step costs at most a tenth of the EPE",
+        "four passes a chunk", _merged),
+    Row(16, "Beyond the paper: a causal teacher, which needs no ODE pairs, is as good a start within a tenth",
+        "public reports call causal ODE targets ill-posed", _causal_teacher),
+    Row(17, "Beyond the paper: one student trained with random sinks and windows serves several of them", "Fig. 6",
+        _random_contexts),
+    Row(18, "Beyond the paper: sub-cell track offsets lower EPE", "eq. 1 floors a track to its cell", _offsets),
+]  # fmt: skip

@@ -1,0 +1,293 @@
+"""The findings of the paper, one row each, measured on the sprites world: claims.json and a report.
+
+A row compares *observations*. Some are made here, from the weights at hand under other settings of the model (a
+`Run`); they are kept in OUT/runs, and made again only where what they were made with has changed. The others are
+ablations of training, made by `python -m train.ablations` and stored with the run that made them. An effect is a
+difference over the same clips that is positive where the finding holds; its interval decides:
+
+    holds            every effect's interval lies above zero
+    does not hold    some effect's interval lies below zero
+    within noise     otherwise
+
+The rows are in claim_rows.py. Leaves out any tuning: no setting is chosen by what a row says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.sprites import SpritesConfig
+from data.trackers import TrackerConfig
+from eval.benchmarks.context import EvalContext, Outcome
+from eval.benchmarks.latency import Latency, LatencyConfig
+from eval.benchmarks.long_video import LongVideo, LongVideoConfig
+from eval.benchmarks.motion_transfer import MotionTransfer, MotionTransferConfig, load_clips
+from eval.clips import stack_tracks
+from eval.metrics.interval import Interval, bootstrap_interval
+from eval.report import Section, Table
+from eval.results import Results, write_json
+from models.motion.embedding import scatter_tracks
+from models.motion.rgb import draw_tracks
+from models.motion.track_head import TrackHead
+
+HOLDS, FAILS, NOISE, ABSENT = "holds", "does not hold", "within noise", "not measured"
+BENCHMARKS = {
+    "motion_transfer": (MotionTransfer, MotionTransferConfig),
+    "long_video": (LongVideo, LongVideoConfig),
+    "latency": (Latency, LatencyConfig),
+}
+TIMED_REPEATS = 20  # of a thing that is timed
+
+
+@dataclass
+class ClaimsConfig:
+    """Which clips, and how many."""
+
+    rows: list[int] = field(default_factory=list)  # numbers of the rows wanted; empty: all
+    ablations: str = "models/zoo/sprites/ablations.json"  # written by `python -m train.ablations`
+    num_clips: int = 64  # of a motion transfer
+    batch_size: int = 16
+    num_inference_steps: int = 25  # of the teacher
+    num_long_clips: int = 4  # of a stream of 241 frames
+    num_very_long_clips: int = 2  # of a stream of 1,000 frames
+    num_chunks: int = 80  # of a timed stream
+    num_workers: int = 0  # processes that judge
+    features: str | None = None  # folder of the sprites feature network: text accuracy; null: unavailable
+    world: SpritesConfig = field(default_factory=SpritesConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One benchmark of the weights at hand under changed settings of the model."""
+
+    bench: str  # key of BENCHMARKS
+    settings: Mapping[str, Any] = field(default_factory=dict)  # fields of the benchmark's configuration
+    guidance: Mapping[str, float] = field(default_factory=dict)  # weights that differ from model.guidance
+    rollout: Mapping[str, Any] = field(default_factory=dict)  # fields that differ from model.rollout
+    tiny: bool = False  # decode with model.tiny_vae
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A difference that is positive where the finding holds."""
+
+    what: str
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of claims.json."""
+
+    row: int
+    claim: str
+    paper: str
+    effects: Sequence[Effect]
+    why_absent: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if not self.effects:
+            return ABSENT
+        bounds = [bounds_of(effect.interval) for effect in self.effects]
+        if all(low > 0 for low, _ in bounds):
+            return HOLDS
+        return FAILS if any(high < 0 for _, high in bounds) else NOISE
+
+    def to_json(self) -> dict[str, Any]:
+        ours = "; ".join(f"{effect.what}: {effect.interval}" for effect in self.effects) or self.why_absent
+        intervals = [list(bounds_of(effect.interval)) for effect in self.effects]
+        return {
+            "row": self.row, "claim": self.claim, "paper": self.paper, "ours": ours,
+            "interval": intervals, "verdict": self.verdict,
+        }  # fmt: skip
+
+
+def bounds_of(interval: Interval) -> tuple[float, float]:
+    """Its bounds; a figure without any stands for itself, and one that is missing decides nothing."""
+    if interval.mean is None:
+        return (-math.inf, math.inf)
+    low = interval.mean if interval.low is None else interval.low
+    return (low, interval.mean if interval.high is None else interval.high)
+
+
+class NotMeasuredError(LookupError):
+    """An observation that a row needs is not there; the text says how to make it."""
+
+
+Values = dict[str, list[float]]  # key -> one value per clip (or per chunk)
+
+
+class Observations:
+    """What has been measured, by name; each is made when it is first asked for."""
+
+    def __init__(self, context: EvalContext, cfg: ClaimsConfig, runs: Mapping[str, Run]) -> None:
+        self.context, self.cfg, self.runs = context, cfg, runs
+        self.made: dict[str, Values] = {}
+        self.figures: dict[str, dict[str, Any]] = {}
+        path = Path(cfg.ablations)
+        self.stored: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def values(self, name: str, key: str) -> list[float]:
+        """One value per clip; nan where nothing could be measured. Ablations: the clips of all seeds in turn."""
+        found = self.values_of(name)
+        if key not in found:
+            raise NotMeasuredError(f"{name} has no {key}; it has {', '.join(sorted(found))}")
+        return found[key]
+
+    def values_of(self, name: str) -> Values:
+        """Every key of an observation."""
+        return self._made(name) if name in self.runs else self._stored(name)
+
+    def figure(self, name: str, key: str) -> float:
+        """One figure of a run made here, such as a throughput."""
+        self.values_of(name)
+        value = self.figures[name].get(key)
+        if value is None:
+            raise NotMeasuredError(f"{name} has no {key}")
+        return float(value)
+
+    def less(self, what: str, better: str, worse: str, key: str) -> Effect:
+        """worse - better, for a metric that should be low."""
+        return self.effect(what, [b - a for a, b in self.pairs(better, worse, key)])
+
+    def more(self, what: str, better: str, worse: str, key: str) -> Effect:
+        """better - worse, for a metric that should be high."""
+        return self.effect(what, [a - b for a, b in self.pairs(better, worse, key)])
+
+    def pairs(self, first: str, second: str, key: str) -> list[tuple[float, float]]:
+        return list(zip(self.values(first, key), self.values(second, key), strict=True))
+
+    def effect(self, what: str, values: Sequence[float]) -> Effect:
+        return Effect(what, bootstrap_interval(values, seed=self.context.seed))
+
+    def _stored(self, name: str) -> Values:
+        if name not in self.stored:
+            raise NotMeasuredError(
+                f"{self.cfg.ablations} has no ablation '{name}'; make it with `python -m train.ablations`"
+            )
+        seeds = self.stored[name]["per_clip"]
+        keys = set.intersection(*(set(one) for one in seeds))
+        return {key: [as_float(value) for one in seeds for value in one[key]] for key in sorted(keys)}
+
+    def _made(self, name: str) -> Values:
+        if name not in self.made:
+            self.made[name] = self._read_or_run(name)
+        return self.made[name]
+
+    def _read_or_run(self, name: str) -> Values:
+        path, run = self.context.out / "runs" / f"{name}.json", self.runs[name]
+        made_with = {"run": asdict(run), "claims": self._settings(), "model": str(self.context.model_cfg)}
+        if path.is_file():
+            kept = json.loads(path.read_text())
+            if kept["made_with"] == made_with:
+                self.figures[name] = kept["metrics"]
+                return {key: [as_float(value) for value in values] for key, values in kept["per_clip"].items()}
+        results = self._run(run)
+        self.figures[name] = results.values
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"made_with": made_with, "metrics": results.values, "per_clip": results.finite_per_clip()})
+        return results.per_clip
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self.cfg).items() if name not in ("rows", "ablations")}
+
+    def _run(self, run: Run) -> Results:
+        """The figures of one run."""
+        model_cfg = self.context.model_cfg
+        context = self.context.changed(
+            guidance={**model_cfg.guidance, **run.guidance}, rollout=replace(model_cfg.rollout, **run.rollout)
+        )
+        context = context.with_tiny_decoder() if run.tiny else context
+        benchmark, config = BENCHMARKS[run.bench]
+        return benchmark(config(**(self._defaults(run.bench) | dict(run.settings)))).run(context).results
+
+    def _defaults(self, bench: str) -> dict[str, Any]:
+        cfg = self.cfg
+        world = {"world": cfg.world, "tracker": cfg.tracker}
+        if bench == "latency":
+            return {"num_chunks": cfg.num_chunks}
+        if bench == "long_video":
+            return {**world, "num_clips": cfg.num_long_clips}
+        return {
+            **world, "num_clips": cfg.num_clips, "batch_size": cfg.batch_size, "num_floor_clips": 1,
+            "num_inference_steps": cfg.num_inference_steps, "num_workers": cfg.num_workers,
+            "withhold_tracks": False, "features": cfg.features,
+        }  # fmt: skip
+
+    def track_encoding_seconds(self) -> tuple[list[float], list[float]]:
+        """Seconds to encode a clip's tracks by the track head, and by drawing them and encoding that with the VAE."""
+        codecs, dit = self.context.codecs, self.context.model_cfg.dit
+        settings = MotionTransferConfig(num_clips=1, world=self.cfg.world, tracker=self.cfg.tracker)
+        tracks = stack_tracks(load_clips(settings, self.context))
+        head = TrackHead(dit.track_map_dim, dit.track_hidden, dit.track_channels or dit.latent_channels)
+        height, width = codecs.latent_size
+
+        def by_head() -> None:
+            head(scatter_tracks(
+                tracks, dim=dit.track_id_dim, height_cells=height, width_cells=width, cell_px=codecs.cell_px,
+                with_offsets=dit.track_offsets,
+            ))  # fmt: skip
+
+        def by_vae() -> None:
+            codecs.vae.encode(draw_tracks(tracks).to(codecs.device))
+
+        with torch.no_grad():
+            return _timed(by_head), _timed(by_vae)
+
+
+def _timed(call) -> list[float]:
+    call()
+    seconds = []
+    for _ in range(TIMED_REPEATS):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def as_float(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+class Claims:
+    """The benchmark; see the module's docstring."""
+
+    Config = ClaimsConfig
+
+    def __init__(self, cfg: ClaimsConfig) -> None:
+        from eval.benchmarks.claim_rows import ROWS, RUNS
+
+        numbers = [row.number for row in ROWS]
+        if unknown := [number for number in cfg.rows if number not in numbers]:
+            raise ValueError(f"bench.rows={list(cfg.rows)} has {unknown[0]}; rows are {numbers}")
+        self.cfg, self.runs = cfg, RUNS
+        self.rows = [row for row in ROWS if not cfg.rows or row.number in cfg.rows]
+
+    def run(self, context: EvalContext) -> Outcome:
+        """Every row wanted; writes claims.json into the run's folder."""
+        observations = Observations(context, self.cfg, self.runs)
+        findings = [row.find(observations) for row in self.rows]
+        context.out.mkdir(parents=True, exist_ok=True)
+        write_json(context.out / "claims.json", [finding.to_json() for finding in findings])
+        results = Results(seed=context.seed)
+        for finding in findings:
+            results.put(f"row_{finding.row}.verdict", finding.verdict)
+        for verdict in (HOLDS, FAILS, NOISE, ABSENT):
+            results.put(verdict.replace(" ", "_"), sum(finding.verdict == verdict for finding in findings))
+        return Outcome(results, [Section("Findings of the paper", table=table_of(findings))])
+
+
+def table_of(findings: Sequence[Finding]) -> Table:
+    lines = [finding.to_json() for finding in findings]
+    columns = ["row", "claim", "paper", "ours", "verdict"]
+    return Table(columns, [[str(line[column]) for column in columns] for line in lines])

@@ -1,0 +1,71 @@
+"""Causal teacher: noise levels per chunk, what the loss counts, causality, golden losses, its export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_distill import check_golden, make_batch, setup_context, step_context, train
+
+from distill.causal_teacher import CausalTeacher, CausalTeacherConfig
+from distill.roles import STUDENT
+from models.wan.checkpoint import load_dit
+from train.teacher import TEACHER
+
+
+def build(model_cfg, tmp_path, **overrides) -> CausalTeacher:
+    settings = {"init_from": model_cfg.teacher, "tracks_min": 2, "tracks_max": 5} | overrides
+    stage = CausalTeacher(CausalTeacherConfig(**settings))
+    stage.check(model_cfg)
+    stage.setup(setup_context(model_cfg, tmp_path))
+    return stage
+
+
+def test_golden_losses(model_cfg, tmp_path):
+    check_golden("causal_teacher", {"losses": train(build(model_cfg, tmp_path), range(4))})
+
+
+def test_levels_are_shared_within_a_chunk_and_some_chunks_are_clean(model_cfg, tmp_path):
+    stage = build(model_cfg, tmp_path)
+    sigma = stage.draw_chunk_sigma(list(range(400)), 3, 9)
+    chunks = sigma.view(400, 3, 3)
+    assert torch.equal(chunks, chunks[:, :, :1].expand_as(chunks))
+    assert 0.2 < (chunks[:, :, 0] == 0).float().mean() < 0.3
+    assert (chunks[:, 0, 0] != chunks[:, 1, 0]).float().mean() > 0.8  # independent
+    assert torch.equal(stage.draw_chunk_sigma([7], 3, 9)[0], sigma[7])  # keyed by the sample
+
+
+def test_a_chunk_does_not_see_later_ones(model_cfg, tmp_path):
+    stage = build(model_cfg, tmp_path, clean_ratio=0.0)
+    seen = []
+    forward = stage.dit.forward
+
+    def keep(noisy_latents, timestep, condition, **rest):
+        seen.append((noisy_latents, timestep, condition, rest["attention"]))
+        return forward(noisy_latents, timestep, condition, **rest)
+
+    stage.dit.forward = keep
+    stage.train_step(make_batch(model_cfg, [0, 1]), step_context(0, TEACHER))
+    noisy, timestep, condition, mask = seen[0]
+    other = noisy.clone()
+    other[:, :, 6:] += 1.0
+    first, second = (forward(x, timestep, condition, attention=mask) for x in (noisy, other))
+    assert torch.allclose(first[:, :, :6], second[:, :, :6], atol=1e-6)
+    assert not torch.allclose(first[:, :, 6:], second[:, :, 6:], atol=1e-4)
+
+
+def test_the_export_is_a_student(model_cfg, tmp_path):
+    stage = build(model_cfg, tmp_path)
+    stage.export(tmp_path, stage.modules())
+    assert load_dit(tmp_path / STUDENT, expected=model_cfg.dit).config == model_cfg.dit
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clean_ratio": 1.0}, r"stage.clean_ratio=1.0 must be in \[0, 1\)"),
+        ({"sink_chunks": []}, "must each list at least one value"),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CausalTeacherConfig(**settings)

@@ -1,0 +1,139 @@
+"""The claims table: verdicts, what is measured once and kept, rows that name observations that exist."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data.app import compose_config
+from eval.benchmarks.claim_rows import ROWS, RUNS
+from eval.benchmarks.claims import BENCHMARKS, Claims, ClaimsConfig, Effect, Finding, Observations, Run
+from eval.benchmarks.context import EvalContext
+from eval.metrics.interval import Interval
+from eval.results import Results
+from eval.run import main
+
+
+def finding(*intervals: Interval) -> Finding:
+    return Finding(1, "claim", "paper", [Effect("effect", interval) for interval in intervals])
+
+
+@pytest.mark.parametrize(
+    ("intervals", "verdict"),
+    [
+        ([(0.1, 0.3)], "holds"),
+        ([(-0.1, 0.3)], "within noise"),
+        ([(-0.3, -0.1)], "does not hold"),
+        ([(0.1, 0.3), (-0.1, 0.3)], "within noise"),
+        ([(0.1, 0.3), (-0.3, -0.1)], "does not hold"),
+        ([], "not measured"),
+    ],
+)
+def test_the_interval_decides(intervals, verdict):
+    assert finding(*(Interval((a + b) / 2, a, b, 4) for a, b in intervals)).verdict == verdict
+
+
+def test_a_figure_without_interval_stands_for_itself_and_an_absent_one_decides_nothing():
+    assert finding(Interval(0.2, None, None, 1)).verdict == "holds"
+    assert finding(Interval(-0.2, None, None, 1)).verdict == "does not hold"
+    assert finding(Interval(None, None, None, 0)).verdict == "within noise"
+
+
+class Recorder(Observations):
+    """Answers every question with the same numbers and remembers what was asked."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+        self.context = EvalContext(None, None, None, 0, Path())  # type: ignore[arg-type]
+
+    def values(self, name, key):
+        self.asked.add(name)
+        return [1.0, 2.0, 3.0]
+
+    def figure(self, name, key):
+        self.asked.add(name)
+        return 1.0
+
+    def track_encoding_seconds(self):
+        return [1.0, 1.0], [40.0, 41.0]
+
+
+def test_every_row_measures_something_and_no_number_is_used_twice():
+    for row in ROWS:
+        assert row.find(Recorder()).effects, row.number
+    assert [row.number for row in ROWS] == sorted({row.number for row in ROWS})
+    assert {row.number for row in ROWS} == set(range(1, 19))
+
+
+def test_every_run_is_asked_for_and_valid(tiny_weights):
+    recorder = Recorder()
+    for row in ROWS:
+        row.find(recorder)
+    assert set(RUNS) <= recorder.asked
+    for name, run in RUNS.items():
+        config = BENCHMARKS[run.bench][1](**run.settings)
+        assert config is not None, name
+        rollout = replace(tiny_weights.model_cfg.rollout, **run.rollout)
+        assert rollout.num_steps == len(rollout.step_indices)
+
+
+def observations(tmp_path: Path, **changes) -> Observations:
+    context = EvalContext("model", None, None, 0, tmp_path)  # type: ignore[arg-type]
+    return Observations(context, replace(ClaimsConfig(), **changes), {"student": Run("latency")})
+
+
+def test_a_run_is_made_once_and_again_only_where_its_settings_changed(tmp_path, monkeypatch):
+    made = []
+
+    def run(self, run):
+        made.append(run)
+        results = Results(seed=0)
+        results.add("student.epe_px", [1.0, math.nan])
+        results.put("student.frames_per_second", 7.0)
+        return results
+
+    monkeypatch.setattr(Observations, "_run", run)
+    first = observations(tmp_path)
+    assert first.values("student", "student.epe_px")[0] == 1.0
+    again = observations(tmp_path)
+    assert math.isnan(again.values("student", "student.epe_px")[1])
+    assert again.figure("student", "student.frames_per_second") == 7.0
+    assert len(made) == 1
+    observations(tmp_path, rows=[2]).values("student", "student.epe_px")  # which rows are wanted changes nothing
+    assert len(made) == 1
+    observations(tmp_path, num_clips=8).values("student", "student.epe_px")
+    assert len(made) == 2
+
+
+def test_ablations_are_read_over_all_seeds_and_absent_ones_are_said(tmp_path):
+    path = tmp_path / "ablations.json"
+    stored = {"mine": {"per_clip": [{"teacher.epe_px": [1.0, None]}, {"teacher.epe_px": [3.0, 4.0], "other": [1.0]}]}}
+    path.write_text(json.dumps(stored))
+    seen = observations(tmp_path, ablations=str(path))
+    values = seen.values("mine", "teacher.epe_px")
+    assert values[0] == 1.0 and math.isnan(values[1]) and values[2:] == [3.0, 4.0]
+    row = replace(ROWS[0], effects=lambda seen: [seen.less("", "mine", "other", "teacher.epe_px")])
+    absent = row.find(seen)
+    assert absent.verdict == "not measured" and "train.ablations" in absent.to_json()["ours"]
+
+
+def test_claims_of_a_tiny_model(tiny_weights, tmp_path):
+    small = [
+        "bench=claims", "bench.rows=[11,14]", "bench.num_clips=2", "bench.ablations=none.json", "bench.features=null",
+        "bench.tracker.rows=4", "bench.tracker.cols=4", f"out={tmp_path}",
+    ]  # fmt: skip
+    assert main(compose_config("eval", [*tiny_weights.overrides, *small])) == 0
+    lines = json.loads((tmp_path / "claims.json").read_text())
+    assert [line["row"] for line in lines] == [11, 14]
+    assert set(lines[1]) == {"row", "claim", "paper", "ours", "interval", "verdict"}
+    assert lines[0]["verdict"] == "not measured" and lines[1]["verdict"] != "not measured"
+    assert (tmp_path / "runs/student.json").is_file()
+
+
+def test_an_unknown_row_is_refused():
+    with pytest.raises(ValueError, match=r"bench.rows=\[99\] has 99; rows are"):
+        Claims(ClaimsConfig(rows=[99]))

@@ -1,0 +1,43 @@
+"""A chain of commands: a failure shows its log, a finished step is not repeated, processes share the cores."""
+
+from __future__ import annotations
+
+import pytest
+
+from train.pipeline import Step, last_line, run, run_all
+
+
+def test_training_stages_share_the_cores_among_processes(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    step = Step("teacher", ("train", "steps=1"), processes=2)
+    assert step.environment["OMP_NUM_THREADS"] == "2"
+    assert step.command[:2] == ["-m", "torch.distributed.run"] and "--nproc_per_node=2" in step.command
+    assert step.command[-3:] == ["-m", "train", "steps=1"]
+    assert Step("eval", ("eval",)).command == ["-m", "eval"]
+    assert Step("eval", ("eval",)).environment["OMP_NUM_THREADS"] == "4"
+
+
+def test_last_line_reads_through_progress_bars(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("started\nencode:  10%|#   \rencode:  50%|##  \r\n\n")
+    assert last_line(log) == "encode:  50%|##"
+    log.write_text("")
+    assert last_line(log) == ""
+
+
+def test_a_failing_step_shows_command_and_log(tmp_path):
+    with pytest.raises(SystemExit, match=r"(?s)broken failed with code.*python -m no_such_module.*No module named"):
+        run(Step("broken", ("no_such_module",)), 1, 1, tmp_path)
+
+
+def test_a_finished_step_is_not_run_again(tmp_path, capsys):
+    step = Step("version", ("this",))
+    seconds = run(step, 1, 1, tmp_path)
+    assert run(step, 1, 1, tmp_path) == seconds
+    assert "done before" in capsys.readouterr().out
+
+
+def test_steps_run_in_order_and_give_their_times(tmp_path, capsys):
+    times = run_all([Step("one", ("this",)), Step("two", ("this",))], tmp_path)
+    assert [name for name, _ in times] == ["one", "two"] and all(seconds > 0 for _, seconds in times)
+    assert "[ 2/2] two" in capsys.readouterr().out

@@ -1,0 +1,53 @@
+"""`make zoo`: every command composes, weights are shipped in bfloat16, a changed recipe shows in its first losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from data.app import compose_config
+from train.zoo import PARTS, chain, differences, first_losses, judge, ship
+
+
+@pytest.mark.parametrize("step", [*chain(Path("out")), *judge(Path("out"))], ids=lambda step: step.name)
+def test_every_command_composes(step):
+    app, *overrides = step.arguments
+    compose_config(app, list(overrides))
+
+
+def test_every_part_is_made_by_a_stage_of_the_chain():
+    made = {step.name for step in chain(Path("out"))}
+    assert {source.split("/")[0] for source in PARTS.values()} <= made
+
+
+def test_shipped_weights_are_bfloat16_and_keep_their_description(tmp_path):
+    source = tmp_path / "out/teacher/export/teacher"
+    source.mkdir(parents=True)
+    save_file({"w": torch.randn(3), "n": torch.arange(3)}, source / "model.safetensors", metadata={"config": "{}"})
+    (source / "model.json").write_text("{}")
+    for _ in range(2):  # again over itself
+        ship(tmp_path / "out", tmp_path / "zoo", {"teacher": "teacher/export/teacher"})
+    shipped = tmp_path / "zoo/teacher"
+    weights = load_file(shipped / "model.safetensors")
+    assert weights["w"].dtype == torch.bfloat16 and weights["n"].dtype == torch.int64
+    with safe_open(shipped / "model.safetensors", "pt") as opened:
+        assert opened.metadata() == {"config": "{}"}
+    assert (shipped / "model.json").read_text() == "{}"
+
+
+def test_the_first_losses_are_those_of_the_log_and_changes_are_named(tmp_path):
+    (tmp_path / "vae").mkdir()
+    rows = [{"step": step, "vae/loss": 1.0 / step, "vae/lr": 0.1} for step in (10, 50, 60)]
+    (tmp_path / "vae/metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    found = first_losses(tmp_path, ["vae", "teacher"])
+    assert found == {"vae": {"vae/loss at step 10": 0.1, "vae/loss at step 50": 0.02}}
+    assert differences(found, found) == []
+    golden = {"vae": {"vae/loss at step 10": 0.101, "vae/loss at step 50": 0.03}, "teacher": {"x at step 10": 1.0}}
+    assert differences(found, golden) == [
+        "vae: vae/loss at step 50 is 0.02, golden 0.03", "teacher: x at step 10 is None, golden 1.0"
+    ]  # fmt: skip

@@ -1,0 +1,108 @@
+"""Chains of commands: what `make quickstart` and `make zoo` are made of.
+
+A step is a command that a user could type; it runs in a process of its own (or several, under torchrun), with one
+progress line, its output in a log and a marker when it is done. A finished step is not run again, and an
+interrupted one resumes, because every command does.
+Left out: which steps there are (quickstart.py, zoo.py) and every setting (conf/experiment).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+REFRESH_SECONDS = 0.5
+PROCESSES = min(2, os.cpu_count() or 1)  # of a training stage; two on one thread each beat one on two by far
+KEEP_FREED_MEMORY = {  # glibc: reuse the big buffers of a step instead of returning them to the system
+    "MALLOC_TOP_PAD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824",
+}  # fmt: skip
+LINE_WIDTH = 110  # characters of the progress line
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the quickstart: its name and the arguments after ``python -m``."""
+
+    name: str
+    arguments: tuple[str, ...]
+    processes: int = 1
+
+    @property
+    def command(self) -> list[str]:
+        """The arguments of the interpreter: ``-m train …`` or, for more than one process, the same under torchrun."""
+        if self.processes == 1:
+            return ["-m", *self.arguments]
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
+        return ["-m", *launcher, "-m", *self.arguments]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The cores are shared among the processes."""
+        threads = max(1, (os.cpu_count() or 1) // self.processes)
+        return {**os.environ, **KEEP_FREED_MEMORY, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+
+
+def run_all(steps: Sequence[Step], out: Path) -> list[tuple[str, float]]:
+    """Every step in order -> its name and seconds."""
+    return [(step.name, run(step, number, len(steps), out)) for number, step in enumerate(steps, start=1)]
+
+
+def run(step: Step, number: int, total: int, out: Path) -> float:
+    """Run one step, its output in a log, and return the seconds it took; a finished one is skipped.
+
+    Raises SystemExit with the end of the log where the command fails.
+    """
+    marker = out / "done" / f"{number:02d}_{step.name.replace(' ', '_')}.json"
+    if marker.exists():
+        finished = json.loads(marker.read_text())
+        if finished["arguments"] == list(step.arguments):
+            _say(number, total, step.name, finished["seconds"], "done before\n")
+            return finished["seconds"]
+    log_path = out / "logs" / f"{marker.stem}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with log_path.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *step.command],
+            cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=step.environment,
+        )  # fmt: skip
+        while process.poll() is None:
+            time.sleep(REFRESH_SECONDS)
+            if sys.stdout.isatty():
+                _say(number, total, step.name, time.monotonic() - started, last_line(log_path))
+    seconds = time.monotonic() - started
+    if process.returncode:
+        tail = "\n".join(log_path.read_text(errors="replace").replace("\r", "\n").splitlines()[-25:])
+        command = shlex.join(["python", *step.command])
+        failure = f"{step.name} failed with code {process.returncode}"
+        raise SystemExit(f"\n{failure}\n$ {command}\n{tail}\n\nlog: {log_path}")
+    marker.write_text(json.dumps({"arguments": list(step.arguments), "seconds": seconds}))
+    _say(number, total, step.name, seconds, "\n")
+    return seconds
+
+
+def last_line(log_path: Path) -> str:
+    """The newest non-empty line of a log, progress bars (ended by a carriage return) included."""
+    with log_path.open("rb") as log:
+        log.seek(max(0, log_path.stat().st_size - 2000))
+        text = log.read().decode(errors="replace")
+    lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _say(number: int, total: int, name: str, seconds: float, text: str) -> None:
+    minutes, rest = divmod(int(seconds), 60)
+    line = f"[{number:2d}/{total}] {name:<14} {minutes:2d}:{rest:02d}  {text}"
+    start = "\r\033[K" if sys.stdout.isatty() else ""
+    end = "\n" if line.endswith("\n") else ""
+    print(start + line.rstrip("\n")[:LINE_WIDTH], end=end, flush=True)

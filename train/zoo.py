@@ -1,0 +1,149 @@
+"""The shipped weights of the sprites world, made from nothing: `make zoo`.
+
+Runs every stage as the command that a user would type (pipeline.py), then casts the results to bfloat16 and puts them
+into models/zoo/sprites, and evaluates them there. Killed and started again, it goes on. At the end the losses of
+each stage's first steps are compared with tests/golden/zoo.json: a recipe that silently changed shows there.
+Left out: every setting (conf/experiment/sprites), and what the weights are worth (models/zoo/sprites/README.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from models.vae.folder import replace_folder
+from stream.provenance import git_commit, machine
+from train.pipeline import PROCESSES, ROOT, Step, run_all
+
+ZOO = ROOT / "models" / "zoo" / "sprites"
+GOLDEN = ROOT / "tests" / "golden" / "zoo.json"
+FIRST_STEPS = 50  # of each stage, compared with the golden losses
+LOSS_TOLERANCE = 0.02  # relative: other processors round differently
+PARTS = {  # name in the zoo -> the stage that makes it and the module it exports
+    "vae": "vae_whole/export/vae",
+    "tiny_vae": "tiny_vae/export/tiny_vae",
+    "features": "features/export/features",
+    "teacher": "teacher_stage2/export/teacher",
+    "student": "self_forcing/export/student",
+}
+
+
+def chain(out: Path) -> list[Step]:
+    """All that is trained, in order; everything is written under ``out``."""
+    data, vae = out / "data", f"model.vae.path={out / PARTS['vae']}"
+    teacher = f"model.teacher={out / PARTS['teacher']}"
+
+    def prepare(name: str, step: str, *overrides: str, processes: int = 1) -> Step:
+        where = (f"out={data}", f"output_dir={data / 'run'}")
+        return Step(name, ("data", f"step={step}", "experiment=sprites/data", *where, *overrides), processes)
+
+    def train(stage: str, *overrides: str) -> Step:
+        where = (f"shards={data / 'shards'}", f"output_dir={out / stage}")
+        return Step(stage, ("train", f"experiment=sprites/{stage}", *where, *overrides), PROCESSES)
+
+    return [
+        prepare("render, track", "all"),
+        train("vae"),
+        train("vae_whole", f"stage.init_from={out / 'vae/export/vae'}"),
+        prepare("encode", "encode", vae, processes=PROCESSES),
+        prepare("pack", "pack", vae),
+        train("features", vae),
+        train("tiny_vae", vae),
+        train("teacher", vae),
+        train("teacher_stage2", vae, f"stage.init_from={out / 'teacher/export/teacher'}"),
+        train("ode_pairs", vae, teacher),
+        train("causal_init", vae, teacher, f"stage.pairs={out / 'ode_pairs/pairs'}"),
+        train("self_forcing", vae, teacher, f"stage.init_from={out / 'causal_init/export/student'}"),
+    ]
+
+
+def judge(out: Path) -> list[Step]:
+    """What is measured on the shipped weights."""
+    return [Step("eval", ("eval", "model=sprites", "experiment=sprites/eval", f"out={out / 'eval'}"))]
+
+
+def ship(out: Path, zoo: Path, parts: Mapping[str, str] = PARTS) -> None:
+    """Every part of ``out`` into its folder of ``zoo``, weights in bfloat16; a folder appears whole or not at all."""
+    for name, source in parts.items():
+        with replace_folder(zoo / name) as fresh:
+            for file in sorted((out / source).iterdir()):
+                if file.suffix == ".safetensors":
+                    _copy_as_bfloat16(file, fresh / file.name)
+                else:
+                    shutil.copy(file, fresh / file.name)
+
+
+def _copy_as_bfloat16(source: Path, target: Path) -> None:
+    with safe_open(source, "pt") as opened:
+        metadata = opened.metadata()
+    weights = {
+        name: value.to(torch.bfloat16) if value.is_floating_point() else value
+        for name, value in load_file(source).items()
+    }
+    save_file(weights, target, metadata=metadata)
+
+
+def first_losses(out: Path, stages: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Stage -> {"module/loss at step n": loss} over its first FIRST_STEPS steps, as its log has them."""
+    found: dict[str, dict[str, float]] = {}
+    for stage in stages:
+        log = out / stage / "metrics.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+        losses = {
+            f"{key} at step {row['step']}": row[key]
+            for row in rows
+            for key in row
+            if key.endswith("/loss") and row["step"] <= FIRST_STEPS
+        }
+        if losses:
+            found[stage] = losses
+    return found
+
+
+def differences(found: Mapping[str, Mapping[str, float]], golden: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """One line per loss that is absent or further than LOSS_TOLERANCE from the golden one."""
+    lines = []
+    for stage, losses in golden.items():
+        for name, wanted in losses.items():
+            value = found.get(stage, {}).get(name)
+            if value is None or abs(value - wanted) > LOSS_TOLERANCE * abs(wanted):
+                lines.append(f"{stage}: {name} is {value}, golden {wanted}")
+    return lines
+
+
+def record(zoo: Path, times: Sequence[tuple[str, float]]) -> None:
+    """training.json: seconds per step, commit and machine."""
+    content = {"seconds": dict(times), "git_commit": git_commit(), "machine": machine()}
+    (zoo / "training.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], prog="python -m train.zoo")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "zoo", help="folder of the training runs")
+    parser.add_argument("--zoo", type=Path, default=ZOO, help="folder that the weights are put into")
+    arguments = parser.parse_args()
+    out, zoo = arguments.out.resolve(), arguments.zoo.resolve()
+    steps = chain(out)
+    times = run_all(steps, out)
+    ship(out, zoo)
+    record(zoo, times)
+    found = first_losses(out, [step.name for step in steps])
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+    changed = differences(found, json.loads(GOLDEN.read_text()))
+    print("\n".join(["The first losses differ from tests/golden/zoo.json:", *changed])
+          if changed else "The first losses are those of tests/golden/zoo.json.")  # fmt: skip
+    run_all(judge(out), out / "judge")
+    print(f"Weights in {zoo}, report in {out / 'eval' / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
