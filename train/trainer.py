@@ -62,7 +62,7 @@ class TrainConfig:
     validation_clips: int = 4  # held-out clips
     checkpoint_every: int = 500  # steps; the end always writes one
     keep_last: int = 2  # checkpoints
-    keep_every: int = 0  # steps: checkpoints at multiples of it are kept for ever; 0 = none
+    keep_every: int = 0  # steps: checkpoints at multiples of it are kept, and exported to exports/step_…; 0 = none
     resume: str = "auto"  # auto: continue from the last good checkpoint | never: refuse a used output_dir
 
     def __post_init__(self) -> None:
@@ -350,6 +350,8 @@ class Trainer:
         self.parallel.barrier()
         if step < self.cfg.steps:
             self.export()
+        if self.cfg.keep_every and step % self.cfg.keep_every == 0:
+            self.export(Path("exports") / self.store.path(step).name)
 
     def resume(self) -> None:
         """Continue from the last good checkpoint, if there is one and cfg.resume allows it."""
@@ -399,11 +401,11 @@ class Trainer:
                 f"{path} is of another run ({'; '.join(differing)}); choose another name or output_dir"
             )
 
-    def export(self) -> None:
-        """Write <output_dir>/export with EMA weights where they are on. A collective."""
+    def export(self, folder: str | Path = "export") -> None:
+        """Write <output_dir>/<folder> with EMA weights where they are on. A collective."""
         with self._ema_weights(), self.parallel.whole_modules(self.modules) as whole:
             if self.parallel.is_main:
-                self.stage.export(self.output_dir / "export", whole)
+                self.stage.export(self.output_dir / folder, whole)
         self.parallel.barrier()
 
     def close(self) -> None:

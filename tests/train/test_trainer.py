@@ -237,6 +237,7 @@ def test_keeps_the_last_and_the_milestones(tmp_path):
     trainer_of(tmp_path, steps=10, checkpoint_every=2, keep_last=2, keep_every=4).fit()
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["last_good", "step_00000004", "step_00000008", "step_00000010"]
+    assert sorted(p.name for p in (tmp_path / "exports").iterdir()) == ["step_00000004", "step_00000008"]
 
 
 def test_alarm_stops_the_run(tmp_path):

@@ -61,4 +61,5 @@ class Toy:
         self.memory = float(state["memory"])
 
     def export(self, folder, weights):
+        folder.mkdir(parents=True, exist_ok=True)
         self.exports.append({name: net.weight.detach().clone() for name, net in weights.items()})
