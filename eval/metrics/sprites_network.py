@@ -6,8 +6,8 @@ clip and per frame, as I3D's and Inception's are on films; their numbers do not 
 
 Each frame passes three halvings on its own, then time and space are convolved in turn. An event falls into the
 middle half of a clip (data/sprites.py), so the first and the last quarter show the colours before and after it:
-both are pooled beside the whole clip. Trained by train/features.py. Left out: textures, and which sprite has
-which colour.
+both are pooled beside the whole clip. One head says what has each colour at the end: beside it, shapes are learned
+many times faster. Trained by train/features.py. Left out: textures.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 
 import torch
@@ -28,7 +29,11 @@ from data.sprites import COLORS, SHAPES, TEXTURES
 from models.vae.folder import replace_folder
 
 LABELS = {"shapes": list(SHAPES), "colors": list(COLORS)}  # what each logit stands for
-HEADS = {"shapes": len(SHAPES), "start_colors": len(COLORS), "end_colors": len(COLORS), "motion": 2}
+BEARERS = ("nothing", "background", *SHAPES)  # what can have a colour
+HEADS: dict[str, tuple[int, ...]] = {  # shape of each output, for one clip
+    "shapes": (len(SHAPES),), "start_colors": (len(COLORS),), "end_colors": (len(COLORS),),
+    "end_bearers": (len(COLORS), len(BEARERS)), "motion": (2,),
+}  # fmt: skip
 MOTION_UNIT = 0.01  # heights per frame: about the size of a clip's mean displacement, which the head reads as 1
 SPATIAL_STRIDE = 8  # three halvings
 MIN_FRAMES, MIN_PX = 5, 32
@@ -64,7 +69,13 @@ class CaptionLabels:
     @property
     def end_colors(self) -> frozenset[str]:
         """Of sprites and background, after the event."""
-        return frozenset((self._color_of() | dict([self.event] if self.event else [])).values())
+        return frozenset(self.end_bearers)
+
+    @property
+    def end_bearers(self) -> dict[str, str]:
+        """Colour after the event -> the shape that has it, or "background"."""
+        changed = dict([self.event] if self.event else [])
+        return {color: bearer for bearer, color in (self._color_of() | changed).items()}
 
     def _color_of(self) -> dict[str, str]:
         return {shape: color for color, _, shape in self.sprites} | {"background": self.background}
@@ -137,7 +148,7 @@ class SpritesNetworkConfig:
 
 
 class SpritesNetwork(nn.Module):
-    """Video -> logits by head; any number of frames from 5 on, any size from 32 px on divisible by 8."""
+    """Video -> outputs by head; any number of frames from 5 on, any size from 32 px on divisible by 8."""
 
     def __init__(self, cfg: SpritesNetworkConfig | None = None) -> None:
         super().__init__()
@@ -153,7 +164,7 @@ class SpritesNetwork(nn.Module):
         widths = [last + 2, *cfg.clip_widths]  # x and y of each cell join the channels
         self.clip_part = nn.Sequential(*(_time_then_space(*pair) for pair in zip(widths, widths[1:])))
         self.pooled_to_features = nn.Linear(6 * widths[-1], cfg.num_features)  # mean and maximum of three stretches
-        self.heads = nn.ModuleDict({name: nn.Linear(cfg.num_features, size) for name, size in HEADS.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(cfg.num_features, prod(shape)) for name, shape in HEADS.items()})
 
     @classmethod
     def from_config(cls, cfg: SpritesNetworkConfig | None = None, seed: int = 0) -> SpritesNetwork:
@@ -165,10 +176,11 @@ class SpritesNetwork(nn.Module):
     def forward(self, video: Tensor) -> dict[str, Tensor]:
         """Video as of `features` -> float32 logits of "shapes" [B, 5], "start_colors" and "end_colors" [B, 8].
 
+        "end_bearers" [B, 8, 7]: logits of the one that has each colour at the end, of BEARERS.
         "motion" [B, 2]: mean displacement (x, y) of what moves, in frame heights per frame.
         """
         features = self.features(video)
-        outputs = {name: head(features).float() for name, head in self.heads.items()}
+        outputs = {name: head(features).float().unflatten(1, HEADS[name]) for name, head in self.heads.items()}
         return outputs | {"motion": MOTION_UNIT * outputs["motion"]}
 
     def features(self, video: Tensor) -> Tensor:

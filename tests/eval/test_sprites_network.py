@@ -54,6 +54,8 @@ def test_labels_of_a_caption_are_those_of_its_scene(seed, max_sprites, occlusion
     assert labels.shapes == {each.shape for each in scene.sprites}
     assert labels.start_colors == {color_name(layer.base_rgb[0]) for layer in layers}
     assert labels.end_colors == {color_name(layer.base_rgb[-1]) for layer in layers}
+    bearers = [*(each.shape for each in scene.sprites), "background"]
+    assert labels.end_bearers == {color_name(layer.base_rgb[-1]): name for layer, name in zip(layers, bearers)}
     assert (labels.event is None) == (labels.start_colors == labels.end_colors)
     assert (labels.event is None) == ("then" not in scene.caption)
 
@@ -64,6 +66,7 @@ def test_the_event_replaces_one_colour():
         (("red", "striped", "disc"), ("orange", "two-tone", "square")), "blue", ("disc", "yellow")
     )
     assert labels.start_colors == {"red", "orange", "blue"} and labels.end_colors == {"yellow", "orange", "blue"}
+    assert labels.end_bearers == {"yellow": "disc", "orange": "square", "blue": "background"}
     background = labels_of_caption(TOLD.replace("the disc", "the background"))
     assert background.end_colors == {"red", "orange", "yellow"}
 
@@ -108,7 +111,7 @@ def test_event_accuracy_looks_at_the_named_colour_at_the_end():
 def test_it_reads_any_length_and_size(network, frames, height, width):
     clip = video(frames, height, width)
     outputs = network(clip)
-    assert {name: tuple(value.shape) for name, value in outputs.items()} == {n: (2, size) for n, size in HEADS.items()}
+    assert {name: tuple(value.shape) for name, value in outputs.items()} == {n: (2, *rest) for n, rest in HEADS.items()}
     assert network.features(clip).shape == (2, 4) and network.frame_features(clip).shape == (2, frames, 8)
     floats = clip.float() / 127.5 - 1
     for name, value in network(floats).items():

@@ -15,12 +15,20 @@ from data.batch import Batch
 from data.shards import npy_bytes, write_shards
 from data.sprites import SpritesConfig, render_clip
 from data.video import write_video
-from eval.metrics.sprites_network import LABELS, MOTION_UNIT, SpritesNetwork, SpritesNetworkConfig
+from eval.metrics.sprites_network import BEARERS, LABELS, MOTION_UNIT, SpritesNetwork, SpritesNetworkConfig
 from models.condition import ClipGeometry
 from models.diffusion.noise import KeyedNoise
 from models.motion.tracks import Tracks
 from train.build import build_trainer, read_settings
-from train.features import FeatureStage, FeatureStageConfig, accuracies, blurred, mean_motion, targets_of
+from train.features import (
+    FeatureStage,
+    FeatureStageConfig,
+    accuracies,
+    blurred,
+    every_nth_frame,
+    mean_motion,
+    targets_of,
+)
 from train.stage import SetupContext, StepContext
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden/features.json"
@@ -45,7 +53,7 @@ def made_up_batch(ids: list[int]) -> Batch:
 
 
 def set_up(model, tmp_path, **changes) -> FeatureStage:
-    stage = FeatureStage(FeatureStageConfig(**({"network": SMALL} | changes)))
+    stage = FeatureStage(FeatureStageConfig(**({"network": SMALL, "frame_strides": [1, 2]} | changes)))
     stage.setup(SetupContext(model, torch.device("cpu"), torch.float32, tmp_path, KeyedNoise(0)))
     return stage
 
@@ -95,6 +103,10 @@ def test_targets_say_what_the_caption_says():
     assert named["start_colors"] == [{"red", "blue"}, {"red", "blue"}]
     assert named["end_colors"] == [{"red", "blue"}, {"yellow", "blue"}]
     assert targets["shapes"].tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]] * 2
+    blue_red_yellow = [LABELS["colors"].index(color) for color in ("blue", "red", "yellow")]
+    bearers = [[BEARERS[int(row[n])] for n in blue_red_yellow] for row in targets["end_bearers"]]
+    assert bearers == [["background", "disc", "nothing"], ["background", "nothing", "disc"]]
+    assert [int((row > 0).sum()) for row in targets["end_bearers"]] == [2, 2]
     torch.testing.assert_close(targets["motion"], torch.tensor([[0.0, 0.0], [0.01, 0.0]]))
 
 
@@ -109,6 +121,24 @@ def test_motion_is_that_of_visible_moving_tracks():
     right.points[:, 4] = 1000.0
     right.visibility[:, 4] = False  # a gap: neither the step into it nor the one out of it
     torch.testing.assert_close(mean_motion(right), torch.tensor([[0.1, 0.0]]))
+
+
+def test_thinned_clips_move_faster():
+    batch = made_up_batch([0, 1])
+    thinned = every_nth_frame(batch, 2)
+    assert torch.equal(thinned.pixels, batch.pixels[:, :, [0, 2, 4, 6, 8]]) and thinned.tracks.num_frames == 5
+    targets, faster = targets_of(batch), targets_of(thinned)
+    torch.testing.assert_close(faster.pop("motion"), 2 * targets.pop("motion"))
+    assert all(torch.equal(faster[name], value) for name, value in targets.items())
+
+
+def test_every_stride_is_drawn(tiny_model, tmp_path):
+    stage, batch = set_up(tiny_model, tmp_path), made_up_batch([0])
+    seen = []
+    stage.network.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2]))
+    for step in range(12):
+        stage.train_step(batch, StepContext(step, "features", 0, 0, 1, 0))
+    assert set(seen) == {5, 9}
 
 
 def test_softening_is_keyed_by_sample_and_step(tiny_model, tmp_path):
@@ -137,6 +167,7 @@ def test_accuracies_count_whole_sets_and_events():
     batch = made_up_batch([0, 1])
     targets = targets_of(batch)
     right = {name: values if name == "motion" else 2 * values - 1 for name, values in targets.items()}
+    right["end_bearers"] = torch.nn.functional.one_hot(targets["end_bearers"], len(BEARERS)).float()
     metrics = accuracies(right, batch)
     assert all(value == 1.0 for name, value in metrics.items() if name.endswith("accuracy"))
     assert metrics["motion_error_px"] == 0.0 and metrics["false_event_ratio"] == 0.0
@@ -153,7 +184,7 @@ def test_it_learns_and_exports(sprites_shards, tmp_path):
     cfg = compose_config("train", [
         "experiment=sprites/features", "model=tiny", "model.clip={height: 32, width: 32, num_frames: 9}",
         "model.vae.path=null", "stage.network={frame_widths: [8, 8, 16], clip_widths: [16], num_features: 16}",
-        "stage.soften_ratio=0.25", "steps=30", "optim.warmup_updates=0", "optim.ema_decay=0.5", "precision=fp32",
+        "stage.soften_ratio=0.25", "stage.frame_strides=[1,2]", "steps=30", "optim.warmup_updates=0", "optim.ema_decay=0.5", "precision=fp32",
         "device=cpu", "global_batch=8", "micro_batch=8", "log_every=1", "logger.progress=false",
         f"shards={sprites_shards}", f"validation_shards={sprites_shards}", "validation_clips=16",
         f"output_dir={tmp_path}",
@@ -169,13 +200,15 @@ def test_it_learns_and_exports(sprites_shards, tmp_path):
 
 
 def test_the_motion_loss_is_in_motion_units(tiny_model, tmp_path):
-    stage = set_up(tiny_model, tmp_path, soften_ratio=0.0)
-    batch = made_up_batch([0, 1])
-    step = stage.train_step(batch, StepContext(0, "features", 0, 0, 1, 0))
+    stage = set_up(tiny_model, tmp_path, soften_ratio=0.0, frame_strides=[2])
+    whole = made_up_batch([0, 1])
+    batch = every_nth_frame(whole, 2)
+    step = stage.train_step(whole, StepContext(0, "features", 0, 0, 1, 0))
     error = stage.network(batch.pixels)["motion"] - mean_motion(batch.tracks)
-    torch.testing.assert_close(step.metrics["motion"], (error / MOTION_UNIT).square().mean())
-    total = sum(step.metrics[name] for name in ("shapes", "start_colors", "end_colors"))
-    torch.testing.assert_close(step.losses, total + stage.cfg.motion_weight * step.metrics["motion"])
+    torch.testing.assert_close(step.metrics["motion"], (error / MOTION_UNIT / 2).square().mean())
+    weights = {"end_bearers": stage.cfg.bearer_weight, "motion": stage.cfg.motion_weight}
+    total = sum(weights.get(name, 1.0) * term for name, term in step.metrics.items())
+    torch.testing.assert_close(step.losses, total)
 
 
 def test_it_goes_on_from_a_folder(tiny_model, tmp_path):
@@ -190,6 +223,8 @@ def test_it_goes_on_from_a_folder(tiny_model, tmp_path):
     ("settings", "message"),
     [
         ({"soften_ratio": 1.5}, "stage.soften_ratio=1.5 must be in 0..1"),
+        ({"frame_strides": [1, 0]}, r"stage.frame_strides=\[1, 0\] must name strides >= 1"),
+        ({"frame_strides": []}, r"stage.frame_strides=\[\] must name strides >= 1"),
         ({"max_shrink": 0.5}, "stage.max_shrink=0.5 must be >= 1"),
         ({"motion_weight": -1.0}, "stage.motion_weight=-1.0 must be >= 0"),
         ({"max_noise": -0.1}, "stage.max_noise=-0.1 must be >= 0"),
@@ -200,6 +235,13 @@ def test_refused(settings, message):
         FeatureStageConfig(**settings)
 
 
+def test_a_stride_that_leaves_too_few_frames_is_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"stage.frame_strides=\[1, 9\] must be at most 8"):
+        FeatureStage(FeatureStageConfig(frame_strides=[1, 9])).check(tiny_model)
+
+
 def test_missing_fields_are_refused():
     with pytest.raises(ValueError, match=r"batch.tracks is None; add 'tracks'"):
         targets_of(Batch([0], ["a"], [PLAIN]))
+    with pytest.raises(ValueError, match=r"batch.pixels or batch.tracks is None"):
+        every_nth_frame(Batch([0], ["a"], [PLAIN]), 2)
