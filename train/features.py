@@ -65,7 +65,8 @@ class FeatureStageConfig:
         if not 0 <= self.soften_ratio <= 1:
             raise ValueError(f"stage.soften_ratio={self.soften_ratio} must be in 0..1")
         if not self.frame_strides or min(self.frame_strides) < 1:
-            raise ValueError(f"stage.frame_strides={list(self.frame_strides)} must name strides >= 1; [1] takes all frames")
+            strides = list(self.frame_strides)
+            raise ValueError(f"stage.frame_strides={strides} must name strides >= 1; [1] takes all frames")
         if self.max_shrink < 1:
             raise ValueError(f"stage.max_shrink={self.max_shrink} must be >= 1; 1 leaves the size")
         for name in ("bearer_weight", "motion_weight", "max_noise"):

@@ -184,8 +184,9 @@ def test_it_learns_and_exports(sprites_shards, tmp_path):
     cfg = compose_config("train", [
         "experiment=sprites/features", "model=tiny", "model.clip={height: 32, width: 32, num_frames: 9}",
         "model.vae.path=null", "stage.network={frame_widths: [8, 8, 16], clip_widths: [16], num_features: 16}",
-        "stage.soften_ratio=0.25", "stage.frame_strides=[1,2]", "steps=30", "optim.warmup_updates=0", "optim.ema_decay=0.5", "precision=fp32",
-        "device=cpu", "global_batch=8", "micro_batch=8", "log_every=1", "logger.progress=false",
+        "stage.soften_ratio=0.25", "stage.frame_strides=[1,2]", "steps=30", "optim.warmup_updates=0",
+        "optim.ema_decay=0.5", "precision=fp32", "device=cpu", "global_batch=8", "micro_batch=8", "log_every=1",
+        "logger.progress=false",
         f"shards={sprites_shards}", f"validation_shards={sprites_shards}", "validation_clips=16",
         f"output_dir={tmp_path}",
     ])  # fmt: skip
