@@ -59,7 +59,7 @@ def test_there_are_the_promised_configs():
 
 @pytest.mark.parametrize(
     ("name", "tokens_per_latent", "num_chunks", "in_channels"),
-    [("tiny", 4, 3, 8), ("sprites", 64, 3, 16), ("sprites_quick", 16, 3, 32), ("wan_1_3b", 1560, 7, 48),
+    [("tiny", 4, 3, 8), ("sprites", 64, 3, 32), ("sprites_quick", 16, 3, 32), ("wan_1_3b", 1560, 7, 48),
      ("wan_5b", 880, 10, 96)],
 )  # fmt: skip
 def test_derived_sizes(name, tokens_per_latent, num_chunks, in_channels):
