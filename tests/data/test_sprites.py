@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.app import compose_config
 from data.sprites import (
     CAPTION_WORDS,
     SPLITS,
@@ -182,9 +183,14 @@ def test_shape_distance_sign():
         assert shape_distance(shape, zero + 1.31, zero) > 0
 
 
-def test_lucas_kanade_measures_the_world_within_a_tenth_of_a_cell():
+def zoo_world() -> SpritesConfig:
+    return SpritesConfig(**compose_config("data", ["source=sprites", "model=sprites"]).source.world)
+
+
+@pytest.mark.parametrize("world", [lambda: SpritesConfig(max_sprites=2), zoo_world], ids=["default", "zoo"])
+def test_lucas_kanade_measures_the_world_within_a_tenth_of_a_cell(world):
     """Mean end-point error against exact tracks: <= 0.4 px where a latent cell is 4 px."""
-    cfg, errors = SpritesConfig(max_sprites=2), []
+    cfg, errors = world(), []
     queries = grid_queries(64, 64, 16, 16)
     for index in range(3):
         clip = render_clip(cfg, split_seed("val", index))
