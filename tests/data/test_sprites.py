@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,7 +185,8 @@ def test_shape_distance_sign():
 
 
 def zoo_world() -> SpritesConfig:
-    return SpritesConfig(**compose_config("data", ["source=sprites", "model=sprites"]).source.world)
+    cfg = compose_config("data", ["source=sprites", "model=sprites"])
+    return SpritesConfig(**OmegaConf.to_container(cfg.source.world, resolve=True))
 
 
 @pytest.mark.parametrize("world", [lambda: SpritesConfig(max_sprites=2), zoo_world], ids=["default", "zoo"])
