@@ -30,8 +30,9 @@ from models.diffusion.noise import KeyedNoise, KeyPart
 from models.diffusion.prediction import add_noise
 from models.diffusion.sampler import first_frame_clamp
 from models.diffusion.schedule import NUM_TRAIN_TIMESTEPS, flow_grid
-from models.wan.cache import CacheSpec, KVCache, KVContext, LayerKV, RingSnapshot, StaticKVCache
+from models.wan.cache import CacheSpec, KVCache, KVContext, LayerKV
 from models.wan.dit import Modulation, PreparedCondition, TextContext, WanDiT
+from models.wan.static_cache import RingSnapshot, StaticKVCache
 
 CACHES = ("immutable", "static")
 
@@ -348,9 +349,7 @@ class Rollout:
                 f"condition has batch {condition.batch_size}, but there are {len(self.sample_ids)} sample_ids"
             )
         if isinstance(self.cache, StaticKVCache) and (record or gradient is not GradientPolicy.NONE):
-            raise ValueError(
-                "cache='static' is overwritten in place: no gradients or records; use 'immutable'"
-            )
+            raise ValueError("cache='static' is overwritten in place: no gradients or records; use 'immutable'")
         last = self.cfg.num_steps - 1
         exit_step = last if exit_step is None else exit_step
         if not 0 <= exit_step <= last:

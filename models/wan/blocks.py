@@ -10,7 +10,7 @@ it enters with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -56,6 +56,28 @@ class TextKV:
 
 
 @dataclass(frozen=True, eq=False)
+class AttentionTap:
+    """What one self-attention computed for the current tokens, each [B, heads, L, head_dim]."""
+
+    query: Tensor  # rotated
+    key: Tensor  # rotated
+    value: Tensor
+    output: Tensor  # before the output projection
+
+
+class AttentionTaps:
+    """Collects the self-attention of chosen layers during a pass. Features for drag editing; no extra work."""
+
+    def __init__(self, layers: Iterable[int]) -> None:
+        self.layers = frozenset(layers)
+        self.seen: dict[int, AttentionTap] = {}
+
+    def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
+        if layer in self.layers and layer not in self.seen:  # again where a pass is recomputed
+            self.seen[layer] = AttentionTap(query, key, value, output)
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionContext:
     """What all layers of one forward pass share: rotations of the current tokens and what these may see."""
 
@@ -64,6 +86,7 @@ class AttentionContext:
     mask: ChunkMask | None = None
     num_chunks: int = 1
     cache: KVContext | None = None
+    taps: AttentionTaps | None = None
 
 
 @contextmanager
@@ -138,11 +161,13 @@ class SelfAttention(nn.Module):
         key = apply_rope(raw_key, context.rope)
         q, k, v = (heads.to(value.dtype).transpose(1, 2) for heads in (query, key, value))
         if context.cache is not None:
-            k, v = context.cache.extend(layer, k, v)
-        if context.mask is not None:
+            out = context.cache.attend(layer, q, k, v, context.backend)
+        elif context.mask is not None:
             out = chunk_causal_attention(q, k, v, context.mask, context.num_chunks, context.backend)
         else:
             out = attend(q, k, v, context.backend)
+        if context.taps is not None:
+            context.taps.see(layer, q, k, v, out)
         return self.o(out.transpose(1, 2).flatten(2)), raw_key, value
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -198,7 +223,7 @@ class WanBlock(nn.Module):
     """
 
     # Methods beside forward that read parameters; a sharding wrapper has to be told of them.
-    ENTRY_POINTS = ("modulation_table", "project_text", "project_key_value", "forward_with_key_value")
+    ENTRY_POINTS = ("modulation_table", "project_text", "project_key_value", "forward_with_key_value", "attend_only")
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -249,6 +274,11 @@ class WanBlock(nn.Module):
         x, key, value = self._forward(x, layer, time, text, context)
         return x, _layer_kv(key, value)
 
+    def attend_only(self, x: Tensor, layer: int, time: TimeEmbedding | Tensor, context: AttentionContext) -> None:
+        """The self-attention and nothing after it, for the sake of what ``context.taps`` sees."""
+        shift, scale = self._table(time).unbind(2)[:2]
+        self.self_attn(self._norm(x, shift, scale), layer, context)
+
     def _forward(
         self,
         x: Tensor,
@@ -269,9 +299,7 @@ class WanBlock(nn.Module):
 
     def _norm(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """Modulated norm, as tokens [B, L, D] in the dtype of the products that follow."""
-        return (
-            modulated_norm(x, shift, scale, self.eps).flatten(1, 2).to(compute_dtype(self.self_attn.q.weight))
-        )
+        return modulated_norm(x, shift, scale, self.eps).flatten(1, 2).to(compute_dtype(self.self_attn.q.weight))
 
 
 def _layer_kv(key: Tensor, value: Tensor) -> LayerKV:

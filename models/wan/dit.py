@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from models.motion.track_head import TrackHead
 from models.wan.attention import ChunkMask
 from models.wan.blocks import (
     AttentionContext,
+    AttentionTaps,
     Head,
     TextTokens,
     TimeEmbedding,
@@ -59,7 +61,9 @@ class WanDiT(nn.Module):
     """noisy latents, timestep, condition -> velocity."""
 
     # Methods beside forward that read parameters; a sharding wrapper has to be told of them.
-    ENTRY_POINTS = ("predict_x0", "predict_x0_and_cache", "cache_pass", "prepare_text", "prepare", "modulation")
+    ENTRY_POINTS = (
+        "predict_x0", "predict_x0_and_cache", "cache_pass", "prepare_text", "prepare", "modulation", "tap_attention",
+    )  # fmt: skip
 
     def __init__(self, config: WanConfig, rng: torch.Generator | None = None):
         """Fresh weights (head and track head output zero), drawn from ``rng`` or the global generator."""
@@ -91,22 +95,22 @@ class WanDiT(nn.Module):
         *,
         attention: Attention = None,
         start_frame: int = 0,
+        taps: AttentionTaps | None = None,
     ) -> Tensor:
         """Velocity [B, C, F, H, W] in float32.
 
         noisy_latents [B, C, F, H, W]; timestep [B] or [B, F] (one per latent frame) in 0..1000, or a
         `Modulation`. ``start_frame`` is the temporal position of the first frame; a KV context brings its
         own. In a first_frame model a condition with an image makes latent frame 0 that image, clean: its
-        timestep is 0, for every caller. Raises ValueError where shapes, condition and config disagree.
+        timestep is 0, for every caller. ``taps`` collects the self-attention of its layers. Raises ValueError
+        where shapes, condition and config disagree.
         """
         x, time, prepared, context = self._enter(noisy_latents, timestep, condition, attention, start_frame)
-        recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
+        context = replace(context, taps=taps)
+        recompute = self.config.activation_checkpointing
         for layer, block in enumerate(self.blocks):
             args = (x, layer, of_layer(time, layer), of_layer(prepared.text, layer), context)
-            if recompute:
-                x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(*args)
+            x = self._run_block(block, args, recompute)
         return self._leave(x, time, noisy_latents)
 
     def predict_x0(
@@ -118,6 +122,7 @@ class WanDiT(nn.Module):
         attention: Attention = None,
         start_frame: int = 0,
         modulation: Modulation | None = None,
+        taps: AttentionTaps | None = None,
     ) -> Tensor:
         """Clean latents [B, C, F, H, W] in float32; sigma [B], [B, F] or a number in [0, 1].
 
@@ -125,8 +130,33 @@ class WanDiT(nn.Module):
         """
         sigma = _per_sample(sigma, noisy_latents.shape[0], noisy_latents.device)
         timestep = 1000.0 * sigma if modulation is None else modulation
-        velocity = self(noisy_latents, timestep, condition, attention=attention, start_frame=start_frame)
+        velocity = self(noisy_latents, timestep, condition, attention=attention, start_frame=start_frame, taps=taps)
         return self._x0(noisy_latents, velocity, sigma, condition)
+
+    def tap_attention(
+        self,
+        noisy_latents: Tensor,
+        timestep: Tensor | Modulation,
+        condition: Condition | PreparedCondition,
+        taps: AttentionTaps,
+        *,
+        attention: Attention = None,
+        start_frame: int = 0,
+        recompute: bool = False,
+    ) -> None:
+        """Fills ``taps`` and stops at the last layer that it asks for.
+
+        ``recompute``: keep only each block's input for the backward pass. Raises ValueError for a layer that
+        the model does not have.
+        """
+        x, time, prepared, context = self._enter(noisy_latents, timestep, condition, attention, start_frame)
+        context, last = replace(context, taps=taps), max(taps.layers, default=-1)
+        if not 0 <= min(taps.layers, default=-1) <= last < len(self.blocks):
+            raise ValueError(f"layers={sorted(taps.layers)} must be in 0..{len(self.blocks) - 1}, the blocks")
+        for layer, block in enumerate(self.blocks[:last]):
+            args = (x, layer, of_layer(time, layer), of_layer(prepared.text, layer), context)
+            x = self._run_block(block, args, recompute)
+        self.blocks[last].attend_only(x, last, of_layer(time, last), context)
 
     @torch.no_grad()
     def cache_pass(
@@ -195,9 +225,7 @@ class WanDiT(nn.Module):
         """Rows and columns of tokens of a latent frame; raises ValueError where patches do not fit."""
         _, patch_h, patch_w = self.config.patch_size
         if height % patch_h or width % patch_w:
-            raise ValueError(
-                f"latent size {height} x {width} must be a multiple of the patch {patch_h} x {patch_w}"
-            )
+            raise ValueError(f"latent size {height} x {width} must be a multiple of the patch {patch_h} x {patch_w}")
         return height // patch_h, width // patch_w
 
     def tokens_per_frame(self, height: int, width: int) -> int:
@@ -237,6 +265,12 @@ class WanDiT(nn.Module):
         time = self._time(timestep, latents, clean_first_frame(condition, self.config) is not None)
         tokens = self._patchify(model_input(latents, condition, self.config))
         return tokens, time, condition, context
+
+    @staticmethod
+    def _run_block(block: nn.Module, args: tuple[Any, ...], recompute: bool) -> Tensor:
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(*args)
 
     def _run_with_key_values(
         self,
@@ -329,14 +363,10 @@ class WanDiT(nn.Module):
         batch, frames = latents.shape[0], latents.shape[2]
         if isinstance(timestep, Modulation):
             if timestep.head.shape[1] not in (1, frames):
-                raise ValueError(
-                    f"modulation of {timestep.head.shape[1]} frames for latents of {frames} frames"
-                )
+                raise ValueError(f"modulation of {timestep.head.shape[1]} frames for latents of {frames} frames")
             return timestep.with_clean_first_frame(batch, frames) if clean_first_frame else timestep
         if timestep.shape not in ((batch,), (batch, frames), (batch, 1)):
-            raise ValueError(
-                f"timestep has shape {tuple(timestep.shape)}; it must be [{batch}] or [{batch}, {frames}]"
-            )
+            raise ValueError(f"timestep has shape {tuple(timestep.shape)}; it must be [{batch}] or [{batch}, {frames}]")
         timestep = timestep.reshape(batch, -1)
         if clean_first_frame:
             rest = timestep.expand(-1, frames)[:, 1:]

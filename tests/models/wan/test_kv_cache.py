@@ -13,14 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_chunk_attention import dense_mask
 from torch import Tensor
 from wan_reference import diffusers_twin, make_condition, make_latents, perturbed_dit, rng
 
 from models.wan.attention import ChunkMask
-from models.wan.cache import CacheSpec, KVCache, LayerKV, StaticKVCache
+from models.wan.blocks import AttentionTaps
+from models.wan.cache import CacheSpec, KVCache, LayerKV
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
+from models.wan.static_cache import StaticKVCache
 
 CHUNK, GRID, TOKENS = 3, (2, 3), 3 * 2 * 3  # latent frames, token grid and tokens of a chunk
 CONFIG = WanConfig.tiny(text_len=512)
@@ -253,28 +257,21 @@ def test_gradient_stops_at_the_cache():
 
 def test_cache_pass_gives_the_keys_that_forward_uses():
     model, latents = perturbed_dit(CONFIG), make_latents(CONFIG, frames=CHUNK)
-    condition, seen = make_condition(CONFIG), []
-
-    class Recorder:
-        start_frame, chunk_frames = 0, CHUNK
-
-        def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            seen.append((key, value))
-            return key, value
-
-    model(latents, torch.zeros(1), condition, attention=Recorder())
+    condition, taps = make_condition(CONFIG), AttentionTaps(range(CONFIG.num_layers))
+    model(latents, torch.zeros(1), condition, taps=taps)
     layers = model.cache_pass(latents, condition, KVCache.empty(CacheSpec(CHUNK, 1, 1), 2).context(GRID))
     context = KVCache.empty(CacheSpec(CHUNK, 1, 1), 2).append(layers).context(GRID)
-    for layer, (key, value) in enumerate(seen):
+    assert len(taps.seen) == CONFIG.num_layers
+    for layer, tap in taps.seen.items():
         assert not layers[layer].key.requires_grad
-        torch.testing.assert_close(context.past[layer].key, key)
-        torch.testing.assert_close(context.past[layer].value, value)
+        torch.testing.assert_close(context.layers[layer].key, tap.key)
+        torch.testing.assert_close(context.layers[layer].value, tap.value)
 
 
 def test_what_is_appended_is_detached():
     layer = LayerKV(*(torch.zeros(1, 2, TOKENS, 40, requires_grad=True) * 2.0 for _ in range(2)))
     context = KVCache.empty(CacheSpec(CHUNK, 1, 1), 1).append([layer]).context(GRID)
-    assert not context.past[0].key.requires_grad and not context.past[0].value.requires_grad
+    assert not context.layers[0].key.requires_grad and not context.layers[0].value.requires_grad
 
 
 @torch.no_grad()
@@ -311,3 +308,54 @@ def test_misuse_is_refused():
                 condition,
                 attention=static.context((4, 3)),
             )
+
+
+def random_layers(seed: int) -> list[LayerKV]:
+    parts = torch.randn(2, 2, 1, 2, TOKENS, 40, generator=rng(seed))
+    return [LayerKV(key, value) for key, value in parts]
+
+
+def run_chunk(cache: StaticKVCache, seed: int) -> list[Tensor]:
+    """One chunk of random keys; returns all that it saw."""
+    context, layers = cache.context(GRID), random_layers(seed)
+    seen = [t.clone() for n, kv in enumerate(layers) for t in context.extend(n, kv.key + 1, kv.value + 1)]
+    cache.append(layers)
+    return seen
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sinks=st.integers(0, 2), window=st.integers(0, 3), positions=st.sampled_from(["slot", "absolute"]),
+    history=st.integers(1, 4), done=st.integers(1, 9), back=st.integers(0, 9), begin=st.booleans(),
+)  # fmt: skip
+def test_rewinding_repeats_the_stream_bit_for_bit(
+    sinks: int, window: int, positions: str, history: int, done: int, back: int, begin: bool
+):
+    cache = StaticKVCache.empty(CacheSpec(CHUNK, sinks, window, positions), 2, history_chunks=history)
+    first = [run_chunk(cache, seed) for seed in range(done)]
+    if begin:  # a chunk that was given up half way
+        cache.context(GRID).extend(0, *[torch.ones(1, 2, TOKENS, 40)] * 2)
+    target = done - back
+    if target < 0 or back + begin > history:
+        with pytest.raises(ValueError, match="must be in"):
+            cache.rewind(target)
+        return
+    cache.rewind(target)
+    again = [run_chunk(cache, seed) for seed in range(target, done)]
+    for expected, found in zip(first[target:], again):
+        assert all(torch.equal(a, b) for a, b in zip(expected, found))
+
+
+@pytest.mark.parametrize("positions", ["slot", "absolute"])
+def test_after_rewinding_the_chunk_before_can_still_read_its_context(positions: str):
+    cache = StaticKVCache.empty(CacheSpec(CHUNK, 1, 2, positions), 2, history_chunks=4)
+    seen = []
+    for seed in range(9):
+        run_chunk(cache, seed)
+        seen.append([t.clone() for kv in cache.past(1, seed) for t in (kv.key, kv.value)])
+    cache.rewind(6)
+    for expected, found in zip(seen[5], [t for kv in cache.past(1, 5) for t in (kv.key, kv.value)]):
+        assert torch.equal(expected, found)
+    cache.rewind(5)  # as far as it goes: what chunk 4 saw was overwritten by chunk 5
+    with pytest.raises(RuntimeError, match="context of chunk 4 is gone"):
+        cache.past(1, 4)

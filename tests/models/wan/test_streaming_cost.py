@@ -8,8 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from wan_reference import make_condition, make_latents, perturbed_dit
 
-from models.wan.cache import CacheSpec, StaticKVCache
+from models.wan.cache import CacheSpec
 from models.wan.config import WanConfig
+from models.wan.static_cache import StaticKVCache
 
 OPS_PER_LAYER = 39  # of which 18 are the three RMS norms, one fused kernel each on CUDA
 VIEWS = {
@@ -68,13 +69,9 @@ def compute_ops(ops: Counter[str]) -> int:
 
 def test_compute_ops_per_layer():
     (two, *_), (three, *_) = steady_chunk(2), steady_chunk(3)
-    difference = {
-        name: three[name] - two[name] for name in three if name not in VIEWS and three[name] > two[name]
-    }
+    difference = {name: three[name] - two[name] for name in three if name not in VIEWS and three[name] > two[name]}
     assert compute_ops(three) - compute_ops(two) == OPS_PER_LAYER, difference
-    assert "cat" not in difference and "clone" not in difference, (
-        "keys and values go straight into their slot"
-    )
+    assert "cat" not in difference and "clone" not in difference, "keys and values go straight into their slot"
 
 
 def test_nothing_is_read_back_from_the_device():
@@ -85,6 +82,4 @@ def test_nothing_is_read_back_from_the_device():
 
 def test_cache_pass_stops_at_the_last_keys_and_values():
     _, _, products = steady_chunk(2)
-    assert (
-        products == 1 + 8 + 2
-    )  # patches; a whole layer: q k v o, q o, two of the FFN; k and v of the last layer
+    assert products == 1 + 8 + 2  # patches; a whole layer: q k v o, q o, two of the FFN; k and v of the last layer
