@@ -12,6 +12,7 @@ PACKAGES = [
     "models.wan",
     "data",
     "stream",
+    "stream.dragstream",
     "eval",
     "eval.benchmarks",
     "eval.metrics",

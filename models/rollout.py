@@ -141,6 +141,7 @@ class ChunkPass:
 
 
 LatentEdit = Callable[[ChunkPass], Tensor]  # returns the noisy latents to go on with
+CleanEdit = Callable[[Tensor], Tensor]  # returns the x0 to go on with
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +159,7 @@ class Rollout:
     ``cache``: "immutable" (training: gradients, records) or "static" (inference: preallocated buffers; the
     same numbers). ``noise_key`` is put before every noise key, e.g. ("update", step) in training, where one
     sample is rolled out many times. ``max_chunks``: capacity of a static cache whose window is unlimited.
+    ``history_chunks``: how far a static cache can `rewind`.
     """
 
     def __init__(
@@ -171,6 +173,7 @@ class Rollout:
         cache: str = "immutable",
         noise_key: Sequence[KeyPart] = (),
         max_chunks: int | None = None,
+        history_chunks: int = 1,
     ):
         if cache not in CACHES:
             raise ValueError(f"cache='{cache}' must be one of {', '.join(CACHES)}")
@@ -183,7 +186,7 @@ class Rollout:
         self.cache: KVCache | StaticKVCache = (
             KVCache.empty(cfg.cache_spec, num_layers)
             if cache == "immutable"
-            else StaticKVCache.empty(cfg.cache_spec, num_layers, max_chunks)
+            else StaticKVCache.empty(cfg.cache_spec, num_layers, max_chunks, history_chunks)
         )
         self._prompt_embeds: Tensor | None = None
         self._is_open = True
@@ -208,13 +211,15 @@ class Rollout:
         record: bool = False,
         update_cache: bool = True,
         edit: LatentEdit | None = None,
+        edit_x0: CleanEdit | None = None,
     ) -> Chunk:
         """Generates the next chunk under its own condition (``Condition.chunk``).
 
         ``exit_step`` stops at that step, 0 .. num_steps - 1, and takes its x0 (training); None runs all
         steps. ``update_cache=False`` saves the cache pass of a last chunk: none can follow. ``edit`` may
-        change the input of each pass; returning it as it is leaves the chunk the same bit for bit. Raises
-        ValueError for a step outside the list, and for gradients or records with a static cache.
+        change the input of each pass, ``edit_x0`` what each predicts; returning it as it is leaves the chunk
+        the same bit for bit. Raises ValueError for a step outside the list, and for gradients or records with
+        a static cache.
         """
         last = self._check_request(condition, exit_step, gradient, record)
         if self._prompt_embeds is not None:
@@ -223,7 +228,7 @@ class Rollout:
         with torch.no_grad():
             context = self.cache.context(self.grid)
             prepared = self.student.prepare(condition, text=self._text_context(condition))
-            noisy = self._denoise_until(last, condition, prepared, context, edit)
+            noisy = self._denoise_until(last, condition, prepared, context, edit, edit_x0)
             kept = None
             if isinstance(before, KVCache):
                 kept = ChunkRecord(index, noisy, self.sigmas[last], condition, before, self.grid)
@@ -233,6 +238,7 @@ class Rollout:
                     x0, layers = self._predict_and_cache(noisy, last, prepared, context)
                 else:
                     x0 = self._predict(noisy, last, prepared, context)
+                x0 = x0 if edit_x0 is None else edit_x0(x0)
         if gradient is GradientPolicy.EXIT_STEP:
             assert kept is not None, "a static cache was refused above"
             x0 = replay_exit_step(self.student, kept, context)
@@ -258,6 +264,16 @@ class Rollout:
             raise ValueError("the snapshot is of the other kind of cache; restore it where it was taken")
         self._prompt_embeds, self._is_open = snapshot.prompt_embeds, snapshot.is_open
 
+    def rewind(self, chunk: int) -> None:
+        """Back to the boundary before ``chunk`` with what a static cache remembers; no snapshot is needed.
+
+        Raises ValueError further back than ``history_chunks``, or for an immutable cache.
+        """
+        if not isinstance(self.cache, StaticKVCache):
+            raise ValueError("cache='immutable' has no history to rewind; restore a snapshot, or use 'static'")
+        self.cache = self.cache.rewind(chunk)
+        self._is_open = True
+
     def _denoise_until(
         self,
         last: int,
@@ -265,6 +281,7 @@ class Rollout:
         prepared: PreparedCondition,
         context: KVContext,
         edit: LatentEdit | None,
+        edit_x0: CleanEdit | None,
     ) -> Tensor:
         """Runs the steps before ``last`` and returns the input of step ``last``."""
         clamp = first_frame_clamp(self.student, condition)
@@ -272,6 +289,7 @@ class Rollout:
         for step in range(last + 1):
             if step > 0:
                 x0 = self._predict(noisy, step - 1, prepared, context)
+                x0 = x0 if edit_x0 is None else edit_x0(x0)
                 noisy = clamp(add_noise(x0, self._noise("renoise", step), self.sigmas[step]))
             if edit is not None:
                 shown = ChunkPass(self.chunk_index, step, self.sigmas[step], noisy, prepared, context)

@@ -1,16 +1,16 @@
 """`python -m stream`: an image, a prompt and tracks in, a video out, written chunk by chunk as it is
 generated.
 
-role=student streams any number of frames through `StreamSession`; role=teacher samples one clip of the
-model's length bidirectionally, for comparison. All inputs are read and checked before any weight is.
+role=student streams any number of frames through `StreamSession`, with drags on the way; role=teacher samples one
+clip of the model's length bidirectionally, for comparison. All inputs are read and checked before any weight is.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,16 @@ from data.app import build_config
 from data.trackers import TrackerConfig
 from data.video import VideoWriter
 from models.assemble import ModelConfig, load_role, validate
+from models.condition import pixel_frames_of
 from models.diffusion.guidance import Guidance
 from models.diffusion.noise import KeyedNoise
 from models.diffusion.sampler import sample_teacher
 from models.motion.tracks import Tracks
 from models.wan.dit import WanDiT
 from stream.codecs import DECODERS, Codecs, pick_device
+from stream.dragstream.config import DragConfig
+from stream.dragstream.drag import Drag, check_drag
+from stream.dragstream.labels import DragLabel
 from stream.session import StreamSession
 from stream.track_buffer import ENDINGS, TrackBuffer
 from stream.track_source import load_first_frame, load_track_source
@@ -47,6 +51,7 @@ class StreamConfig:
     prompt: str = ""
     tracks: str | None = None  # .npz, .json, or a video whose motion is taken; null: motion unspecified
     tracks_resize: bool = False  # scale a track file of another resolution instead of refusing it
+    drags: str | None = None  # DragStream label (.json), or a folder of them: each is applied after its chunk
     ending: str = "hold"  # beyond the last track frame: hold the points, or release them
     num_frames: int | None = (
         None  # frames written; null: as many as the tracks have, else model.clip.num_frames
@@ -60,6 +65,7 @@ class StreamConfig:
     out: str = "outputs/stream.mp4"  # the video
     output_dir: str = "outputs/stream"  # Hydra's own files
     model: Any = None
+    drag: Any = None  # conf/drag: how drags are made
     experiment: Any = None
 
     def __post_init__(self) -> None:
@@ -83,13 +89,15 @@ class Inputs:
     first_frame: np.ndarray  # uint8 [H, W, 3]
     tracks: Tracks | None
     num_frames: int
+    drags: Mapping[int, Sequence[Drag]] = field(default_factory=dict)  # by the number of chunks made before them
+    drag_cfg: DragConfig = field(default_factory=DragConfig)
 
 
 def main(cfg: DictConfig) -> int:
     """Entry of `python -m stream`."""
     settings, model_cfg = build_config(cfg, StreamConfig), build_config(cfg.model)
     validate(model_cfg)
-    inputs = read_inputs(settings, model_cfg)
+    inputs = replace(read_inputs(settings, model_cfg), drag_cfg=build_config(cfg.drag))
     device = pick_device(settings.device)
     dit = load_role(model_cfg, settings.role).eval().requires_grad_(False).to(device, model_cfg.torch_dtype)
     codecs = Codecs.load(model_cfg, device=device, tiny=settings.decoder == "tiny")
@@ -127,25 +135,50 @@ def read_inputs(settings: StreamConfig, model_cfg: ModelConfig) -> Inputs:
         num_frames = clip_frames
     else:
         num_frames = settings.num_frames or (clip_frames if tracks is None else tracks.num_frames)
-    return Inputs(load_first_frame(settings.image, model_cfg.clip), tracks, num_frames)
+    drags = read_drags(settings, model_cfg, num_frames)
+    return Inputs(load_first_frame(settings.image, model_cfg.clip), tracks, num_frames, drags)
+
+
+def read_drags(settings: StreamConfig, model_cfg: ModelConfig, num_frames: int) -> dict[int, list[Drag]]:
+    """Labelled drags at the model's size, by the number of chunks made before each.
+
+    Raises:
+        ValueError: no label there, one that does not fit the frame, or one after the end of the video.
+    """
+    if settings.drags is None:
+        return {}
+    if settings.role != "student":
+        raise ValueError("drags need role=student: they act on a running stream")
+    where, clip, chunk_frames = Path(settings.drags), model_cfg.clip, model_cfg.rollout.chunk_frames
+    paths = sorted(where.glob("*_trajectory.json")) if where.is_dir() else [where]
+    if not paths:
+        raise ValueError(f"drags={where} has no *_trajectory.json; pass a label or a folder of labels")
+    drags: dict[int, list[Drag]] = {}
+    for path in paths:
+        label = DragLabel.read(path)
+        drag = label.to_drag().resize_to(clip.height, clip.width)
+        check_drag(drag, height=clip.height, width=clip.width, chunk_frames=chunk_frames)
+        if label.block < 1:
+            raise ValueError(f"{path.name} drags before the first chunk; the number in its name must be at least 1")
+        if pixel_frames_of(label.block * chunk_frames - 1, 1).stop > num_frames:
+            raise ValueError(f"{path.name} drags after chunk {label.block}, but the video has {num_frames} frames")
+        drags.setdefault(label.block, []).append(drag)
+    return drags
 
 
 def stream_frames(
     student: WanDiT, codecs: Codecs, inputs: Inputs, settings: StreamConfig
 ) -> Iterator[np.ndarray]:
     """Chunks of frames as the student makes them: uint8 [n, H, W, 3]."""
-    return iter(
-        StreamSession(
-            student,
-            codecs,
-            first_frame=inputs.first_frame,
-            prompt=settings.prompt,
-            tracks=inputs.tracks,
-            num_frames=inputs.num_frames,
-            ending=settings.ending,
-            seed=settings.seed,
-        )
-    )
+    session = StreamSession(
+        student, codecs, first_frame=inputs.first_frame, prompt=settings.prompt, tracks=inputs.tracks,
+        num_frames=inputs.num_frames, ending=settings.ending, seed=settings.seed, drag=inputs.drag_cfg,
+    )  # fmt: skip
+    for chunk in session:
+        for drag in inputs.drags.get(session.chunk_index, ()):
+            edited = session.drag(drag).frames
+            chunk = chunk if edited is None else edited[: len(chunk)]
+        yield chunk
 
 
 def sample_frames(

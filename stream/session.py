@@ -2,18 +2,20 @@
 
 Paper: MotionStream section 4 (rolling KV cache with an attention sink). A chunk of c latent frames takes K
 denoising passes and one cache pass, then the VAE decodes it: 1 + 4(c-1) frames first, 4c ever after. Cost and
-memory per chunk do not depend on the length of the stream. A snapshot at a chunk boundary can be returned to,
-bit for bit.
+memory per chunk do not depend on the length of the stream. The latest chunk boundaries can be returned to, and
+any of which a snapshot was taken, bit for bit.
 
-The chunk loop is `models.rollout.Rollout`; here it gets its conditions and its decoder. Leaves out drawing,
-transport and editing.
+The chunk loop is `models.rollout.Rollout`; here it gets its conditions and its decoder. A drag (DragStream) makes
+the latest chunk again or bends the next ones; how is in stream/dragstream, when is here. Leaves out drawing and
+transport.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,10 +24,15 @@ from torch import Tensor
 from models.condition import FRAMES_PER_LATENT, Condition, pixel_frames_of
 from models.diffusion.noise import KeyedNoise
 from models.motion.tracks import Tracks
-from models.rollout import LatentEdit, Rollout, RolloutSnapshot
+from models.rollout import ChunkPass, CleanEdit, LatentEdit, Rollout, RolloutSnapshot
 from models.vae.streaming_decode import StreamState
 from models.wan.dit import WanDiT
 from stream.codecs import Codecs, to_frames
+from stream.dragstream.config import DragConfig
+from stream.dragstream.drag import Drag, check_drag
+from stream.dragstream.editor import DragEditor, DragLog, read_references
+from stream.dragstream.features import FeatureReader, Reference
+from stream.dragstream.statistics import match_clean
 from stream.track_buffer import TrackBuffer, TrackBufferState
 
 
@@ -45,16 +52,43 @@ class ChunkTiming:
 
 
 @dataclass(frozen=True, eq=False)
-class SessionState:
-    """A chunk boundary to return to with `StreamSession.restore`."""
+class DragOutcome:
+    """What a drag did at once; an animation does the rest in the chunks that follow."""
 
-    rollout: RolloutSnapshot
+    frames: np.ndarray | None  # edit: the latest chunk as it is now, uint8 [n, H, W, 3]; animate: None
+    references: tuple[Reference, ...]  # features of each handle, for a later drag to bring them back
+    logs: list[DragLog]  # one per chunk, filled as chunks are made
+
+
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    """What drags need of the chunks before: all of it is replaced, never changed."""
+
+    passes: tuple[ChunkPass, ...] = ()  # of the latest chunk, one per denoising step
+    noisy: tuple[tuple[Tensor, ...], ...] = ()  # inputs of the latest chunks' steps, [1, C, c, h, w] each
+    clean: tuple[Tensor, ...] = ()  # latents of the latest two chunks but the stream's first
+    active: tuple[DragEditor, int] | None = None  # a drag that goes on, and the chunk at which it ends
+
+
+@dataclass(frozen=True, eq=False)
+class _Boundary:
+    """A chunk boundary, but for the cache."""
+
     decoder: StreamState
     track_encoder: StreamState
     tracks: TrackBufferState
     prompt_embeds: Tensor
     chunk_index: int
     num_frames: int
+    memory: _Memory
+
+
+@dataclass(frozen=True, eq=False)
+class SessionState:
+    """A chunk boundary to return to with `StreamSession.restore`."""
+
+    rollout: RolloutSnapshot
+    boundary: _Boundary
 
 
 class StreamSession:
@@ -69,6 +103,8 @@ class StreamSession:
         num_frames: where iteration ends; None: never.
         ending: what tracks do beyond their end, "hold" or "release".
         seed, sample_id: name the noise; the same pair gives the same frames.
+        undo_chunks: how many chunks `undo` can take back; each beyond the first keeps a chunk of keys and values.
+        drag: how drags are made; None: the profile "marionette", the defaults of `DragConfig`.
 
     Raises:
         ValueError: first frame or tracks of another resolution, a prompt that cannot be encoded.
@@ -86,7 +122,11 @@ class StreamSession:
         ending: str = "hold",
         seed: int = 0,
         sample_id: int = 0,
+        undo_chunks: int = 1,
+        drag: DragConfig | None = None,
     ) -> None:
+        if undo_chunks < 1:
+            raise ValueError(f"undo_chunks={undo_chunks} must be at least 1: a drag makes the latest chunk again")
         if num_frames is not None and num_frames < 1:
             raise ValueError(f"num_frames={num_frames} must be at least 1, or null for an endless stream")
         clip, noise = codecs.model_cfg.clip, KeyedNoise(seed)
@@ -107,7 +147,11 @@ class StreamSession:
             latent_shape=codecs.frame_latent_shape,
             cache="static",
             max_chunks=_num_chunks(num_frames, codecs.model_cfg.rollout.chunk_frames),
+            history_chunks=undo_chunks if undo_chunks == 1 else undo_chunks + 1,
         )
+        self.student, self.drag_cfg, self._noise = student, drag or DragConfig(), noise
+        self._memory = _Memory()
+        self._boundaries: deque[_Boundary] = deque(maxlen=undo_chunks)
         self._decoder = codecs.streaming_decoder()
         self._track_encoder = codecs.vae.streaming_encoder()
         self._chunk_index = 0
@@ -149,25 +193,93 @@ class StreamSession:
         return span.stop - span.start
 
     def snapshot(self) -> SessionState:
-        """This chunk boundary, to return to."""
-        return SessionState(
-            self._rollout.snapshot(),
-            self._decoder.snapshot(),
-            self._track_encoder.snapshot(),
-            self._buffer.snapshot(),
-            self._prompt_embeds,
-            self._chunk_index,
-            self._num_frames,
-        )
+        """This chunk boundary, to return to: a copy of everything, cache included."""
+        return SessionState(self._rollout.snapshot(), self._boundary())
 
     def restore(self, state: SessionState) -> None:
         """Return to a chunk boundary; what follows repeats bit for bit unless tracks or prompt differ."""
         self._rollout.restore(state.rollout)
-        self._decoder.restore(state.decoder)
-        self._track_encoder.restore(state.track_encoder)
-        self._buffer.restore(state.tracks)
-        self._prompt_embeds = state.prompt_embeds
-        self._chunk_index, self._num_frames = state.chunk_index, state.num_frames
+        self._return_to(state.boundary)
+        self._boundaries.clear()
+
+    def undo(self, chunks: int = 1) -> None:
+        """Take back the latest chunks, with the drags and prompts that came with them.
+
+        Going on repeats them bit for bit as they were before any drag. Raises ValueError beyond `undo_chunks`.
+        """
+        if not 1 <= chunks <= len(self._boundaries):
+            raise ValueError(
+                f"chunks={chunks} must be in 1..{len(self._boundaries)}, what this session can take back; open it "
+                "with a larger undo_chunks, or keep a snapshot()"
+            )
+        for _ in range(chunks):
+            boundary = self._boundaries.pop()
+        self._rollout.rewind(boundary.chunk_index)
+        self._return_to(boundary)
+
+    # ------------------------------------------------------------------ dragging
+    def drag(self, drag: Drag) -> DragOutcome:
+        """Drag regions of the latest frame: edit the latest chunk, or animate the next ones.
+
+        The tracks of a dragged region are released: from here on the drag moves it, not they. A drag that
+        animates ends an earlier one that still goes on.
+
+        Raises:
+            ValueError: the drag does not fit the frame, or names a chunk that is not the latest; before
+                anything is computed.
+        """
+        clip, chunk_frames = self.codecs.model_cfg.clip, self.codecs.model_cfg.rollout.chunk_frames
+        check_drag(drag, height=clip.height, width=clip.width, chunk_frames=chunk_frames)
+        self._check_chunk(drag.chunk)
+        self.drag_cfg.layers_of(self.student.config.num_layers)
+        held = [self._buffer.ids_in(handle.mask) for handle in drag.handles if handle.reference is None]
+        released = frozenset().union(*held)
+        if drag.mode == "edit":
+            return self._edit(drag, released)
+        return self._animate(drag, released)
+
+    def _edit(self, drag: Drag, released: frozenset[int]) -> DragOutcome:
+        self.undo()
+        self._buffer.release(released)
+        editor = self._editor(drag, self._chunk_index, None)
+        frames = self.next_chunk(edit=editor)
+        return DragOutcome(frames, editor.references or (), editor.logs)
+
+    def _animate(self, drag: Drag, released: frozenset[int]) -> DragOutcome:
+        self._buffer.release(released)
+        shown = self._memory.passes[self._drag_step]
+        reader = FeatureReader(self.student, self.drag_cfg, shown.sigma)
+        references = read_references(reader, self.drag_cfg, drag, shown, self._noise)
+        editor = self._editor(drag, self._chunk_index, references)
+        end = self._chunk_index + drag.num_frames // self.codecs.model_cfg.rollout.chunk_frames
+        self._memory = replace(self._memory, active=(editor, end))
+        return DragOutcome(None, references, editor.logs)
+
+    def _editor(self, drag: Drag, first_chunk: int, references: tuple[Reference, ...] | None) -> DragEditor:
+        clip = self.codecs.model_cfg.clip
+        return DragEditor(
+            self.student, self.drag_cfg, drag, size=(clip.height, clip.width), noise=self._noise,
+            first_chunk=first_chunk, references=references,
+        )  # fmt: skip
+
+    @property
+    def _drag_step(self) -> int:
+        steps = self.codecs.model_cfg.rollout.num_steps
+        if self.drag_cfg.step >= steps:
+            raise ValueError(f"drag.step={self.drag_cfg.step} must be in 0..{steps - 1}, the student's steps")
+        return self.drag_cfg.step
+
+    def _check_chunk(self, chunk: int | None) -> None:
+        latest = self._chunk_index - 1
+        if latest < 0:
+            raise ValueError("nothing to drag: the session has made no chunk yet; call next_chunk() first")
+        if chunk is None or chunk == latest:
+            return
+        if chunk > latest:
+            raise ValueError(f"chunk={chunk} does not exist yet; the latest is {latest}")
+        back = latest - chunk
+        remedy = f"undo({back}) first" if back <= len(self._boundaries) else f"it is gone; drag chunk {latest}"
+        raise ValueError(f"chunk={chunk} is not the latest, {latest}: {remedy}")
 
     @property
     def timing(self) -> ChunkTiming:
@@ -190,12 +302,16 @@ class StreamSession:
     def next_chunk(self, edit: LatentEdit | None = None) -> np.ndarray:  # uint8 [n, H, W, 3]
         """Generate and decode one chunk; `timing` and `latents` then describe it.
 
-        `edit` may change the input of each denoising pass (see `Rollout.next_chunk`).
+        `edit` may change the input of each denoising pass (see `Rollout.next_chunk`); None: what the drag that
+        goes on, if any, makes of it.
         """
-        started = self.codecs.clock()
+        boundary, started = self._boundary(), self.codecs.clock()
         condition = self._next_condition()
         conditioned = self.codecs.clock()
-        chunk = self._rollout.next_chunk(condition, edit=edit)
+        passes: list[ChunkPass] = []
+        chunk = self._rollout.next_chunk(
+            condition, edit=self._remembering(edit or self._active_edit(), passes), edit_x0=self._edit_x0()
+        )
         denoised = self.codecs.clock()
         frames = to_frames(self._decoder.push(chunk.x0))[0]
         decoded = self.codecs.clock()
@@ -203,9 +319,67 @@ class StreamSession:
             self._chunk_index, len(frames), conditioned - started, denoised - conditioned, decoded - denoised
         )
         self._latest = (timing, chunk.x0)
+        self._remember(passes, chunk.x0)
+        self._boundaries.append(boundary)
         self._chunk_index += 1
         self._num_frames += len(frames)
         return frames
+
+    def _active_edit(self) -> LatentEdit | None:
+        if self._memory.active is None or self._chunk_index >= self._memory.active[1]:
+            return None
+        return self._memory.active[0]
+
+    def _remembering(self, edit: LatentEdit | None, passes: list[ChunkPass]) -> LatentEdit:
+        """The edit, with each pass kept as it was run: a later drag reads its features from there."""
+
+        def run(shown: ChunkPass) -> Tensor:
+            if isinstance(edit, DragEditor):
+                edit.neighbours = self._neighbours(shown.step)
+            latents = shown.noisy_latents if edit is None else edit(shown)
+            passes.append(replace(shown, noisy_latents=latents))
+            return latents
+
+        return run
+
+    def _neighbours(self, step: int) -> Tensor | None:
+        """Inputs of this step in the latest drag.adsr_frames latent frames: [1, C, n, h, w]."""
+        if not self._memory.noisy or not self.drag_cfg.adsr_frames:
+            return None
+        return torch.cat([chunk[step] for chunk in self._memory.noisy], dim=2)[:, :, -self.drag_cfg.adsr_frames :]
+
+    def _edit_x0(self) -> CleanEdit | None:
+        if not self.drag_cfg.match_clean or not self._memory.clean:
+            return None
+        previous = torch.cat(self._memory.clean, dim=2)
+        return lambda x0: match_clean(x0, previous)
+
+    def _remember(self, passes: list[ChunkPass], x0: Tensor) -> None:
+        memory, chunks = self._memory, math.ceil(self.drag_cfg.adsr_frames / x0.shape[2])
+        noisy = (*memory.noisy, tuple(shown.noisy_latents for shown in passes))
+        clean = (*memory.clean, x0)[-2:] if self._chunk_index else ()
+        self._memory = replace(
+            memory, passes=tuple(passes), noisy=noisy[len(noisy) - chunks :] if chunks else (), clean=clean
+        )
+
+    def _boundary(self) -> _Boundary:
+        return _Boundary(
+            self._decoder.snapshot(),
+            self._track_encoder.snapshot(),
+            self._buffer.snapshot(),
+            self._prompt_embeds,
+            self._chunk_index,
+            self._num_frames,
+            self._memory,
+        )
+
+    def _return_to(self, boundary: _Boundary) -> None:
+        self._decoder.restore(boundary.decoder)
+        self._track_encoder.restore(boundary.track_encoder)
+        self._buffer.restore(boundary.tracks)
+        self._prompt_embeds = boundary.prompt_embeds
+        self._chunk_index, self._num_frames = boundary.chunk_index, boundary.num_frames
+        self._memory = boundary.memory
 
     def _next_condition(self) -> Condition:
         opens = self._chunk_index == 0

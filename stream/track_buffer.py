@@ -8,8 +8,10 @@ is released. Memory does not grow with the stream: frames already read are forgo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from models.motion.tracks import NUM_TRACK_IDS, Tracks, sample_track_ids
@@ -23,6 +25,7 @@ class TrackBufferState:
 
     held: Tracks | None
     num_read: int
+    released: frozenset[int]
 
 
 class TrackBuffer:
@@ -41,6 +44,7 @@ class TrackBuffer:
         self._identities = sample_track_ids(1, NUM_TRACK_IDS, rng)[0]
         self._held: Tracks | None = None
         self._num_read = 0  # frames at the head of `_held` that were read already: 0 or 1
+        self._released: frozenset[int] = frozenset()  # identities that are not followed any more
 
     @property
     def num_pending(self) -> int:
@@ -63,6 +67,19 @@ class TrackBuffer:
         tracks = self._identified(tracks.to("cpu"))
         self._held = tracks if self._held is None else _append(self._held, tracks)
 
+    def ids_in(self, mask: np.ndarray) -> frozenset[int]:
+        """Identities that are visible inside a mask, bool [H, W], in the latest frame read."""
+        if self._held is None or not self._num_read:
+            return frozenset()
+        x, y = self._held.points[0, 0].floor().long().unbind(-1)
+        inside = self._held.visibility[0, 0] & (x >= 0) & (x < self.width) & (y >= 0) & (y < self.height)
+        hit = torch.from_numpy(mask)[y.clamp(0, self.height - 1), x.clamp(0, self.width - 1)]
+        return frozenset(self._held.ids[0, inside & hit].tolist())
+
+    def release(self, ids: Iterable[int]) -> None:
+        """From the next frame on these identities are unspecified, whatever is pushed."""
+        self._released |= frozenset(ids)
+
     def take(self, count: int) -> Tracks:
         """The motion of the next `count` frames, filled up as `ending` says."""
         if self._held is None:
@@ -72,13 +89,19 @@ class TrackBuffer:
             taken = _append(taken, self._beyond_the_end(self._held, count - taken.num_frames))
         rest = self._held.frames(slice(self._num_read + count, None))
         self._held, self._num_read = _without_unseen(_append(taken.frames(slice(-1, None)), rest)), 1
-        return taken
+        return self._without_released(taken)
 
     def snapshot(self) -> TrackBufferState:
-        return TrackBufferState(self._held, self._num_read)
+        return TrackBufferState(self._held, self._num_read, self._released)
 
     def restore(self, state: TrackBufferState) -> None:
-        self._held, self._num_read = state.held, state.num_read
+        self._held, self._num_read, self._released = state.held, state.num_read, state.released
+
+    def _without_released(self, tracks: Tracks) -> Tracks:
+        if not self._released:
+            return tracks
+        kept = [n for n, identity in enumerate(tracks.ids[0].tolist()) if identity not in self._released]
+        return tracks.select(torch.tensor(kept, dtype=torch.long))
 
     def _identified(self, tracks: Tracks) -> Tracks:
         if not tracks.ids.any():

@@ -14,6 +14,9 @@ from data.trackers import TrackerConfig
 from data.video import write_video
 from models.condition import ClipGeometry
 from models.motion.tracks import Tracks
+from stream.dragstream.config import DragConfig
+from stream.dragstream.drag import Drag, Handle, Pose
+from stream.dragstream.labels import DragLabel
 from stream.run import StreamConfig, main
 from stream.track_source import load_first_frame, load_track_source
 
@@ -108,3 +111,46 @@ def test_a_failed_run_leaves_no_video(tiny_weights, sprites_video, tmp_path: Pat
 def test_real_video_as_first_frame() -> None:
     frame = load_first_frame(CLIPS / "cat.mp4", ClipGeometry(48, 80, 33, 16))
     assert frame.shape == (48, 80, 3) and frame.std() > 10
+
+
+def _label(folder: Path, mode: str, block: int, frames: int) -> Path:
+    inside = np.zeros((16, 16), bool)
+    inside[4:10, 4:10] = True
+    poses = tuple(Pose(dx=-4.0 * (n + 1) / frames) for n in range(frames))
+    drag = Drag(mode, (Handle(inside, (7.0, 7.0), poses, (7.0, 7.0)),))
+    return DragLabel.from_drag(drag, "a red disc", block, 3).write(folder)
+
+
+def test_labelled_drags_are_applied_after_their_chunks(tiny_weights, sprites_video: Path, tmp_path: Path) -> None:
+    given = (f"image={sprites_video}", "num_frames=40")
+    plain = _run(tiny_weights, tmp_path / "a.mp4", *given)
+    _label(tmp_path / "labels", "edit", 2, 1)
+    edited = _run(tiny_weights, tmp_path / "b.mp4", *given, f"drags={tmp_path / 'labels'}", "drag.lr=0.3")
+    np.testing.assert_array_equal(edited[:8], plain[:8])  # frame 8 and 9 share a predicted picture of the mp4
+    assert len(edited) == len(plain) and (edited[12:21] != plain[12:21]).any()
+    path = _label(tmp_path / "one", "animate", 3, 3)
+    animated = _run(tiny_weights, tmp_path / "c.mp4", *given, f"drags={path}", "drag=sg_i2v")
+    assert (animated[34:] != plain[34:]).any()
+
+
+@pytest.mark.parametrize(
+    ("block", "overrides", "message"),
+    [
+        (3, ["num_frames=20"], "drags after chunk 3, but the video has 20 frames"),
+        (1, ["role=teacher"], "drags need role=student"),
+        (0, [], "drags before the first chunk"),
+    ],
+)
+def test_a_drag_that_cannot_be_is_refused_before_anything_is_built(
+    sprites_video: Path, tmp_path: Path, block: int, overrides: list[str], message: str
+) -> None:
+    drags = [f"drags={_label(tmp_path, 'edit', block, 1)}"]
+    with pytest.raises(ValueError, match=message):
+        main(compose_config("stream", ["model=tiny", f"image={sprites_video}", *drags, *overrides]))
+
+
+def test_every_profile_of_drags_composes(sprites_video: Path) -> None:
+    for profile in ("marionette", "paper", "compat", "sg_i2v", "dragvideo"):
+        cfg = build_config(compose_config("stream", [f"image={sprites_video}", f"drag={profile}"]).drag)
+        assert isinstance(cfg, DragConfig)
+    assert DragConfig() == build_config(compose_config("stream", [f"image={sprites_video}"]).drag)

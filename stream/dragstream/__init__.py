@@ -1,0 +1,1 @@
+"""DragStream: a training-free drag editor on the running stream (arXiv 2510.03550)."""

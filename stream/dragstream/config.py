@@ -1,0 +1,84 @@
+"""Settings of a drag editor; conf/drag has one file per profile, with where each value comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+METHODS = ("dragstream", "sg_i2v", "dragvideo")
+REFERENCE_DEPTH, REFERENCE_LAYERS = 30, (12, 16)  # blocks 12 to 15 of Wan 1.3B's 30
+
+
+@dataclass
+class DragConfig:
+    """How latents are optimised so that a region's features appear elsewhere."""
+
+    method: str = "dragstream"  # dragstream | sg_i2v | dragvideo (objectives.py)
+    layers: list[int] | None = None  # blocks whose self-attention gives the features; null: 0.4 to 0.53 of the depth
+    step: int = 1  # denoising step whose input is optimised
+    iterations: int = 4  # per segment
+    max_iterations: int | None = 32  # per chunk; segments become longer where they would need more
+    segment_px: float | None = 16.0  # a drag goes in segments of at most this; null: in one
+    segment_degrees: float = 8.0
+    subdivision: str = "ceil"  # ceil: at most the segment's size | floor: up to twice as long
+    start: str = "previous"  # a chunk's first segment starts where the last chunk ended | at the "origin"
+    edit_frames: str = "ramp"  # of a chunk made again: "last" alone has a target | all, on a "ramp" to it
+
+    lr: float = 0.04  # size of one step: latents have about unit variance
+    restart_optimizer: bool = False  # a new AdamW per iteration, as the official code: sign descent
+    weight_decay: float = 0.0
+    grad_clip: float | None = None  # largest norm of the gradient
+    tolerance: float | None = None  # a segment ends early where the reconstruction loss falls under this
+
+    norm: str = "mse"  # mse | l1
+    reduction: str = "cells"  # each loss is the mean over its "cells" | "sum" over all | "all": sum, over all cells
+    rec_weight: float = 1.0
+    cst_weight: float = 1.0
+    cst_on: str = "features"  # what must not change outside the editable region: features | x0
+    vacated_weight: float = 0.0  # where the handle was, features of what surrounds it (not in the paper)
+    detach_key_value: bool = True  # gradients reach the recorded attention through its queries alone
+
+    adsr: str = "own"  # statistics to hold: own | neighbours | compat | off (statistics.py)
+    adsr_frames: int = 9  # neighbours: latent frames before the chunk
+    match_clean: bool = False  # the official code's shift of every x0 to the chunks before it, drag or no drag
+
+    cutoffs: list[float | None] = field(default_factory=lambda: [None, 0.2, 0.4, 0.6])  # cycles per token
+    cutoff_range: list[float] | None = None  # drawn between these instead, and now and then none
+    filter_rope: str = "post"  # keys are filtered after ("post") or before ("pre") their rotation
+
+    css_alpha: float | None = 1.0  # width of the map where latents may change; null: everywhere
+    css_box: str = "both"  # around the "target", the "handle", or "both"
+    css_on: str = "update"  # weighs the "update" | the "gradient", which Adam undoes
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("method", METHODS), ("subdivision", ("ceil", "floor")), ("start", ("previous", "origin")),
+            ("edit_frames", ("last", "ramp")), ("norm", ("mse", "l1")), ("reduction", ("cells", "sum", "all")),
+            ("cst_on", ("features", "x0")), ("adsr", ("own", "neighbours", "compat", "off")),
+            ("filter_rope", ("post", "pre")), ("css_box", ("target", "handle", "both")),
+            ("css_on", ("update", "gradient")),
+        ):  # fmt: skip
+            if vars(self)[name] not in allowed:
+                raise ValueError(f"drag.{name}={vars(self)[name]} must be {' or '.join(allowed)}")
+        if self.iterations < 0 or (self.max_iterations is not None and self.max_iterations < self.iterations):
+            raise ValueError(
+                f"drag.iterations={self.iterations} must be >= 0 and at most max_iterations={self.max_iterations}"
+            )
+        if self.step < 0 or self.lr < 0 or self.adsr_frames < 0:
+            raise ValueError(f"drag.step={self.step}, lr={self.lr}, adsr_frames={self.adsr_frames} must be >= 0")
+        if (self.segment_px or 1) <= 0 or self.segment_degrees <= 0:
+            raise ValueError(f"segment_px={self.segment_px}, segment_degrees={self.segment_degrees} must be > 0")
+        if not self.cutoffs or any(cutoff is not None and cutoff <= 0 for cutoff in self.cutoffs):
+            raise ValueError(f"drag.cutoffs={list(self.cutoffs)} must be positive, or null for no filter")
+        if self.cutoff_range is not None and not (
+            len(self.cutoff_range) == 2 and 0 < self.cutoff_range[0] < self.cutoff_range[1]
+        ):
+            raise ValueError(f"drag.cutoff_range={list(self.cutoff_range)} must be two rising numbers > 0")
+
+    def layers_of(self, num_layers: int) -> list[int]:
+        """The blocks to read in a model of so many. Raises ValueError for one that it does not have."""
+        if self.layers is None:
+            first, end = (round(layer * num_layers / REFERENCE_DEPTH) for layer in REFERENCE_LAYERS)
+            return list(range(first, max(end, first + 1)))
+        if not self.layers or not all(0 <= layer < num_layers for layer in self.layers):
+            raise ValueError(f"drag.layers={list(self.layers)} must be blocks of the model, 0..{num_layers - 1}")
+        return list(self.layers)

@@ -1,0 +1,213 @@
+"""The loop of a drag (DragStream section 4.2): the input of one denoising step is optimised, the rest of the chunk
+is generated as ever.
+
+For each segment of the way and each iteration: read features, take the gradient of the objective with respect to
+the latents, make a step that a Gaussian map confines to the region (CSS, eq. 9 and 10), hold the latents' statistics
+(ADSR, eq. 4). The DiT's weights, the cache and everything outside this chunk are only read. One loop for all
+methods; what differs between them is their objective and their settings.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models.diffusion.noise import KeyedNoise
+from models.rollout import ChunkPass
+from models.wan.dit import WanDiT
+from stream.dragstream.config import DragConfig
+from stream.dragstream.drag import Drag, Pose
+from stream.dragstream.features import FeatureReader, Reference
+from stream.dragstream.geometry import bounding_box, gaussian_map
+from stream.dragstream.objectives import OBJECTIVES, FramePoses, Objective, Scene, variants_of
+from stream.dragstream.statistics import rectifiers
+
+ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
+
+
+@dataclass
+class DragLog:
+    """What one chunk's optimisation did."""
+
+    chunk: int
+    losses: list[float] = field(default_factory=list)  # the objective's progress, one per iteration
+    num_segments: int = 0
+    seconds: float = 0.0
+
+
+class DragEditor:
+    """Edits the chunks that a drag concerns: a `LatentEdit` for `Rollout.next_chunk`.
+
+    Args:
+        student: the model that streams, its weights frozen.
+        drag: checked by `check_drag`.
+        references: features of each handle; None: read from the chunk that is edited, before it is.
+        first_chunk: the first chunk that the drag concerns.
+        neighbours: latents at the noise level of cfg.step of the frames before, [1, C, n, h, w].
+    """
+
+    def __init__(
+        self,
+        student: WanDiT,
+        cfg: DragConfig,
+        drag: Drag,
+        *,
+        size: tuple[int, int],
+        noise: KeyedNoise,
+        first_chunk: int,
+        references: tuple[Reference, ...] | None = None,
+        neighbours: Tensor | None = None,
+    ) -> None:
+        self.student, self.cfg, self.drag, self.size, self.noise = student, cfg, drag, size, noise
+        self.first_chunk, self.references, self.neighbours = first_chunk, references, neighbours
+        self.logs: list[DragLog] = []
+
+    def __call__(self, shown: ChunkPass) -> Tensor:
+        if shown.step != self.cfg.step or self.drag.is_still or not self.cfg.iterations:
+            return shown.noisy_latents
+        started = time.perf_counter()
+        reader = FeatureReader(self.student, self.cfg, shown.sigma)
+        if self.references is None:
+            self.references = read_references(reader, self.cfg, self.drag, shown, self.noise)
+        editable = self.drag.editable
+        scene = Scene(
+            self.cfg, reader, shown, self.drag.handles, self.references,
+            None if editable is None else torch.from_numpy(editable).to(shown.noisy_latents.device),
+            self.size, self.noise,
+        )  # fmt: skip
+        log = DragLog(shown.chunk)
+        latents = self._optimise(scene, OBJECTIVES[self.cfg.method](scene), log)
+        log.seconds = time.perf_counter() - started
+        self.logs.append(log)
+        return latents
+
+    def _optimise(self, scene: Scene, objective: Objective, log: DragLog) -> Tensor:
+        start, targets = self._poses(scene.shown.chunk, scene.before.shape[2])
+        segments = list(segment_poses(start, targets, self.cfg))
+        rectify, rectify_last = rectifiers(self.cfg.adsr, scene.before, self.neighbours)
+        latents = scene.before.clone()
+        for segment, poses in enumerate(segments):
+            objective.aim(poses, segment)
+            gain = self._gain(scene, poses)
+            adam = LatentAdam(self.cfg)
+            for iteration in range(self.cfg.iterations):
+                gradient, progress = gradient_of(objective, latents, iteration)
+                log.losses.append(progress)
+                latents = rectify(adam.step(latents, gradient, gain))
+                if self.cfg.tolerance is not None and progress < self.cfg.tolerance:
+                    break
+        log.num_segments = len(segments)
+        return objective.finish(rectify_last(latents))
+
+    def _poses(self, chunk: int, frames: int) -> tuple[list[Pose], FramePoses]:
+        """Poses of the handles where this chunk's way starts, and in each of its frames (None: no target)."""
+        handles = self.drag.handles
+        if self.drag.mode == "edit":
+            target = [handle.poses[0] for handle in handles]
+            ramp = [[Pose().toward(pose, (frame + 1) / frames) for pose in target] for frame in range(frames - 1)]
+            return [Pose()] * len(handles), [*(ramp if self.cfg.edit_frames == "ramp" else [None] * len(ramp)), target]
+        first = (chunk - self.first_chunk) * frames
+        start = [handle.poses[first - 1] if first else Pose() for handle in handles]
+        return start, [[handle.poses[first + frame] for handle in handles] for frame in range(frames)]
+
+    def _gain(self, scene: Scene, targets: FramePoses) -> Tensor | None:
+        """Where latents may change in each frame: [1, 1, F, h, w] in [0, 1]; None: everywhere alike."""
+        if self.cfg.css_alpha is None or self.cfg.method != "dragstream":
+            return None
+        poses_of_all = [poses for poses in targets if poses is not None]
+        maps = []
+        for poses in targets:
+            boxes = []
+            for handle, pose in zip(scene.handles, poses if poses is not None else poses_of_all[-1]):
+                shown = {"target": [pose], "handle": [Pose()], "both": [Pose(), pose]}[self.cfg.css_box]
+                found = [bounding_box(scene.mask(handle), each, handle.center) for each in shown]
+                boxes += [box for box in [_around([box for box in found if box is not None])] if box is not None]
+            maps.append(gaussian_map(boxes, *scene.latent_size, scene.size, self.cfg.css_alpha))
+        return torch.stack(maps)[None, None].to(scene.before.device)
+
+
+class LatentAdam:
+    """Adam on one tensor, with a map that says where and how much of each step is made."""
+
+    def __init__(self, cfg: DragConfig) -> None:
+        self.cfg = cfg
+        self.steps = 0
+        self.mean: Tensor | float = 0.0
+        self.square: Tensor | float = 0.0
+
+    def step(self, latents: Tensor, gradient: Tensor, gain: Tensor | None) -> Tensor:
+        """The next latents; where gain is 0 they do not change."""
+        if self.cfg.restart_optimizer:
+            self.steps, self.mean, self.square = 0, 0.0, 0.0
+        if gain is not None and self.cfg.css_on == "gradient":
+            gradient, gain = gradient * gain, None
+        if self.cfg.grad_clip is not None:
+            gradient = gradient * min(1.0, self.cfg.grad_clip / (float(gradient.norm()) + 1e-6))
+        (first, second), self.steps = ADAM_BETAS, self.steps + 1
+        self.mean = first * self.mean + (1 - first) * gradient
+        self.square = second * self.square + (1 - second) * gradient.square()
+        deviation = (self.square / (1 - second**self.steps)).sqrt()
+        update = self.mean / (1 - first**self.steps) / (deviation + ADAM_EPS) + self.cfg.weight_decay * latents
+        return latents - self.cfg.lr * (update if gain is None else gain * update)
+
+
+def gradient_of(objective: Objective, latents: Tensor, iteration: int) -> tuple[Tensor, float]:
+    """Gradient of the loss with respect to the latents, and the objective's progress."""
+    with torch.enable_grad():
+        leaf = latents.detach().requires_grad_()
+        loss, progress = objective.loss(leaf, iteration)
+        if not loss.requires_grad:  # every handle has left the frame
+            return torch.zeros_like(latents), progress
+        return torch.autograd.grad(loss, leaf)[0], progress
+
+
+def read_references(
+    reader: FeatureReader, cfg: DragConfig, drag: Drag, shown: ChunkPass, noise: KeyedNoise
+) -> tuple[Reference, ...]:
+    """Features of each handle: those that it brings, else those of the last frame of the chunk shown."""
+    current: list[Reference] = []
+
+    def of(stored: Reference | None) -> Reference:
+        if stored is not None:
+            return stored
+        if not current:
+            current.append(reader.reference(shown, variants_of(cfg, noise, shown.chunk)))
+        return current[0]
+
+    return tuple(of(handle.reference) for handle in drag.handles)
+
+
+def segment_poses(start: Sequence[Pose], targets: FramePoses, cfg: DragConfig) -> list[FramePoses]:
+    """The way to the targets in equal parts: poses per segment, frame and handle. A chunk has at least one."""
+    origin = [Pose()] * len(start) if cfg.start == "origin" else list(start)
+    ways = [pose.minus(first) for poses in targets if poses for first, pose in zip(origin, poses)]
+    count = max((_num_segments(way, cfg) for way in ways), default=1)
+    if cfg.max_iterations is not None and cfg.iterations:
+        count = min(count, max(1, cfg.max_iterations // cfg.iterations))
+    return [
+        [
+            None if poses is None else [first.toward(pose, part / count) for first, pose in zip(origin, poses)]
+            for poses in targets
+        ]
+        for part in range(1, count + 1)
+    ]
+
+
+def _num_segments(way: Pose, cfg: DragConfig) -> int:
+    whole = math.ceil if cfg.subdivision == "ceil" else math.floor
+    if cfg.segment_px is None:
+        return 1
+    parts = (way.distance_px / cfg.segment_px, abs(way.degrees) / cfg.segment_degrees)
+    return max(1, *(whole(part - 1e-9) if whole is math.ceil else whole(part + 1e-9) for part in parts))
+
+
+def _around(boxes: Sequence[tuple[float, float, float, float]]) -> tuple[float, float, float, float] | None:
+    if not boxes:
+        return None
+    x0, y0, x1, y1 = zip(*boxes)
+    return min(x0), min(y0), max(x1), max(y1)

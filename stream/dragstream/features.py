@@ -1,0 +1,117 @@
+"""The features that a drag moves: what chosen self-attentions of the student compute, before their projection.
+
+DragStream reads blocks 12 to 15 of Wan 1.3B at the second noise level. The side that is optimised is read with
+gradients, stops at the last block needed, and looks at the cache without writing or copying it; the side that it is
+compared with is read once per drag, from frequency-filtered keys and values (SFS, eq. 5 to 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from models.diffusion.schedule import NUM_TRAIN_TIMESTEPS
+from models.rollout import ChunkPass
+from models.wan.attention import attend
+from models.wan.blocks import AttentionTap, AttentionTaps
+from models.wan.cache import LayerKV, ReadOnlyContext
+from models.wan.dit import WanDiT
+from models.wan.split_attention import split_attention
+from stream.dragstream.config import DragConfig
+from stream.dragstream.frequency import low_pass_keys, low_pass_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Features of one latent frame as a drag found it; a later drag may bring them back (appendix R)."""
+
+    variants: dict[float | None, Tensor]  # cutoff -> [C, rows, cols]; None: unfiltered
+    key_values: tuple[LayerKV, ...]  # of the frame itself in each layer read, [1, heads, tokens, head_dim]
+    alone: Tensor  # [C, rows, cols]: features of the frame if it attends to nothing but itself
+
+
+class FeatureReader:
+    """Reads one student's attention at one noise level."""
+
+    def __init__(self, student: WanDiT, cfg: DragConfig, sigma: float) -> None:
+        self.student, self.cfg, self.sigma = student, cfg, sigma
+        self.layers = cfg.layers_of(student.config.num_layers)
+        with torch.no_grad():
+            self.modulation = student.modulation(NUM_TRAIN_TIMESTEPS * sigma)
+
+    def features(self, shown: ChunkPass, latents: Tensor) -> Tensor:
+        """Of the chunk's frames as ``latents`` [1, C, F, h, w] would have them: [F, channels, rows, cols]."""
+        return self._joined(self._taps(shown, latents), shown, latents)
+
+    def features_and_x0(self, shown: ChunkPass, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from a whole pass, with what the student predicts."""
+        taps, context = AttentionTaps(self.layers), ReadOnlyContext(shown.context)
+        x0 = self.student.predict_x0(
+            latents, self.sigma, shown.condition, attention=context, modulation=self.modulation, taps=taps
+        )
+        return self._joined(taps, shown, latents), x0
+
+    def features_of_reference(self, shown: ChunkPass, latents: Tensor, reference: Reference) -> Tensor:
+        """As `features`, but every frame attends to the reference frame alone (SG-I2V section 4.2)."""
+        taps = self._taps(shown, latents)
+        pairs = zip(self.layers, reference.key_values)
+        outputs = [split_attention(taps.seen[layer].query, kv.key, kv.value, []) for layer, kv in pairs]
+        return self._as_maps(outputs, latents)
+
+    @torch.no_grad()
+    def reference(self, shown: ChunkPass, cutoffs: Sequence[float | None]) -> Reference:
+        """Of the chunk's last frame, with each cutoff."""
+        grid = self.student.token_grid(*shown.noisy_latents.shape[-2:])
+        taps = self._taps(shown, shown.noisy_latents)
+        last = slice(-grid[0] * grid[1], None)
+        variants = {
+            cutoff: self._as_maps(
+                [self._filtered(taps.seen[layer], layer, shown, grid, cutoff, last) for layer in self.layers],
+                shown.noisy_latents[:, :, -1:],
+            )[0]
+            for cutoff in cutoffs
+        }
+        seen = [taps.seen[layer] for layer in self.layers]
+        own = [[part[:, :, last] for part in (tap.query, tap.key, tap.value)] for tap in seen]
+        alone = self._as_maps([split_attention(q, k, v, []) for q, k, v in own], shown.noisy_latents[:, :, -1:])[0]
+        return Reference(variants, tuple(LayerKV(key, value) for _, key, value in own), alone)
+
+    def _taps(self, shown: ChunkPass, latents: Tensor) -> AttentionTaps:
+        taps = AttentionTaps(self.layers)
+        self.student.tap_attention(
+            latents, self.modulation, shown.condition, taps, attention=ReadOnlyContext(shown.context),
+            recompute=torch.is_grad_enabled() and latents.is_cuda,
+        )  # fmt: skip
+        return taps
+
+    def _joined(self, taps: AttentionTaps, shown: ChunkPass, latents: Tensor) -> Tensor:
+        outputs = []
+        for layer in self.layers:
+            tap = taps.seen[layer]
+            if self.cfg.detach_key_value and torch.is_grad_enabled():
+                past = [(kv.key, kv.value) for kv in shown.context.past(layer)]
+                outputs.append(split_attention(tap.query, tap.key.detach(), tap.value.detach(), past))
+            else:
+                outputs.append(tap.output)
+        return self._as_maps(outputs, latents)
+
+    def _filtered(
+        self, tap: AttentionTap, layer: int, shown: ChunkPass, grid: tuple[int, int], cutoff: float | None, rows: slice
+    ) -> Tensor:
+        """Attention of some queries to all in view, whose keys and values lose what is above the cutoff."""
+        if cutoff is None:
+            return tap.output[:, :, rows]
+        keys, values = ReadOnlyContext(shown.context).extend(layer, tap.key, tap.value)
+        keys = low_pass_keys(keys, grid, cutoff, self.cfg.filter_rope)
+        values = low_pass_tokens(values, grid, cutoff)
+        return attend(tap.query[:, :, rows], keys, values, self.student.config.attention_backend)
+
+    def _as_maps(self, outputs: Sequence[Tensor], latents: Tensor) -> Tensor:
+        """Outputs of the layers, [1, heads, frames * rows * cols, head_dim] each -> [F, channels, rows, cols]."""
+        rows, cols = self.student.token_grid(*latents.shape[-2:])
+        maps = [rearrange(out[0], "h (f r c) d -> f (h d) r c", r=rows, c=cols) for out in outputs]
+        return torch.cat(maps, dim=1)

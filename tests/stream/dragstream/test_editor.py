@@ -1,0 +1,270 @@
+"""The loop of a drag on a tiny student: what it may touch, what it must hold, and that it is repeatable."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.condition import Condition
+from models.diffusion.noise import KeyedNoise
+from models.rollout import ChunkPass, LatentEdit, Rollout, RolloutConfig
+from models.wan.config import WanConfig
+from models.wan.dit import WanDiT
+from stream.dragstream import editor as editor_module
+from stream.dragstream.config import METHODS, DragConfig
+from stream.dragstream.drag import Drag, Handle, Pose
+from stream.dragstream.editor import DragEditor, LatentAdam, segment_poses
+from stream.dragstream.features import FeatureReader
+from stream.dragstream.labels import DragLabel
+from stream.dragstream.statistics import PER_CHANNEL
+
+CONFIG = WanConfig.tiny(num_layers=4)
+SIZE, CELLS, CHUNK = (64, 96), (8, 12), 3  # px, latent cells of 8 px, latent frames
+NOISE = KeyedNoise(0)
+LABEL = Path(__file__).resolve().parents[4] / "shared/data/dragstream_label/block_3_Drag_trajectory.json"
+
+
+def mask(x0: int = 16, x1: int = 48, y0: int = 16, y1: int = 40) -> np.ndarray:
+    inside = np.zeros(SIZE, bool)
+    inside[y0:y1, x0:x1] = True
+    return inside
+
+
+def handle(*poses: Pose, **where: int) -> Handle:
+    return Handle(mask(**where), (32.0, 28.0), poses, (32.0, 28.0))
+
+
+@torch.no_grad()
+def make_student(config: WanConfig) -> WanDiT:
+    rng = torch.Generator().manual_seed(0)
+    student = WanDiT(config, rng).requires_grad_(False)
+    for parameter in student.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=rng)
+    return student
+
+
+def run_chunks(student: WanDiT, cells: tuple[int, int], count: int, edit: LatentEdit | None = None) -> list[ChunkPass]:
+    """The passes of a stream from text alone; the last chunk is edited."""
+    config, passes = student.config, []
+    prompt = torch.randn(1, config.text_len, config.text_dim, generator=torch.Generator().manual_seed(1))
+    condition = Condition(prompt, torch.zeros_like(prompt))
+    video = Rollout(student, RolloutConfig(), noise=NOISE, sample_ids=[0],
+                    latent_shape=(config.latent_channels, *cells), cache="static")  # fmt: skip
+    for chunk in range(count):
+
+        def see(shown: ChunkPass, is_last: bool = chunk == count - 1) -> torch.Tensor:
+            passes.append(shown)
+            return edit(shown) if edit is not None and is_last else shown.noisy_latents
+
+        video.next_chunk(condition, edit=see)
+    return passes
+
+
+def last_pass() -> tuple[object, ChunkPass]:
+    """A student, and the second step of its second chunk."""
+    student = make_student(CONFIG)
+    return student, run_chunks(student, CELLS, 2)[-2]
+
+
+@pytest.fixture(scope="module")
+def shown() -> tuple[object, ChunkPass]:
+    return last_pass()
+
+
+def edit(shown: tuple[object, ChunkPass], cfg: DragConfig, drag: Drag, seed: int = 0, **options) -> torch.Tensor:
+    student, chunk_pass = shown
+    options = {"first_chunk": 1} | options
+    editor = DragEditor(student, cfg, drag, size=SIZE, noise=KeyedNoise(seed), **options)
+    return editor(chunk_pass)
+
+
+RIGHT = Drag("edit", (handle(Pose(dx=20.0)),))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_changes_the_latents_repeatably(shown, method: str):
+    cfg = DragConfig(method=method, iterations=2)
+    first, again = edit(shown, cfg, RIGHT), edit(shown, cfg, RIGHT)
+    assert torch.equal(first, again) and torch.isfinite(first).all()
+    assert (first - shown[1].noisy_latents).abs().max() > 1e-3
+
+
+def test_another_seed_switches_frequencies_otherwise(shown):
+    cfg = DragConfig(iterations=4)
+    assert not torch.equal(edit(shown, cfg, RIGHT), edit(shown, cfg, RIGHT, seed=1))
+    fixed = replace(cfg, cutoffs=[0.4])
+    assert torch.equal(edit(shown, fixed, RIGHT), edit(shown, fixed, RIGHT, seed=1))
+
+
+@pytest.mark.parametrize("changes", [{}, {"cst_on": "x0", "reduction": "all"}, {"norm": "l1", "reduction": "sum"}])
+def test_the_optimisation_lowers_the_reconstruction_loss(shown, changes: dict):
+    cfg = DragConfig(iterations=30, max_iterations=None, cutoffs=[None], segment_px=None, **changes)
+    student, chunk_pass = shown
+    editor = DragEditor(student, cfg, RIGHT, size=SIZE, noise=NOISE, first_chunk=1)
+    editor(chunk_pass)
+    losses = editor.logs[0].losses
+    assert len(losses) == 30 and losses[-1] < 0.9 * losses[0]
+
+
+def test_no_movement_no_iterations_and_other_steps_return_the_latents_themselves(shown):
+    student, chunk_pass = shown
+    still = Drag("edit", (handle(Pose()),))
+    for cfg, drag, given in (
+        (DragConfig(), still, chunk_pass),
+        (DragConfig(iterations=0), RIGHT, chunk_pass),
+        (DragConfig(), RIGHT, replace(chunk_pass, step=2)),
+    ):
+        editor = DragEditor(student, cfg, drag, size=SIZE, noise=NOISE, first_chunk=1)
+        assert editor(given) is given.noisy_latents
+
+
+def test_statistics_are_those_before_the_drag(shown):
+    found, before = edit(shown, DragConfig(), RIGHT), shown[1].noisy_latents
+    for ours, wanted in zip(torch.std_mean(found, PER_CHANNEL), torch.std_mean(before, PER_CHANNEL)):
+        torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("css_on", ["update", "gradient"])
+def test_where_the_gaussian_map_is_zero_a_step_changes_nothing(css_on: str):
+    before = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    gain = torch.zeros(1, 1, 3, 8, 8)
+    gain[..., :4] = 0.01
+    adam = LatentAdam(DragConfig(css_on=css_on, lr=0.1))
+    after = adam.step(before, torch.randn(before.shape, generator=torch.Generator().manual_seed(1)), gain)
+    assert torch.equal(after[..., 4:], before[..., 4:])
+    step = float((after - before)[..., :4].abs().mean())
+    assert step == pytest.approx(0.001 if css_on == "update" else 0.1, rel=0.05)  # Adam undoes a scaled gradient
+
+
+def test_the_update_is_that_of_torchs_adam():
+    cfg, start = DragConfig(lr=0.03, weight_decay=0.1), torch.randn(1, 2, 1, 4, 4)
+    leaf = start.clone().requires_grad_()
+    reference = torch.optim.AdamW([leaf], lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay)
+    ours, adam = start, LatentAdam(cfg)
+    for seed in range(3):
+        gradient = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed))
+        leaf.grad = gradient
+        reference.step()
+        ours = adam.step(ours, gradient, None)
+    torch.testing.assert_close(ours, leaf.detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_segments_are_equal_parts_of_at_most_the_given_length():
+    cfg = DragConfig(segment_px=16.0, segment_degrees=8.0, iterations=1)
+    start, targets = [Pose(10.0, 0.0)], [[Pose(20.0, 0.0)], None, [Pose(41.0, 0.0)]]
+    segments = segment_poses(start, targets, cfg)
+    assert [part[2][0].dx for part in segments] == [25.5, 41.0]  # 31 px: two of 15.5
+    assert [part[0][0].dx for part in segments] == [15.0, 20.0] and segments[0][1] is None
+    floor = segment_poses(start, targets, replace(cfg, subdivision="floor"))
+    assert len(floor) == 1  # the official code's single step of 31 px
+    from_origin = segment_poses(start, targets, replace(cfg, start="origin"))
+    assert [round(part[2][0].dx, 2) for part in from_origin] == [13.67, 27.33, 41.0]
+    turning = segment_poses([Pose()], [[Pose(degrees=-200.0)]], cfg)
+    assert len(turning) == 25 and turning[0][0][0].degrees == -8.0
+    assert len(segment_poses([Pose()], [[Pose(degrees=-200.0)]], replace(cfg, max_iterations=5))) == 5
+    assert len(segment_poses([Pose()], [[Pose()]], cfg)) == 1
+
+
+def test_an_animation_goes_on_where_the_last_chunk_ended(shown):
+    student, chunk_pass = shown
+    poses = tuple(Pose(dx=4.0 * n) for n in range(1, 7))
+    drag = Drag("animate", (handle(*poses),))
+    editor = DragEditor(student, DragConfig(), drag, size=SIZE, noise=NOISE, first_chunk=0)
+    start, targets = editor._poses(chunk_pass.chunk, CHUNK)
+    assert start == [poses[2]] and [each[0] for each in targets] == list(poses[3:])
+
+
+def test_a_handle_that_leaves_the_frame_is_no_error_and_one_far_away_has_no_pull(shown):
+    far = Drag("edit", (handle(Pose(dx=500.0)),))
+    cfg = DragConfig(cst_weight=0.0, edit_frames="last", segment_px=None)
+    before = shown[1].noisy_latents
+    torch.testing.assert_close(edit(shown, cfg, far), before, atol=1e-5, rtol=0)
+    partly = edit(shown, DragConfig(iterations=1), Drag("edit", (handle(Pose(dx=70.0)), handle(Pose(dy=-30.0)))))
+    assert torch.isfinite(partly).all() and (partly - before).abs().max() > 1e-3
+
+
+def test_a_later_handle_is_in_front(shown):
+    student, chunk_pass = shown
+    both = Drag("edit", (handle(Pose(dx=8.0)), handle(Pose(dx=8.0), x0=16, x1=32)))
+    scene_of = editor_module.Scene
+    reader = FeatureReader(student, DragConfig(), chunk_pass.sigma)
+    reference = reader.reference(chunk_pass, [None])
+    scene = scene_of(DragConfig(), reader, chunk_pass, both.handles, (reference, reference), None, SIZE, NOISE)
+    objective = editor_module.OBJECTIVES["dragstream"](scene)
+    objective.aim([None, None, [Pose(dx=8.0), Pose(dx=8.0)]], 0)
+    front, back = objective.patches
+    assert len(front.cells) == 2 * 3 and len(back.cells) == 2 * 3  # of 4 x 3 cells the front one takes half
+    assert front.cells[:, 0].max() < back.cells[:, 0].min()
+
+
+def test_stored_features_bring_an_object_back(shown):
+    student, chunk_pass = shown
+    reference = FeatureReader(student, DragConfig(), chunk_pass.sigma).reference(chunk_pass, DragConfig().cutoffs)
+    outside = Handle(mask(), (32.0, 28.0), (Pose(dx=-10.0),), (32.0, 28.0), reference)
+    assert torch.isfinite(edit(shown, DragConfig(iterations=1), Drag("edit", (outside,)))).all()
+
+
+def test_the_feature_is_attention_before_its_projection_in_the_reference_layers(shown):
+    student, chunk_pass = shown
+    reader = FeatureReader(student, DragConfig(layers=[1, 2], detach_key_value=False), chunk_pass.sigma)
+    inputs = []
+    for layer in (1, 2):
+        student.blocks[layer].self_attn.o.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        features, _ = reader.features_and_x0(chunk_pass, chunk_pass.noisy_latents)
+    rows, cols = CELLS[0] // 2, CELLS[1] // 2
+    assert features.shape == (CHUNK, 2 * CONFIG.dim, rows, cols)
+    for number, tokens in enumerate(inputs):  # [1, F * rows * cols, D]
+        part = features[:, number * CONFIG.dim : (number + 1) * CONFIG.dim]
+        torch.testing.assert_close(part.permute(0, 2, 3, 1).reshape(1, -1, CONFIG.dim), tokens, atol=1e-5, rtol=1e-4)
+
+
+def test_detached_keys_leave_the_gradient_through_the_queries(shown):
+    student, chunk_pass = shown
+
+    def gradient(detach: bool) -> torch.Tensor:
+        reader = FeatureReader(student, DragConfig(layers=[0], detach_key_value=detach), chunk_pass.sigma)
+        latents = chunk_pass.noisy_latents.clone().requires_grad_()
+        return torch.autograd.grad(reader.features(chunk_pass, latents).square().sum(), latents)[0]
+
+    assert gradient(True).abs().max() > 0
+    assert (gradient(True) - gradient(False)).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "magic"}, "drag.method=magic must be dragstream or sg_i2v or dragvideo"),
+        ({"iterations": 9, "max_iterations": 4}, "drag.iterations=9"),
+        ({"cutoffs": [0.0]}, "drag.cutoffs=\\[0.0\\] must be positive"),
+        ({"cutoff_range": [0.6, 0.1]}, "drag.cutoff_range"),
+        ({"segment_degrees": 0.0}, "segment_degrees=0.0 must be > 0"),
+    ],
+)
+def test_a_setting_out_of_range_names_itself(settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        DragConfig(**settings)
+
+
+def test_the_layers_are_those_of_the_paper_or_the_same_share_of_another_depth():
+    assert DragConfig().layers_of(30) == [12, 13, 14, 15]
+    assert DragConfig().layers_of(6) == [2]
+    assert DragConfig(layers=[1, 3]).layers_of(4) == [1, 3]
+    with pytest.raises(ValueError, match="drag.layers=\\[4\\] must be blocks of the model, 0..3"):
+        DragConfig(layers=[4]).layers_of(4)
+
+
+@pytest.mark.skipif(not LABEL.is_file(), reason=f"no official label at {LABEL}")
+def test_the_official_label_drives_an_edit_of_a_wan_shaped_student() -> None:
+    """832 x 480 px: latents of 60 x 104, 1560 tokens a frame; nothing but sizes differs from the sprites world."""
+    student, drag = make_student(WanConfig.tiny(latent_channels=16)), DragLabel.read(LABEL).to_drag()
+    editor = DragEditor(student, DragConfig(iterations=1, max_iterations=2), drag, size=(480, 832), noise=NOISE,
+                        first_chunk=drag.chunk)  # fmt: skip
+    run_chunks(student, (60, 104), drag.chunk + 1, editor)
+    log = editor.logs[0]
+    assert (log.chunk, log.num_segments, len(log.losses)) == (2, 2, 2) and np.isfinite(log.losses).all()
+    assert editor.references[0].variants[0.4].shape == (80, 30, 52)

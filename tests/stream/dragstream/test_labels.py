@@ -1,0 +1,122 @@
+"""The official on-disk format, read and written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stream.dragstream.drag import Drag, Handle, check_drag
+from stream.dragstream.labels import DragLabel
+
+OFFICIAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "dragstream_label"
+official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"no official label in {OFFICIAL}")
+
+
+def mask(x0: int = 10, x1: int = 20) -> np.ndarray:
+    inside = np.zeros((48, 64), bool)
+    inside[8:24, x0:x1] = True
+    return inside
+
+
+def label(mode: str, trajectories: list[dict]) -> dict:
+    return {"block_number": 2, "prompt": "ein Bär", "drag_or_animation_select": mode, "movable_area_mask_file": None,
+            "trajectories": trajectories}  # fmt: skip
+
+
+def write(folder: Path, name: str, content: dict) -> Path:
+    import cv2
+
+    cv2.imwrite(str(folder / "m.png"), mask().astype(np.uint8) * 255)
+    (folder / name).write_text(json.dumps(content))
+    return folder / name
+
+
+@official
+def test_the_official_label_is_read_and_written_back_as_it_is(tmp_path: Path):
+    source = OFFICIAL / "block_3_Drag_trajectory.json"
+    read = DragLabel.read(source)
+    path = read.write(tmp_path)
+    assert path.name == source.name
+    assert json.loads(path.read_text()) == json.loads(source.read_text())
+    again = DragLabel.read(path)
+    for file, found in again.masks.items():
+        np.testing.assert_array_equal(found, read.masks[file])
+
+    drag = read.to_drag()
+    assert (drag.mode, drag.chunk, len(drag.handles)) == ("edit", 2, 1)
+    assert drag.handles[0].point == (381.5, 141.5)
+    pose = drag.handles[0].poses[0]
+    assert (pose.dx, pose.dy, pose.degrees) == (9.0, -121.0, 0.0)
+    assert drag.editable is not None and drag.editable[drag.handles[0].mask].all()
+    check_drag(drag, height=480, width=832, chunk_frames=3)
+
+
+def test_animation_joins_its_blocks_and_extra_keys_survive(tmp_path: Path):
+    blocks = [
+        {"is_rotation": False, "deltas": [[1.0, 0.5], [2, 1], [3, 1.5]], "start_point": [15, 12]},
+        {"is_rotation": False, "deltas": [[4, 2], [5, 2.5], [6, 3]], "start_point": [15, 12]},
+    ]
+    turning = {"is_rotation": True, "deltas": [-5.0, -10, -15, -200, -300, -400], "start_point": [20, 12],
+               "rotation_center": [15, 12]}  # fmt: skip
+    content = label("Animation", [
+        {"original_trajectory": None, "block_trajectories": blocks, "mask_file": "m.png", "note": "kept"},
+        {"original_trajectory": None, "block_trajectories": [turning], "mask_file": "m.png"},
+    ])  # fmt: skip
+    read = DragLabel.read(write(tmp_path, "block_4_Animation_trajectory.json", content))
+    drag = read.to_drag()
+    assert (drag.mode, drag.num_frames, drag.chunk) == ("animate", 6, 3)
+    assert [pose.dx for pose in drag.handles[0].poses] == [1, 2, 3, 4, 5, 6]
+    assert drag.handles[1].poses[-1].degrees == -400
+    assert drag.handles[1].center == (15.5, 12.5)
+    other = read.write(tmp_path / "other")
+    assert json.loads(other.read_text()) == content
+
+
+def test_missing_deltas_are_computed_from_the_points(tmp_path: Path):
+    drawn = [
+        {"is_rotation": False, "control_points": [], "points": [[10, 10], [12, 9], [15, 4], [16, 0]]},
+        {"is_rotation": True, "points": [[20, 20], [30, 20], [30, 30], [20, 30], [10, 20]]},
+    ]
+    content = label("Animation", [{"original_trajectory": each, "mask_file": "m.png"} for each in drawn])
+    drag = DragLabel.read(write(tmp_path, "block_1_Animation_trajectory.json", content)).to_drag()
+    assert [(pose.dx, pose.dy) for pose in drag.handles[0].poses] == [(2, -1), (5, -6), (6, -10)]
+    assert [pose.degrees for pose in drag.handles[1].poses] == pytest.approx([45, 90, -180])  # clockwise on screen
+
+
+def test_our_drags_survive_the_format(tmp_path: Path):
+    handles = (
+        Handle.translation(mask(), [(12.5, 10.5), (14, 11), (15.5, 12), (17, 12.5)]),
+        Handle.rotation(mask(30, 50), (40.5, 16.5), [10, 20, 30]),
+    )
+    drag = Drag("animate", handles, editable=~mask(0, 5), chunk=1)
+    path = DragLabel.from_drag(drag, "a red disc", 2, chunk_frames=3).write(tmp_path)
+    assert path.name == "block_2_Animation_trajectory.json"
+    found = DragLabel.read(path).to_drag()
+    assert found.chunk == 1 and found.mode == "animate"
+    np.testing.assert_array_equal(found.editable, drag.editable)
+    for ours, theirs in zip(drag.handles, found.handles):
+        np.testing.assert_array_equal(ours.mask, theirs.mask)
+        assert ours.poses == theirs.poses and ours.center == theirs.center
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("drag.json", label("Drag", []), "a label is named block_"),
+        ("block_1_Drag_trajectory.json", {"prompt": "x"}, "is not a DragStream label"),
+        ("block_1_Drag_trajectory.json", label("Pull", []), "drag_or_animation_select='Pull' must be"),
+        ("block_1_Drag_trajectory.json", label("Drag", [{"mask_file": "gone.png"}]), "names this mask"),
+    ],
+)
+def test_what_is_no_label_is_refused_by_name(tmp_path: Path, name: str, content: dict, message: str):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        DragLabel.read(write(tmp_path, name, content))
+
+
+def test_a_trajectory_without_a_mask_is_refused(tmp_path: Path):
+    content = label("Drag", [{"original_trajectory": None, "block_trajectories": []}])
+    with pytest.raises(ValueError, match="trajectory 0 has no mask_file"):
+        DragLabel.read(write(tmp_path, "block_1_Drag_trajectory.json", content)).to_drag()

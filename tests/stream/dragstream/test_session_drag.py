@@ -1,0 +1,272 @@
+"""Drags on a running stream: editing, animating, taking back, and refusing what cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from models.assemble import load_role
+from models.motion.tracks import Tracks
+from stream.codecs import Codecs
+from stream.dragstream import features as features_module
+from stream.dragstream.config import DragConfig
+from stream.dragstream.drag import Drag, Handle, Pose
+from stream.dragstream.statistics import PER_CHANNEL
+from stream.session import StreamSession
+
+PROMPT = "a red striped disc on a blue background"
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_weights):
+    student = load_role(tiny_weights.model_cfg, "student").eval().requires_grad_(False)
+    return student, Codecs.load(tiny_weights.model_cfg)
+
+
+def first_frame() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+
+def open_session(parts, **options) -> StreamSession:
+    student, codecs = parts
+    return StreamSession(student, codecs, **({"first_frame": first_frame(), "prompt": PROMPT} | options))
+
+
+def mask(x0: int = 4, x1: int = 10, y0: int = 4, y1: int = 10) -> np.ndarray:
+    inside = np.zeros((16, 16), bool)
+    inside[y0:y1, x0:x1] = True
+    return inside
+
+
+def drag(mode: str, *targets: Pose, **options) -> Drag:
+    frames = 1 if mode == "edit" else 3
+    poses = [tuple(Pose().toward(target, (n + 1) / frames) for n in range(frames)) for target in targets]
+    return Drag(mode, tuple(Handle(mask(), (7.0, 7.0), each, (7.0, 7.0)) for each in poses), **options)
+
+
+LEFT = Pose(dx=-4.0)
+
+
+def advance(session: StreamSession, chunks: int) -> list[np.ndarray]:
+    return [session.next_chunk() for _ in range(chunks)]
+
+
+def test_a_zero_drag_repeats_the_chunk_bit_for_bit(parts) -> None:
+    plain, dragged = open_session(parts), open_session(parts)
+    expected = advance(plain, 3)
+    advance(dragged, 2)
+    np.testing.assert_array_equal(dragged.drag(drag("edit", Pose())).frames, expected[1])
+    dragged.drag(drag("animate", Pose()))
+    np.testing.assert_array_equal(dragged.next_chunk(), expected[2])
+
+
+def test_an_edit_replaces_the_latest_chunk_and_later_ones_follow_from_it(parts) -> None:
+    plain, dragged = open_session(parts), open_session(parts)
+    expected = advance(plain, 4)
+    advance(dragged, 2)
+    outcome = dragged.drag(drag("edit", LEFT))
+    assert outcome.frames.shape == expected[1].shape and (outcome.frames != expected[1]).any()
+    assert (dragged.chunk_index, dragged.num_frames) == (2, 21)
+    assert (dragged.next_chunk() != expected[2]).any()
+    assert outcome.logs[0].chunk == 1 and len(outcome.logs[0].losses) == 4
+    assert len(outcome.references) == 1 and set(outcome.references[0].variants) == {None, 0.2, 0.4, 0.6}
+
+
+def test_an_animation_bends_its_chunks_only_while_it_lasts(parts) -> None:
+    session = open_session(parts)
+    advance(session, 2)
+    poses = tuple(Pose(dx=-n) for n in range(1, 7))
+    outcome = session.drag(Drag("animate", (Handle(mask(), (7.0, 7.0), poses, (7.0, 7.0)),)))
+    assert outcome.frames is None
+    advance(session, 4)
+    assert [log.chunk for log in outcome.logs] == [2, 3]
+
+
+def test_the_same_seed_gives_the_same_edit_and_another_another(parts) -> None:
+    def edited(seed: int) -> np.ndarray:
+        session = open_session(parts, seed=seed)
+        advance(session, 2)
+        return session.drag(drag("edit", LEFT)).frames
+
+    np.testing.assert_array_equal(edited(0), edited(0))
+    assert (edited(0) != edited(1)).any()
+
+
+def test_undo_takes_back_drags_and_prompts_bit_for_bit(parts) -> None:
+    plain, session = open_session(parts), open_session(parts, undo_chunks=3)
+    expected = advance(plain, 6)
+    advance(session, 3)
+    session.drag(drag("edit", LEFT))
+    session.drag(drag("animate", LEFT))
+    session.set_prompt("a green disc on a red background")
+    advance(session, 1)
+    session.undo(2)
+    np.testing.assert_array_equal(np.concatenate(advance(session, 1)), expected[2])
+    session.drag(drag("animate", LEFT))
+    session.next_chunk()
+    session.undo(2)
+    assert session.chunk_index == 2
+    for found, wanted in zip(advance(session, 4), expected[2:]):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_undo_says_how_far_it_can_go(parts) -> None:
+    session = open_session(parts, undo_chunks=2)
+    with pytest.raises(ValueError, match=r"chunks=1 must be in 1..0"):
+        session.undo()
+    advance(session, 4)
+    with pytest.raises(ValueError, match=r"chunks=3 must be in 1..2.*larger undo_chunks"):
+        session.undo(3)
+    with pytest.raises(ValueError, match="undo_chunks=0 must be at least 1"):
+        open_session(parts, undo_chunks=0)
+
+
+def test_a_prompt_changed_in_the_stream_alters_the_next_chunk(parts) -> None:
+    plain, changed = open_session(parts), open_session(parts)
+    for session in (plain, changed):
+        advance(session, 2)
+    changed.set_prompt("a green disc on a red background")
+    assert (changed.next_chunk() != plain.next_chunk()).any()
+
+
+def test_the_tracks_of_a_dragged_region_are_released(parts) -> None:
+    points = np.broadcast_to(np.array([[7.0, 7.0], [13.0, 13.0]], np.float32), (9, 2, 2)).copy()
+    session = open_session(parts, tracks=Tracks.from_arrays(points, np.ones((9, 2), bool), 16, 16))
+    advance(session, 2)
+    session.drag(drag("animate", LEFT))
+    taken = session._buffer.take(4)
+    assert taken.num_tracks == 1 and taken.points[0, -1, 0].tolist() == [13.0, 13.0]
+    session.undo()
+    assert session._buffer.take(4).num_tracks == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "pull"}, "mode='pull' must be edit or animate"),
+        ({"handles": ()}, "must have at least one handle"),
+        ({"chunk": 0}, r"chunk=0 is not the latest, 2: it is gone; drag chunk 2"),
+        ({"chunk": 1}, r"chunk=1 is not the latest, 2: undo\(1\) first"),
+        ({"chunk": 7}, "chunk=7 does not exist yet; the latest is 2"),
+        ({"editable": np.ones((8, 16), bool)}, r"the editable mask is bool \(8, 16\); it must be bool \(16, 16\)"),
+        ({"editable": np.zeros((16, 16), bool)}, "the editable mask is empty"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["edit", "animate"])
+def test_a_bad_drag_is_refused_before_anything_is_computed(parts, mode: str, change: dict, message: str) -> None:
+    session = open_session(parts)
+    advance(session, 3)
+    _refused(session, replace(drag(mode, LEFT), **change), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"point": (20.0, 3.0)}, r"handle 0 is at \(20, 3\), outside the frame of 16 x 16 px"),
+        ({"mask": np.zeros((16, 16), bool)}, "the mask of handle 0 is empty"),
+        ({"mask": np.ones((16, 12), bool)}, r"the mask of handle 0 is bool \(16, 12\)"),
+        ({"mask": np.ones((16, 16))}, "the mask of handle 0 is float64"),
+        ({"point": (float("nan"), 3.0)}, "not finite"),
+        ({"poses": (LEFT, LEFT)}, "one target per handle, not 2"),
+    ],
+)
+def test_a_bad_handle_is_refused_before_anything_is_computed(parts, change: dict, message: str) -> None:
+    session = open_session(parts)
+    advance(session, 1)
+    good = drag("edit", LEFT)
+    _refused(session, replace(good, handles=(replace(good.handles[0], **change),)), message)
+
+
+def _refused(session: StreamSession, bad: Drag, message: str) -> None:
+    before = (session.chunk_index, session.num_frames, session._memory)
+    hook = session.student.patch_embedding.register_forward_pre_hook(lambda *_: pytest.fail("the student ran"))
+    with pytest.raises(ValueError, match=message):
+        session.drag(bad)
+    hook.remove()
+    assert before == (session.chunk_index, session.num_frames, session._memory)
+
+
+def test_trajectories_must_be_as_long_as_each_other_and_fill_chunks(parts) -> None:
+    session = open_session(parts)
+    with pytest.raises(ValueError, match="the session has made no chunk yet"):
+        session.drag(drag("edit", LEFT))
+    advance(session, 1)
+    one, two = (Handle(mask(), (7.0, 7.0), (LEFT,) * count, (7.0, 7.0)) for count in (3, 6))
+    _refused(session, Drag("animate", (one, two)), "trajectories of 3, 6 latent frames")
+    _refused(session, Drag("animate", (replace(one, poses=(LEFT,) * 4),)), "have 4 latent frames.*nearest valid: 3")
+
+
+def test_a_stream_without_drags_runs_no_filter_and_no_attention_of_its_own(parts, monkeypatch) -> None:
+    for name in ("split_attention", "low_pass_keys", "low_pass_tokens"):
+        monkeypatch.setattr(features_module, name, lambda *_: pytest.fail("a drag's feature was read"))
+    monkeypatch.setattr(torch.fft, "fft2", lambda *_: pytest.fail("an FFT ran"))
+    session = open_session(parts)
+    passes = []
+    hook = session.student.blocks[-1].self_attn.q.register_forward_pre_hook(lambda *_: passes.append(1))
+    advance(session, 3)
+    hook.remove()
+    assert len(passes) == 3 * session.codecs.model_cfg.rollout.num_steps  # the cache pass stops before the last query
+
+
+def test_the_official_profiles_shift_of_clean_latents_is_a_switch(parts) -> None:
+    plain, shifted = open_session(parts), open_session(parts, drag=DragConfig(match_clean=True))
+    expected, found = advance(plain, 4), advance(shifted, 4)
+    np.testing.assert_array_equal(np.concatenate(found[:2]), np.concatenate(expected[:2]))  # not before chunk 2
+    assert (found[2] != expected[2]).any()
+
+
+POSES = st.builds(Pose, st.floats(-30, 30), st.floats(-30, 30), st.floats(-200, 200))
+REGIONS = st.tuples(st.integers(0, 15), st.integers(0, 15), st.integers(1, 16), st.integers(1, 16))
+ACTIONS = st.one_of(
+    st.tuples(st.sampled_from(["edit", "animate"]), st.lists(st.tuples(REGIONS, POSES), min_size=1, max_size=3),
+              st.booleans()),
+    st.tuples(st.just("next")), st.tuples(st.just("undo")), st.tuples(st.just("prompt")),
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(actions=st.lists(ACTIONS, min_size=1, max_size=4), method=st.sampled_from(["dragstream", "sg_i2v", "dragvideo"]))
+def test_random_drag_scripts(parts, actions: list[tuple], method: str) -> None:
+    cfg = DragConfig(method=method, iterations=1, max_iterations=2)
+    session = open_session(parts, undo_chunks=2, drag=cfg)
+    advance(session, 2)
+    for action in actions:
+        if action[0] in ("edit", "animate"):
+            _drag_at_random(session, *action)
+        elif action[0] == "undo" and session._boundaries:
+            session.undo()
+        elif action[0] == "prompt":
+            session.set_prompt("a green disc on a red background")
+        if not session.chunk_index:
+            session.next_chunk()
+        session.next_chunk()
+        assert torch.isfinite(session.latents).all()
+    again = session.snapshot()
+    expected = advance(session, 2)
+    session.undo(2)
+    for found, wanted in zip(advance(session, 2), expected):
+        np.testing.assert_array_equal(found, wanted)
+    session.restore(again)
+    np.testing.assert_array_equal(session.next_chunk(), expected[0])
+
+
+def _drag_at_random(session: StreamSession, mode: str, regions: list, masked: bool) -> None:
+    handles = []
+    for (x, y, width, height), pose in regions:
+        inside = mask(x, min(16, x + width), y, min(16, y + height))
+        poses = (pose,) if mode == "edit" else tuple(Pose().toward(pose, share) for share in (0.3, 0.7, 1.0))
+        handles.append(Handle(inside, (x + 0.5, y + 0.5), poses, (x + 0.5, y + 0.5)))
+    if not session._boundaries:
+        session.next_chunk()
+    before = session._memory.passes[1].noisy_latents
+    outcome = session.drag(Drag(mode, tuple(handles), mask(0, 12, 0, 16) if masked else None))
+    if mode == "edit" and session.drag_cfg.method == "dragstream":
+        found = session._memory.passes[1].noisy_latents
+        for ours, wanted in zip(torch.std_mean(found, PER_CHANNEL), torch.std_mean(before, PER_CHANNEL)):
+            torch.testing.assert_close(ours, wanted, atol=2e-4, rtol=2e-4)
+    assert all(np.isfinite(log.losses).all() for log in outcome.logs)
