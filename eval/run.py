@@ -27,6 +27,7 @@ class EvalConfig:
     seed: int = 0  # of the noise, the track identities and the bootstrap
     model: Any = None
     bench: Any = None
+    drag: Any = None  # conf/drag: how drags are made, for bench=drag
     experiment: Any = None
 
     def __post_init__(self) -> None:
@@ -41,7 +42,7 @@ def main(cfg: DictConfig) -> int:
     benchmark, device = build_target(cfg.bench), pick_device(settings.device)
     codecs = Codecs.load(model_cfg, device=device, tiny=settings.decoder == "tiny")
     out = Path(settings.out)
-    outcome = benchmark.run(EvalContext(model_cfg, codecs, device, settings.seed, out))
+    outcome = benchmark.run(EvalContext(model_cfg, codecs, device, settings.seed, out, build_config(cfg.drag)))
     outcome.results.write(out, OmegaConf.to_container(cfg, resolve=True))
     found = machine()
     report = write_report(

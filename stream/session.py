@@ -27,11 +27,13 @@ from models.motion.tracks import Tracks
 from models.rollout import ChunkPass, CleanEdit, LatentEdit, Rollout, RolloutSnapshot
 from models.vae.streaming_decode import StreamState
 from models.wan.dit import WanDiT
+from models.wan.static_cache import StaticKVCache
 from stream.codecs import Codecs, to_frames
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, check_drag
 from stream.dragstream.editor import DragEditor, DragLog, read_references
 from stream.dragstream.features import FeatureReader, Reference
+from stream.dragstream.geometry import swept_region
 from stream.dragstream.statistics import match_clean
 from stream.track_buffer import TrackBuffer, TrackBufferState
 
@@ -89,6 +91,7 @@ class SessionState:
 
     rollout: RolloutSnapshot
     boundary: _Boundary
+    previous: _Boundary | None  # before the latest chunk, so that it can be made again
 
 
 class StreamSession:
@@ -194,13 +197,16 @@ class StreamSession:
 
     def snapshot(self) -> SessionState:
         """This chunk boundary, to return to: a copy of everything, cache included."""
-        return SessionState(self._rollout.snapshot(), self._boundary())
+        previous = self._boundaries[-1] if self._boundaries else None
+        return SessionState(self._rollout.snapshot(), self._boundary(), previous)
 
     def restore(self, state: SessionState) -> None:
         """Return to a chunk boundary; what follows repeats bit for bit unless tracks or prompt differ."""
         self._rollout.restore(state.rollout)
         self._return_to(state.boundary)
         self._boundaries.clear()
+        if state.previous is not None:
+            self._boundaries.append(state.previous)
 
     def undo(self, chunks: int = 1) -> None:
         """Take back the latest chunks, with the drags and prompts that came with them.
@@ -221,8 +227,8 @@ class StreamSession:
     def drag(self, drag: Drag) -> DragOutcome:
         """Drag regions of the latest frame: edit the latest chunk, or animate the next ones.
 
-        The tracks of a dragged region are released: from here on the drag moves it, not they. A drag that
-        animates ends an earlier one that still goes on.
+        Tracks in the region and on its way are released: from here on the drag moves what is there, not they. A
+        drag that animates ends an earlier one that still goes on.
 
         Raises:
             ValueError: the drag does not fit the frame, or names a chunk that is not the latest; before
@@ -232,8 +238,7 @@ class StreamSession:
         check_drag(drag, height=clip.height, width=clip.width, chunk_frames=chunk_frames)
         self._check_chunk(drag.chunk)
         self.drag_cfg.layers_of(self.student.config.num_layers)
-        held = [self._buffer.ids_in(handle.mask) for handle in drag.handles if handle.reference is None]
-        released = frozenset().union(*held)
+        released = self._buffer.ids_in(swept_region(drag))
         if drag.mode == "edit":
             return self._edit(drag, released)
         return self._animate(drag, released)
@@ -280,6 +285,16 @@ class StreamSession:
         back = latest - chunk
         remedy = f"undo({back}) first" if back <= len(self._boundaries) else f"it is gone; drag chunk {latest}"
         raise ValueError(f"chunk={chunk} is not the latest, {latest}: {remedy}")
+
+    @property
+    def latest_passes(self) -> tuple[ChunkPass, ...]:
+        """The denoising passes of the latest chunk, whose context can be read until the next one."""
+        return self._memory.passes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the keys and values that the stream holds."""
+        return self._rollout.cache.num_bytes if isinstance(self._rollout.cache, StaticKVCache) else 0
 
     @property
     def timing(self) -> ChunkTiming:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from models.assemble import ModelConfig
 from models.diffusion.noise import KeyedNoise
 from models.wan.dit import WanDiT
 from stream.codecs import Codecs
+from stream.dragstream.config import DragConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class EvalContext:
     device: torch.device
     seed: int
     out: Path  # folder of this run's results
+    drag: DragConfig = field(default_factory=DragConfig)  # how drags are made
 
     def changed(self, **changes: Any) -> EvalContext:
         """The same weights under other settings of the model: guidance, rollout, teacher, student."""

@@ -183,9 +183,14 @@ class StaticKVCache:
         for buffer, copy in zip(self._all_buffers(), snapshot.buffers):
             buffer.copy_(copy)
         self.chunk_index, self._begun = snapshot.chunk_index, snapshot.begun
-        self._oldest = snapshot.chunk_index
+        self._oldest = max(0, snapshot.chunk_index - 1)  # the latest chunk can always be taken back
         self._overwritten.clear()
         return self
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the ring buffers."""
+        return sum(buffer.nbytes for buffer in self._all_buffers())
 
     def _all_buffers(self) -> list[Tensor]:
         return [*self._keys, *self._values, *self._raw_keys]

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stream.dragstream.drag import Point, Pose
+from stream.dragstream.drag import Drag, Point, Pose
 
 SMALLEST_SHARE = 1e-3  # of a cell: less is rounding of the bilinear weights
 
@@ -60,6 +61,17 @@ def moved_mask(mask: Tensor, pose: Pose, center: Point, rows: int, cols: int) ->
     at_pixels = sample(mask[None].float(), source, size, outside="zeros")[..., 0]
     share = F.adaptive_avg_pool2d(at_pixels[None], (rows, cols))[0]
     return share.masked_fill(share < SMALLEST_SHARE, 0.0)
+
+
+def swept_region(drag: Drag) -> np.ndarray:
+    """Where the handles are, and will be in each frame: bool [H, W]."""
+    swept = np.zeros_like(drag.handles[0].mask)
+    for handle in drag.handles:
+        here = () if handle.reference is not None else (Pose(),)
+        for pose in (*here, *handle.poses):
+            mask = torch.from_numpy(handle.mask)
+            swept |= (moved_mask(mask, pose, handle.center, *handle.mask.shape) >= 0.5).numpy()
+    return swept
 
 
 def gaussian_map(boxes: list[tuple[float, float, float, float]], rows: int, cols: int, size: tuple[int, int],

@@ -115,6 +115,16 @@ def test_undo_takes_back_drags_and_prompts_bit_for_bit(parts) -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
+def test_a_restored_stream_can_be_edited(parts) -> None:
+    session = open_session(parts)
+    advance(session, 5)
+    state = session.snapshot()
+    expected = session.drag(drag("edit", LEFT)).frames
+    advance(session, 3)
+    session.restore(state)
+    np.testing.assert_array_equal(session.drag(drag("edit", LEFT)).frames, expected)
+
+
 def test_undo_says_how_far_it_can_go(parts) -> None:
     session = open_session(parts, undo_chunks=2)
     with pytest.raises(ValueError, match=r"chunks=1 must be in 1..0"):

@@ -1,0 +1,379 @@
+"""Drags on a running stream: does the region go where it should, and what does it cost? DragStream against its peers.
+
+Paper: DragStream section 5 and appendix C (REVEL). Every scenario (drag_scenarios.py) is streamed once up to its
+first drag; from there each method goes on from the same state with the same noise, "no_drag" among them: the same
+stream with the region's tracks released and nothing optimised. ObjMC, DAI (drag.py), PSNR outside the editable
+region against the stream without a drag, Fréchet distances to those streams, and the time of a dragged chunk over
+that of one without. A sprites region is found again by its appearance; in real video by a point tracker.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.app import CONF_DIR, build_config, compose_config
+from data.sprites import SpritesConfig
+from data.trackers import TrackerConfig, build_tracker, grid_queries
+from eval.benchmarks.context import EvalContext, Outcome, progress_bar
+from eval.benchmarks.drag_runs import DraggedChunks, Replay, Run
+from eval.benchmarks.drag_scenarios import DragScenario, labelled_scenarios, sprites_scenarios
+from eval.metrics.detectors import load_i3d, load_inception, load_sprites_detector
+from eval.metrics.drag import (
+    LocatorConfig,
+    RegionLocator,
+    dragging_accuracy,
+    largest_radius,
+    objmc,
+    psnr_outside,
+)
+from eval.metrics.frechet import frechet_distance
+from eval.report import Section, Table, contact_sheet, video_side_by_side
+from eval.results import Results
+from models.condition import FRAMES_PER_LATENT
+from models.motion.tracks import Tracks
+from models.wan.dit import WanDiT
+from stream.dragstream.config import DragConfig
+from stream.dragstream.drag import Handle, Pose
+from stream.dragstream.editor import DragEditor
+from stream.dragstream.geometry import moved, moved_mask
+from stream.provenance import peak_bytes
+from stream.session import StreamSession
+
+NO_DRAG, OURS = "no_drag", "drag"
+MAX_POINTS = 64  # followed in a handle
+MIN_SEEN = 0.5  # share of a handle that must be in the frame at its target to be judged
+WARM_CHUNKS = 4  # before memory is measured: the cache is full
+LOST_CORRELATION = 0.5  # a region found with less is not there
+DAI_RADIUS = 20  # cells; smaller where the patch would not fit
+
+
+@dataclass
+class DragBenchConfig:
+    """Which drags, which methods, how they are judged."""
+
+    num_scenarios: int = 204
+    baselines: list[str] = field(default_factory=lambda: ["sg_i2v", "dragvideo"])  # of conf/drag
+    labels: str | None = None  # folder of official labels instead of sprites scenarios
+    hold_tracks: bool = True  # sprites: a grid of still tracks holds what is not dragged; false: until the drag only
+    tracks_per_side: int = 16
+    scenario_seed: int = 0
+    world: SpritesConfig = field(default_factory=SpritesConfig)
+    locator: LocatorConfig = field(default_factory=LocatorConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)  # for labels
+    features: str | None = None  # folder of the sprites network: fvd_sprites, fid_sprites
+    i3d_weights: str | None = None
+    inception_weights: str | None = None
+    num_shown: int = 12  # scenarios in the report
+
+    def __post_init__(self) -> None:
+        if self.num_scenarios < 1 or self.tracks_per_side < 1 or self.num_shown < 0:
+            raise ValueError(
+                f"num_scenarios={self.num_scenarios} and tracks_per_side={self.tracks_per_side} must be at least 1"
+            )
+        known = sorted(path.stem for path in (CONF_DIR / "drag").glob("*.yaml"))
+        for name in self.baselines:
+            if name not in known:
+                raise ValueError(f"baselines has '{name}'; conf/drag has {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Figures of one run."""
+
+    objmc_px: float
+    objmc_per_point_px: float
+    lost_ratio: float
+    dai_latent: float
+    dai_rgb: float
+    background_psnr_db: float
+    seconds: float  # of a dragged chunk, median
+
+
+class DragBenchmark:
+    """The benchmark; see the module's docstring."""
+
+    Config = DragBenchConfig
+
+    def __init__(self, cfg: DragBenchConfig) -> None:
+        self.cfg = cfg
+
+    def run(self, context: EvalContext) -> Outcome:
+        """Stream every scenario with every method, and judge."""
+        settings = {NO_DRAG: DragConfig(iterations=0), OURS: context.drag}
+        settings |= {name: baseline_settings(name) for name in self.cfg.baselines}
+        scenarios, student = self.scenarios(context), context.load("student")
+        runs = self.stream(context, student, scenarios, settings)
+        results = Results(seed=context.seed)
+        verdicts = {
+            name: [self.judge(run, base) for run, base in zip(found, runs[NO_DRAG])] for name, found in runs.items()
+        }
+        for name, found in verdicts.items():
+            put_verdicts(results, name, found)
+        self._put_ratios(results)
+        self._put_distances(results, runs)
+        results.put("drag.extra_memory_ratio", self._extra_memory(context, student, scenarios))
+        write_scenarios(context.out / "scenarios.json", scenarios, verdicts)
+        return Outcome(results, self._sections(context, results, scenarios, runs, verdicts))
+
+    def scenarios(self, context: EvalContext) -> list[DragScenario]:
+        clip, chunk_frames = context.model_cfg.clip, context.model_cfg.rollout.chunk_frames
+        if self.cfg.labels is not None:
+            return labelled_scenarios(Path(self.cfg.labels), clip, chunk_frames)[: self.cfg.num_scenarios]
+        return sprites_scenarios(
+            self.cfg.world, clip, chunk_frames=chunk_frames, count=self.cfg.num_scenarios, seed=self.cfg.scenario_seed
+        )
+
+    # ------------------------------------------------------------------ streaming
+    def stream(
+        self,
+        context: EvalContext,
+        student: WanDiT,
+        scenarios: Sequence[DragScenario],
+        settings: Mapping[str, DragConfig],
+    ) -> dict[str, list[Run]]:
+        """Runs by method, in the order of the scenarios."""
+        runs: dict[str, list[Run]] = {name: [] for name in settings}
+        with progress_bar(len(scenarios) * len(settings), "drag", "stream") as bar:
+            for scenario in scenarios:
+                session = self._open(context, student, scenario)
+                opening = [session.next_chunk() for _ in range(scenario.events[0].after_chunks)]
+                state, latents, timing = session.snapshot(), session.latents, session.timing.total_seconds
+                for name, cfg in settings.items():
+                    session.restore(state)
+                    session.drag_cfg = cfg
+                    replay = Replay(session, scenario, self.cfg.locator, opening[-1], latents, timing)
+                    runs[name].append(replay.run())
+                    bar.update()
+        return runs
+
+    def _open(self, context: EvalContext, student: WanDiT, scenario: DragScenario) -> StreamSession:
+        clip, per_side = context.model_cfg.clip, self.cfg.tracks_per_side
+        tracks = None
+        if self.cfg.labels is None:
+            points = grid_queries(clip.height, clip.width, per_side, per_side)
+            opening = 1 + FRAMES_PER_LATENT * (
+                scenario.events[0].after_chunks * context.model_cfg.rollout.chunk_frames - 1
+            )
+            still = np.repeat(points[None], opening, axis=0)
+            tracks = Tracks.from_arrays(still, np.ones(still.shape[:2], bool), clip.height, clip.width)
+        return StreamSession(
+            student, context.codecs, first_frame=scenario.first_frame, prompt=scenario.prompt, tracks=tracks,
+            ending="hold" if self.cfg.hold_tracks else "release", seed=context.seed, sample_id=scenario.sample_id,
+            undo_chunks=1,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ judging
+    def judge(self, run: Run, base: Run) -> Verdict:
+        """One run against the stream without a drag."""
+        found = [self._judge_drag(dragged) for dragged in run.drags]
+        outside = [
+            psnr_outside(ours.frames, plain.frames, ours.drag.editable)
+            for ours, plain in zip(run.drags, base.drags)
+            if ours.drag.editable is not None
+        ]
+        seconds = [value for dragged in run.drags for value in dragged.seconds]
+        mean, per_point, lost, latent, rgb = (_mean(values) for values in zip(*found))
+        return Verdict(mean, per_point, lost, latent, rgb, _mean(outside), float(np.median(seconds)))
+
+    def _judge_drag(self, dragged: DraggedChunks) -> tuple[float, float, float, float, float]:
+        size = dragged.before.shape[0], dragged.before.shape[1]
+        distances, lost, latent, rgb = [], [], [], []
+        for index, handle in enumerate(dragged.drag.handles):
+            seen = [(frame, poses[index]) for frame, poses in dragged.poses if _is_seen(handle, poses[index])]
+            if not seen:
+                continue
+            points, correlations = self._follow(dragged, handle, [frame for frame, _ in seen])
+            distances.append(objmc(points, [pose for _, pose in seen], handle.center))
+            lost += [float(value < LOST_CORRELATION) for value in correlations]
+            for frame, pose in seen:
+                target = (handle.point[0] + pose.dx, handle.point[1] + pose.dy)
+                latent.append(_dai(dragged.before_latent, dragged.latents[:, _latent_of(frame, dragged)], handle.point,
+                                   target, size))  # fmt: skip
+                rgb.append(_dai(_unit(dragged.before), _unit(dragged.frames[frame]), handle.point, target, size))
+        mean, per_point = _mean(d.displacement_px for d in distances), _mean(d.per_point_px for d in distances)
+        return mean, per_point, _mean(lost), _mean(latent), _mean(rgb)
+
+    def _follow(self, dragged: DraggedChunks, handle: Handle, frames: list[int]) -> tuple[np.ndarray, list[float]]:
+        """Points of the handle in the frame dragged in and in the judged ones: [1 + T, N, 2], and how sure."""
+        rows, cols = np.nonzero(handle.mask)
+        picked = np.linspace(0, len(rows) - 1, min(len(rows), MAX_POINTS)).astype(int)
+        start = np.stack([cols[picked] + 0.5, rows[picked] + 0.5], axis=-1)
+        if self.cfg.labels is not None:
+            video = np.concatenate([dragged.before[None], dragged.frames])
+            points, visible = build_tracker(self.cfg.tracker).track(video, start.astype(np.float32))
+            judged = [1 + frame for frame in frames]
+            return points[[0, *judged]], visible[judged].mean(1).tolist()
+        locator = RegionLocator(dragged.before, handle.mask, self.cfg.locator)
+        located = [locator.locate(dragged.frames[frame]) for frame in frames]
+        return np.stack([start, *(_moved(start, each.pose, locator.center) for each in located)]), [
+            each.correlation for each in located
+        ]
+
+    # ------------------------------------------------------------------ figures
+    def _put_ratios(self, results: Results) -> None:
+        """Each method's figures over those of the stream without a drag."""
+        for role in (OURS, *self.cfg.baselines):
+            for key in ("objmc", "dai_latent", "seconds"):
+                name_of = f"{key}_px" if key == "objmc" else key
+                ours, plain = results.values[f"{role}.{name_of}"], results.values[f"{NO_DRAG}.{name_of}"]
+                results.put(f"{role}.{key}_ratio", _ratio(ours, plain))
+
+    def _extra_memory(self, context: EvalContext, student: WanDiT, scenarios: Sequence[DragScenario]) -> float:
+        """Most memory that the optimisation of one chunk holds at once, as a share of the cache beside it."""
+        scenario = next((each for each in scenarios if each.mode == "animate"), scenarios[0])
+        session, clip = self._open(context, student, scenario), context.model_cfg.clip
+        for _ in range(WARM_CHUNKS):
+            session.next_chunk()
+        shown = session.latest_passes[context.drag.step]
+        editor = DragEditor(
+            student, context.drag, scenario.events[0].drag, size=(clip.height, clip.width), noise=context.noise,
+            first_chunk=shown.chunk,
+        )  # fmt: skip
+        return peak_bytes(lambda: editor(shown), context.device) / session.cache_bytes
+
+    def _put_distances(self, results: Results, runs: Mapping[str, Sequence[Run]]) -> None:
+        """Fréchet distances of each method's videos to those without a drag, all cut to the shortest."""
+        detector = load_sprites_detector(self.cfg.features)
+        i3d, inception = load_i3d(self.cfg.i3d_weights), load_inception(self.cfg.inception_weights)
+        length = min(len(run.frames) for found in runs.values() for run in found)
+        videos = {name: np.stack([run.frames[-length:] for run in found]) for name, found in runs.items()}
+        for role in (OURS, *self.cfg.baselines):
+            pair = (videos[role], videos[NO_DRAG])
+            results.put(f"{role}.fvd_sprites", detector if isinstance(detector, str) else
+                        frechet_distance(*map(detector.video_features, pair)))  # fmt: skip
+            results.put(f"{role}.fid_sprites", detector if isinstance(detector, str) else
+                        frechet_distance(*map(detector.frame_features, pair)))  # fmt: skip
+            results.put(f"{role}.fvd", i3d if isinstance(i3d, str) else frechet_distance(*map(i3d.features, pair)))
+            frames = [video.reshape(-1, *video.shape[2:]) for video in pair]
+            results.put(f"{role}.fid", inception if isinstance(inception, str) else
+                        frechet_distance(*map(inception.features, frames)))  # fmt: skip
+
+    def _sections(
+        self, context: EvalContext, results: Results, scenarios: Sequence[DragScenario],
+        runs: Mapping[str, Sequence[Run]], verdicts: Mapping[str, Sequence[Verdict]],
+    ) -> list[Section]:  # fmt: skip
+        step = max(1, len(scenarios) // max(1, self.cfg.num_shown))
+        shown = list(range(0, len(scenarios), step))[: self.cfg.num_shown]
+        drawn = [{name: with_handles(found[n]) for name, found in runs.items()} for n in shown]
+        videos = [
+            video_side_by_side(columns, context.model_cfg.clip.fps, f"{scenarios[n].key}: {scenarios[n].prompt}")
+            for n, columns in zip(shown, drawn)
+        ]
+        sheets = [
+            contact_sheet({name: columns[name] for name in (NO_DRAG, OURS)}, caption=scenarios[n].key)
+            for n, columns in zip(shown, drawn)
+        ]
+        text = (
+            f"{len(scenarios)} scenarios; every method goes on from the same state with the same noise. White: the "
+            "handle's outline at its target."
+        )
+        return [
+            Section("Drags", text, results.by_role()),
+            Section("By kind of drag", table=by_kind(scenarios, verdicts)),
+            Section("Further figures", "\n".join(results.notes()), results.others()),
+            Section("Before and after", figures=sheets),
+            Section("Streams", videos=videos),
+        ]
+
+
+# ------------------------------------------------------------------------------------------ small pieces
+def baseline_settings(profile: str) -> DragConfig:
+    """conf/drag/<profile>.yaml as it is."""
+    return build_config(compose_config("stream", ["image=unused", f"drag={profile}"]).drag)
+
+
+def put_verdicts(results: Results, role: str, verdicts: Sequence[Verdict]) -> None:
+    for key in Verdict.__dataclass_fields__:
+        results.add(f"{role}.{key}", [getattr(verdict, key) for verdict in verdicts])
+
+
+def by_kind(
+    scenarios: Sequence[DragScenario], verdicts: Mapping[str, Sequence[Verdict]]
+) -> Table:
+    """ObjMC per combination of mode, kind and variant, one column a method."""
+    names = list(verdicts)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number, scenario in enumerate(scenarios):
+        for group in ((scenario.mode, scenario.kind), (scenario.mode, scenario.variant)):
+            groups.setdefault(group, []).append(number)
+    rows = [
+        [f"{mode}, {what}", str(len(members)),
+         *(f"{_mean(verdicts[name][n].objmc_px for n in members):.2f}" for name in names)]
+        for (mode, what), members in sorted(groups.items())
+    ]  # fmt: skip
+    return Table(["ObjMC px", "scenarios", *names], rows)
+
+
+def write_scenarios(
+    path: Path, scenarios: Sequence[DragScenario], verdicts: Mapping[str, Sequence[Verdict]]
+) -> None:
+    """Every figure of every scenario, for another table than ours."""
+    content = [
+        {"key": scenario.key, "prompt": scenario.prompt}
+        | {name: {k: _or_none(v) for k, v in vars(found[n]).items()} for name, found in verdicts.items()}
+        for n, scenario in enumerate(scenarios)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def with_handles(run: Run) -> np.ndarray:
+    """The run's frames with the outline of each handle where it should be, while it is dragged."""
+    frames = run.frames.copy()
+    for dragged in run.drags:
+        for frame, poses in dragged.poses:
+            for handle, pose in zip(dragged.drag.handles, poses):
+                mask = (_moved_mask(handle, pose) >= 0.5).astype(np.uint8)
+                outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+                cv2.drawContours(frames[dragged.first_frame + frame], outlines, -1, (255, 255, 255), 1)
+    return frames
+
+
+def _moved_mask(handle: Handle, pose: Pose) -> np.ndarray:
+    height, width = handle.mask.shape
+    return moved_mask(torch.from_numpy(handle.mask), pose, handle.center, height, width).numpy()
+
+
+def _is_seen(handle: Handle, pose: Pose) -> bool:
+    return bool(_moved_mask(handle, pose).sum() >= MIN_SEEN * handle.mask.sum())
+
+
+def _moved(points: np.ndarray, pose: Pose, center: tuple[float, float]) -> np.ndarray:
+    return moved(torch.from_numpy(points), pose, center).numpy()
+
+
+def _latent_of(frame: int, dragged: DraggedChunks) -> int:
+    """Latent frame whose last pixel frame this is, counted in the dragged chunks."""
+    return dragged.latents.shape[1] - 1 - (len(dragged.frames) - 1 - frame) // FRAMES_PER_LATENT
+
+
+def _unit(frame: np.ndarray) -> Tensor:
+    return torch.from_numpy(frame).permute(2, 0, 1).float() / 255
+
+
+def _dai(before: Tensor, after: Tensor, start: tuple[float, float], target: tuple[float, float],
+         size: tuple[int, int]) -> float:  # fmt: skip
+    radius = largest_radius(start, target, (before.shape[-2], before.shape[-1]), size, DAI_RADIUS)
+    return dragging_accuracy(before, after, start, target, radius, size)
+
+
+def _mean(values: Iterable[float]) -> float:
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else float("nan")
+
+
+def _ratio(value: Any, base: Any) -> float | None:
+    return value / base if isinstance(value, float) and isinstance(base, float) and base else None
+
+
+def _or_none(value: float) -> float | None:
+    return value if np.isfinite(value) else None

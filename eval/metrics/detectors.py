@@ -1,0 +1,137 @@
+"""Networks whose features the Fréchet distances are of: I3D (FVD), Inception (FID), the sprites network.
+
+I3D and Inception are the TorchScript files that the reference implementations of FVD (StyleGAN-V) and FID
+(StyleGAN2-ADA) use. They are never downloaded: a loader returns the text that says how to get a missing file, and
+the benchmark reports it in place of a number. I3D has two valid call styles whose figures differ slightly:
+* "raw": uint8 frames of any size; the network resizes and rescales them itself;
+* "prepared": floats in [-1, 1] at 224 x 224, which the caller made.
+The style is part of the features' origin, so that sets of different styles refuse to be compared. TorchScript runs
+code from its file: load only the file named here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.metrics.frechet import Features
+from eval.metrics.sprites_network import SpritesNetwork
+
+I3D_FILE, INCEPTION_FILE = "i3d_torchscript.pt", "inception-2015-12-05.pt"
+I3D_HELP = (
+    f"unavailable: get {I3D_FILE} (linked in src/metrics of github.com/universome/stylegan-v) and set "
+    "bench.i3d_weights=FILE"
+)
+INCEPTION_HELP = (
+    f"unavailable: get {INCEPTION_FILE} (https://api.ngc.nvidia.com/v2/models/nvidia/research/stylegan3/versions/1/"
+    f"files/metrics/{INCEPTION_FILE}) and set bench.inception_weights=FILE"
+)
+SPRITES_HELP = "unavailable: set bench.features=FOLDER, a sprites network made by stage=features"
+MIN_I3D_FRAMES, I3D_SIZE = 10, 224
+BATCH = 16
+
+
+class I3d:
+    """Video features: 400 logits of the Kinetics I3D."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.network = network
+
+    @torch.no_grad()
+    def features(self, videos: np.ndarray | Tensor) -> Features:
+        """uint8 [N, T, H, W, 3] ("raw"), or float [N, 3, T, 224, 224] in [-1, 1] ("prepared").
+
+        Raises:
+            ValueError: neither of the two, or fewer than 10 frames.
+        """
+        style, video = self._style_of(videos)
+        if video.shape[2] < MIN_I3D_FRAMES:
+            raise ValueError(f"videos have {video.shape[2]} frames; I3D needs at least {MIN_I3D_FRAMES}")
+        raw = style == "raw"
+        batches = [
+            self.network(part.float(), rescale=raw, resize=raw, return_features=True) for part in video.split(BATCH)
+        ]
+        return Features(torch.cat(batches).float().cpu().numpy(), f"i3d {style}")
+
+    @staticmethod
+    def _style_of(videos: np.ndarray | Tensor) -> tuple[str, Tensor]:
+        video = torch.as_tensor(videos)
+        if video.ndim == 5 and video.dtype == torch.uint8 and video.shape[-1] == 3:
+            return "raw", video.permute(0, 4, 1, 2, 3)
+        prepared = video.ndim == 5 and video.is_floating_point() and video.shape[1] == 3
+        if prepared and video.shape[3:] == (I3D_SIZE, I3D_SIZE) and float(video.abs().max()) <= 1:
+            return "prepared", video
+        raise ValueError(
+            f"videos are {video.dtype} {tuple(video.shape)}; give uint8 [N, T, H, W, 3] as they are, or floats "
+            f"[N, 3, T, {I3D_SIZE}, {I3D_SIZE}] in [-1, 1]: a mixture of both would be scaled twice or not at all"
+        )
+
+
+class Inception:
+    """Image features: the 2048 of Inception's last pooling."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.network = network
+
+    @torch.no_grad()
+    def features(self, frames: np.ndarray) -> Features:
+        """uint8 [N, H, W, 3] of any size."""
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            raise ValueError(f"frames are {frames.dtype} {frames.shape}; they must be uint8 [N, H, W, 3]")
+        images = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+        found = [self.network(part, return_features=True) for part in images.split(BATCH)]
+        return Features(torch.cat(found).float().cpu().numpy(), "inception")
+
+
+class SpritesDetector:
+    """The sprites network as a detector: its distances are named fvd_sprites and fid_sprites, and compare with no
+    others."""
+
+    def __init__(self, network: SpritesNetwork) -> None:
+        self.network = network.eval()
+
+    @torch.no_grad()
+    def video_features(self, videos: np.ndarray) -> Features:
+        """uint8 [N, T, H, W, 3] -> one vector a video."""
+        found = [self.network.features(_channels_first(videos[n : n + BATCH])) for n in range(0, len(videos), BATCH)]
+        return Features(torch.cat(found).float().numpy(), "sprites video")
+
+    @torch.no_grad()
+    def frame_features(self, videos: np.ndarray) -> Features:
+        """uint8 [N, T, H, W, 3] -> one vector a frame."""
+        parts = [_channels_first(videos[n : n + BATCH]) for n in range(0, len(videos), BATCH)]
+        found = [self.network.frame_features(part).flatten(0, 1) for part in parts]
+        return Features(torch.cat(found).float().numpy(), "sprites frame")
+
+
+def load_i3d(path: str | None) -> I3d | str:
+    """The network, or how to get it."""
+    network = _load(path)
+    return I3D_HELP if network is None else I3d(network)
+
+
+def load_inception(path: str | None) -> Inception | str:
+    """The network, or how to get it."""
+    network = _load(path)
+    return INCEPTION_HELP if network is None else Inception(network)
+
+
+def load_sprites_detector(folder: str | None) -> SpritesDetector | str:
+    """The network, or how to get it. Raises FileNotFoundError for a folder that does not hold one."""
+    return SPRITES_HELP if folder is None else SpritesDetector(SpritesNetwork.from_folder(folder))
+
+
+def _load(path: str | None) -> torch.nn.Module | None:
+    if path is None or not Path(path).is_file():
+        return None
+    try:
+        return torch.jit.load(path, map_location="cpu").eval()
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not a TorchScript file: {error}") from error
+
+
+def _channels_first(videos: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(videos)).permute(0, 4, 1, 2, 3)

@@ -1,0 +1,175 @@
+"""Did the dragged region go where it should, does it still look the same, and did the rest stay?
+
+Papers: DragStream appendix C.2. ObjMC: points are tracked from the handle; the path of their mean is compared with
+the user's. Here the *displacement* of the mean is (a handle point need not be the middle of its region), and, since
+turning about its own middle moves no mean, each point with its own target beside it. DAI (eq. 11): the patch around
+the target point against the one around the handle point, unsquared norm over the patch's size. GoodDrag's script
+squares, and divides by the number of points twice. Patches are cropped equally at the frame's border.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from stream.dragstream.drag import Point, Pose
+from stream.dragstream.geometry import moved
+
+
+@dataclass(frozen=True)
+class Objmc:
+    """Mean distances over the judged frames, px."""
+
+    displacement_px: float  # of the mean of the points
+    per_point_px: float
+
+
+def objmc(points: np.ndarray, poses: list[Pose], center: Point) -> Objmc:
+    """Tracked points against the user's path.
+
+    Args:
+        points: [1 + T, N, 2] px; points[0] are where the drag found them.
+        poses: T poses that the region should have taken.
+        center: of rotation, px.
+
+    Raises:
+        ValueError: lengths disagree, or nothing to judge.
+    """
+    if len(points) != 1 + len(poses) or len(points) < 2 or not points.shape[1]:
+        raise ValueError(f"points {points.shape} must be [1 + T, N, 2] with N >= 1 for T={len(poses)} >= 1 poses")
+    start = torch.from_numpy(points[0].astype(np.float64))
+    wanted = np.stack([moved(start, pose, center).numpy() for pose in poses])
+    found = points[1:].astype(np.float64)
+    per_point = np.linalg.norm(found - wanted, axis=-1)
+    mean = np.linalg.norm(found.mean(1) - wanted.mean(1), axis=-1)
+    return Objmc(float(mean.mean()), float(per_point.mean()))
+
+
+def dragging_accuracy(
+    before: Tensor, after: Tensor, start: Point, target: Point, radius: int, size: tuple[int, int]
+) -> float:
+    """DAI of one point: |after[patch at the target] - before[patch at the handle]| / (1 + 2 radius)^2.
+
+    Args:
+        before, after: [C, h, w] over a frame of ``size`` (height, width) px: latents or RGB in [0, 1].
+        start, target: handle and target point in px.
+        radius: of the square patch, in cells of the maps.
+
+    Returns:
+        nan where no cell of the patch lies in the frame at both places.
+    """
+    rows, cols = before.shape[-2:]
+    centers = [(int(y * rows / size[0] // 1), int(x * cols / size[1] // 1)) for x, y in (start, target)]
+    low = [max(-radius, *(-each[axis] for each in centers)) for axis in (0, 1)]
+    high = [min(radius, *(length - 1 - each[axis] for each in centers)) for axis, length in ((0, rows), (1, cols))]
+    if low[0] > high[0] or low[1] > high[1]:
+        return float("nan")
+    patches = [
+        image[:, y + low[0] : y + high[0] + 1, x + low[1] : x + high[1] + 1].float()
+        for image, (y, x) in zip((before, after), centers)
+    ]
+    return float((patches[1] - patches[0]).norm() / (1 + 2 * radius) ** 2)
+
+
+def largest_radius(start: Point, target: Point, grid: tuple[int, int], size: tuple[int, int], limit: int = 20) -> int:
+    """The largest radius up to ``limit`` whose patch lies in the frame at both points, in cells; at least 1."""
+    rows, cols = grid
+    reach = limit
+    for x, y in (start, target):
+        row, col = int(y * rows / size[0] // 1), int(x * cols / size[1] // 1)
+        reach = min(reach, row, col, rows - 1 - row, cols - 1 - col)
+    return max(1, reach)
+
+
+def psnr_outside(frames: np.ndarray, reference: np.ndarray, editable: np.ndarray) -> float:
+    """PSNR in dB of two uint8 videos [T, H, W, 3] outside bool [H, W]; nan where nothing is outside."""
+    outside = ~editable
+    if not outside.any():
+        return float("nan")
+    difference = frames[:, outside].astype(np.float64) - reference[:, outside].astype(np.float64)
+    error = np.square(difference).mean(axis=(1, 2))
+    return float(np.minimum(100.0, 10 * np.log10(255.0**2 / np.maximum(error, 1e-6))).mean())
+
+
+# ------------------------------------------------------------------------------------------ finding a region again
+@dataclass
+class LocatorConfig:
+    """How a region is looked for in a later frame, by its appearance."""
+
+    max_degrees: float = 90.0  # rotations looked at, either way
+    step_degrees: float = 7.5
+    margin_ratio: float = 0.5  # of the region's size that may lie outside of the frame
+
+    def __post_init__(self) -> None:
+        if self.max_degrees < 0 or self.step_degrees <= 0 or not 0 <= self.margin_ratio <= 1:
+            raise ValueError(
+                f"max_degrees={self.max_degrees} must be >= 0, step_degrees={self.step_degrees} > 0 and "
+                f"margin_ratio={self.margin_ratio} in 0..1"
+            )
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a region was found."""
+
+    pose: Pose  # about the centre of its bounding box
+    correlation: float  # of the best match, -1..1
+
+
+class RegionLocator:
+    """Finds one region of a frame in other frames of its video, anywhere and turned by any angle looked at.
+
+    Masked normalised cross-correlation over all three channels, refined by parabolas. For videos of the sprites
+    world, where a drag may move an object by half a frame at once and optical flow loses it.
+    """
+
+    def __init__(self, frame: np.ndarray, mask: np.ndarray, cfg: LocatorConfig | None = None) -> None:
+        """frame uint8 [H, W, 3]; mask bool [H, W], not empty."""
+        self.cfg = cfg or LocatorConfig()
+        rows, cols = np.nonzero(mask)
+        self.center = ((cols.min() + cols.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2)
+        half = int(np.ceil(np.hypot(np.ptp(rows) + 1, np.ptp(cols) + 1) / 2)) + 1
+        self.half = half
+        corner = (self.center[0] - half, self.center[1] - half)
+        shift = np.array([[1, 0, -corner[0]], [0, 1, -corner[1]]], np.float32)
+        side = 2 * half
+        template = cv2.warpAffine(frame, shift, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        weight = cv2.warpAffine(mask.astype(np.float32), shift, (side, side), flags=cv2.INTER_LINEAR)
+        steps = int(self.cfg.max_degrees // self.cfg.step_degrees)
+        self.angles = np.arange(-steps, steps + 1) * self.cfg.step_degrees
+        self.templates = [self._turned(template, weight, angle) for angle in self.angles]
+        self.pad = int(np.ceil(self.cfg.margin_ratio * half)) + half
+
+    def locate(self, frame: np.ndarray) -> Located:
+        """The best match in frame uint8 [H, W, 3]."""
+        padded = cv2.copyMakeBorder(frame, self.pad, self.pad, self.pad, self.pad, cv2.BORDER_REPLICATE)
+        scores = [
+            cv2.matchTemplate(padded, template, cv2.TM_CCOEFF_NORMED, mask=weight)
+            for template, weight in self.templates
+        ]
+        volume = np.nan_to_num(np.stack(scores), nan=-1.0, posinf=-1.0, neginf=-1.0)
+        volume[np.abs(volume) > 1.0 + 1e-3] = -1.0  # a flat patch under the mask has no correlation
+        turn, y, x = (int(index) for index in np.unravel_index(volume.argmax(), volume.shape))
+        dx = x + _peak_offset(volume[turn, y], x) - self.pad + self.half - self.center[0]
+        dy = y + _peak_offset(volume[turn, :, x], y) - self.pad + self.half - self.center[1]
+        degrees = self.angles[turn] + self.cfg.step_degrees * _peak_offset(volume[:, y, x], turn)
+        return Located(Pose(float(dx), float(dy), float(degrees)), float(volume[turn, y, x]))
+
+    def _turned(self, template: np.ndarray, weight: np.ndarray, degrees: float) -> tuple[np.ndarray, np.ndarray]:
+        side, middle = len(weight), (len(weight) - 1) / 2
+        matrix = cv2.getRotationMatrix2D((middle, middle), -float(degrees), 1.0)  # OpenCV turns counter-clockwise
+        turned = cv2.warpAffine(template, matrix, (side, side), borderMode=cv2.BORDER_REPLICATE)
+        return turned, (cv2.warpAffine(weight, matrix, (side, side)) > 0.5).astype(np.float32)
+
+
+def _peak_offset(values: np.ndarray, peak: int) -> float:
+    """Of the true peak from the largest sample, in samples; 0 at the border."""
+    if peak in (0, len(values) - 1):
+        return 0.0
+    before, at, after = values[peak - 1], values[peak], values[peak + 1]
+    curvature = before - 2 * at + after
+    return float(np.clip(0.5 * (before - after) / curvature, -0.5, 0.5)) if curvature < 0 else 0.0

@@ -1,0 +1,126 @@
+"""The drag benchmark: scenarios from a seed or from labels, and its figures on a tiny random student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from data.app import compose_config
+from data.sprites import SpritesConfig
+from eval.benchmarks.drag_scenarios import COMBINATIONS, labelled_scenarios, moved_to, sprites_scenarios
+from eval.run import main
+from models.condition import ClipGeometry
+from stream.dragstream.drag import Drag, Handle, Pose, check_drag
+from stream.dragstream.labels import DragLabel
+from stream.provenance import peak_bytes
+
+GEOMETRY = ClipGeometry(64, 64, 33, 16)
+WORLD = SpritesConfig(max_sprites=2, min_size=0.3, max_size=0.4)
+
+
+def scenarios(count: int, seed: int = 0):
+    return sprites_scenarios(WORLD, GEOMETRY, chunk_frames=3, count=count, seed=seed)
+
+
+def test_every_combination_and_variant_is_there_and_every_drag_is_allowed() -> None:
+    found = scenarios(204)
+    assert len({scenario.key for scenario in found}) == 204
+    assert {(s.mode, s.kind, s.num_handles) for s in found} == set(COMBINATIONS)
+    assert {s.variant for s in found} == {"plain", "occlusion", "leaving", "long"}
+    for scenario in found:
+        for event in scenario.events:
+            check_drag(event.drag, height=64, width=64, chunk_frames=3)
+            assert (event.drag.editable | ~event.drag.handles[0].mask).all()
+    long = next(s for s in found if s.variant == "long")
+    assert 16 * 20 - 60 < 12 * long.num_chunks <= 16 * 20 + 12 and len(long.events) >= 5
+    leaving = next(s for s in found if s.variant == "leaving" and s.mode == "animate")
+    assert [event.brings_back for event in leaving.events] == [None, 0]
+
+
+def test_scenarios_are_those_of_the_seed() -> None:
+    first, again, other = scenarios(6), scenarios(6), scenarios(6, seed=1)
+    for a, b, c in zip(first, again, other):
+        np.testing.assert_array_equal(a.first_frame, b.first_frame)
+        assert a.events[0].drag.handles[0].poses == b.events[0].drag.handles[0].poses
+        assert (a.first_frame != c.first_frame).any()
+
+
+def test_a_drag_follows_its_object() -> None:
+    mask = np.zeros((64, 64), bool)
+    mask[20:30, 20:30] = True
+    drag = Drag("animate", (Handle(mask, (25, 25), (Pose(dx=2),) * 3, (25, 25)),))
+    placed = moved_to(drag, [Pose(dx=8, dy=-4)]).handles[0]
+    assert placed.mask[16:26, 28:38].all() and placed.mask.sum() == 100 and placed.point == (33, 21)
+    gone = moved_to(drag, [Pose(dx=100)]).handles[0]
+    np.testing.assert_array_equal(gone.mask, mask)
+
+
+def test_labels_need_a_first_frame_beside_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no \*_trajectory.json"):
+        labelled_scenarios(tmp_path, GEOMETRY, 3)
+    _label(tmp_path / "one")
+    with pytest.raises(ValueError, match="has a label but no first frame"):
+        labelled_scenarios(tmp_path, GEOMETRY, 3)
+
+
+def _label(folder: Path) -> None:
+    mask = np.zeros((16, 16), bool)
+    mask[4:12, 4:12] = True
+    poses = tuple(Pose(dx=n) for n in (1, 2, 3))
+    DragLabel.from_drag(Drag("animate", (Handle(mask, (8, 8), poses, (8, 8)),)), "a red disc", 1, 3).write(folder)
+
+
+def _run(tiny_weights, out: Path, *overrides: str) -> dict:
+    small = ["bench=drag", f"out={out}", "bench.baselines=[sg_i2v]", "drag.iterations=1"]
+    assert main(compose_config("eval", [*small, *tiny_weights.overrides, *overrides])) == 0
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_the_benchmark_measures_each_method_against_no_drag(tiny_weights, tmp_path: Path) -> None:
+    bigger = ["model.clip.height=32", "model.clip.width=32", "bench.world.min_size=0.4", "bench.world.max_size=0.5",
+              "bench.world.max_sprites=1"]  # fmt: skip
+    metrics = _run(tiny_weights, tmp_path, "bench.num_scenarios=7", "bench.num_shown=1", *bigger)
+    for role in ("drag", "no_drag", "sg_i2v"):
+        for key in ("objmc_px", "dai_latent", "dai_rgb", "background_psnr_db", "seconds"):
+            assert np.isfinite(metrics[f"{role}.{key}"]), (role, key)
+    assert metrics["no_drag.background_psnr_db"] == 100.0 > metrics["drag.background_psnr_db"]
+    assert metrics["drag.objmc_px"] != metrics["no_drag.objmc_px"]
+    assert metrics["drag.objmc_ratio"] == metrics["drag.objmc_px"] / metrics["no_drag.objmc_px"]
+    assert metrics["drag.seconds_ratio"] > 1 and metrics["drag.extra_memory_ratio"] > 0
+    assert metrics["drag.fvd"].startswith("unavailable: get i3d")
+    per_scenario = json.loads((tmp_path / "scenarios.json").read_text())
+    assert len(per_scenario) == 7 and set(per_scenario[0]) == {"key", "prompt", "no_drag", "drag", "sg_i2v"}
+    report = (tmp_path / "report.html").read_text()
+    assert "Before and after" in report and "src=\"http" not in report
+
+
+def test_the_benchmark_takes_official_labels(tiny_weights, tmp_path: Path) -> None:
+    _label(tmp_path / "labels" / "one")
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "labels" / "one" / "first.png"), picture)
+    metrics = _run(tiny_weights, tmp_path / "out", f"bench.labels={tmp_path / 'labels'}")
+    assert np.isfinite(metrics["drag.objmc_px"])
+    assert metrics["drag.background_psnr_db"] is None  # all of the frame is editable
+
+
+def test_an_unknown_method_names_the_known_ones() -> None:
+    from eval.benchmarks.drag import DragBenchConfig
+
+    with pytest.raises(ValueError, match="baselines has 'magic'; conf/drag has compat, dragvideo, marionette"):
+        DragBenchConfig(baselines=["magic"])
+
+
+def test_the_peak_is_what_is_held_at_once() -> None:
+    def run() -> None:
+        for _ in range(3):
+            kept = torch.zeros(1 << 20)  # 4 MiB
+            del kept
+        pair = torch.zeros(1 << 20), torch.zeros(1 << 19)
+        del pair
+
+    assert peak_bytes(run, torch.device("cpu")) == pytest.approx(6 << 20, rel=0.01)

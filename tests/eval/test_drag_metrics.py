@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.sprites import SpritesConfig, render_clip
+from eval.metrics.drag import (
+    LocatorConfig,
+    RegionLocator,
+    dragging_accuracy,
+    largest_radius,
+    objmc,
+    psnr_outside,
+)
+from stream.dragstream.drag import Pose
+from stream.dragstream.geometry import cell_centers, sample, source_of
+
+SIZE = (64, 64)
+
+
+def test_objmc_is_zero_on_the_users_path_and_the_distance_off_it():
+    start = np.array([[10.0, 10.0], [20.0, 12.0]])
+    poses = [Pose(dx=4.0 * t) for t in (1, 2)]
+    perfect = start + np.array([[[0.0, 0.0]], [[4.0, 0.0]], [[8.0, 0.0]]])
+    assert objmc(perfect, poses, (15, 11)).displacement_px == 0
+    still = objmc(np.stack([start] * 3), poses, (15, 11))
+    assert still.displacement_px == still.per_point_px == 6.0
+    with pytest.raises(ValueError, match="must be"):
+        objmc(perfect, poses[:1], (15, 11))
+
+
+def test_a_turn_about_the_middle_shows_in_the_per_point_form_only():
+    start = np.array([[5.0, 10.0], [15.0, 10.0]])
+    still = objmc(np.stack([start, start]), [Pose(degrees=180)], (10.0, 10.0))
+    assert still.displacement_px == pytest.approx(0, abs=1e-9) and still.per_point_px == pytest.approx(10)
+
+
+def test_dai_is_zero_for_a_moved_patch_and_unsquared():
+    before = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(0))
+    after = before.roll((2, 3), dims=(1, 2))
+    start, target = (26.0, 30.0), (26.0 + 12, 30.0 + 8)  # cells of 4 px: 3 right, 2 down
+    assert dragging_accuracy(before, after, start, target, 3, SIZE) == 0
+    assert dragging_accuracy(before, before + 1, start, start, 1, SIZE) == pytest.approx((4 * 9) ** 0.5 / 9)
+    # cut at the border, equally on both sides: only the column x = 0 and to its right is shared
+    assert dragging_accuracy(before, before + 1, (1, 30), (1, 30), 1, SIZE) == pytest.approx((4 * 6) ** 0.5 / 9)
+    assert np.isnan(dragging_accuracy(before, after, start, (300.0, 30.0), 1, SIZE))
+
+
+def test_the_largest_radius_fits_at_both_points():
+    assert largest_radius((34.0, 34.0), (34.0, 50.0), (16, 16), SIZE) == 3
+    assert largest_radius((34.0, 34.0), (62.0, 50.0), (16, 16), SIZE) == 1
+    assert largest_radius((416.0, 240.0), (416.0, 240.0), (480, 832), (480, 832)) == 20
+
+
+def test_psnr_counts_what_lies_outside_only():
+    reference = np.full((2, 8, 8, 3), 100, np.uint8)
+    frames = reference.copy()
+    editable = np.zeros((8, 8), bool)
+    editable[:4] = True
+    frames[:, :4] = 0
+    assert psnr_outside(frames, reference, editable) == 100.0
+    frames[:, 4:] += 10
+    assert psnr_outside(frames, reference, editable) == pytest.approx(20 * np.log10(25.5))
+    assert np.isnan(psnr_outside(frames, reference, np.ones((8, 8), bool)))
+
+
+def scene() -> tuple[np.ndarray, np.ndarray]:
+    cfg = SpritesConfig(num_frames=5, max_sprites=1, min_size=0.4, leave_margin=-0.3, background="static", events=False)
+    clip = render_clip(cfg, 4)
+    return clip.frames[0], clip.masks[0, 0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(dx=st.floats(-12, 12), dy=st.floats(-12, 12), degrees=st.floats(-60, 60))
+def test_a_region_is_found_where_it_went(dx: float, dy: float, degrees: float):
+    frame, mask = scene()
+    locator = RegionLocator(frame, mask)
+    pose = Pose(dx, dy, degrees)
+    points = source_of(cell_centers(*SIZE, SIZE), pose, locator.center)
+    image = torch.from_numpy(frame).permute(2, 0, 1).float()
+    there = sample(torch.from_numpy(mask)[None].float(), points, SIZE, outside="zeros") > 0.5
+    moved = torch.where(there, sample(image, points, SIZE), image.permute(1, 2, 0).flip(0))
+    found = locator.locate(moved.round().to(torch.uint8).numpy())
+    assert found.correlation > 0.7
+    assert np.hypot(found.pose.dx - dx, found.pose.dy - dy) < 0.7
+    assert abs(found.pose.degrees - degrees) < 5
+
+
+def test_a_region_that_stays_is_found_in_place():
+    frame, mask = scene()
+    found = RegionLocator(frame, mask, LocatorConfig(max_degrees=0.0)).locate(frame)
+    assert found.correlation == pytest.approx(1, abs=0.02)
+    assert np.hypot(found.pose.dx, found.pose.dy) < 0.1 and found.pose.degrees == 0
