@@ -124,3 +124,38 @@ def test_the_peak_is_what_is_held_at_once() -> None:
         del pair
 
     assert peak_bytes(run, torch.device("cpu")) == pytest.approx(6 << 20, rel=0.01)
+
+
+def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path: Path) -> None:
+    overrides = ["bench=drag_ablation", f"out={tmp_path}", "bench.num_scenarios=2", "bench.num_seeds=2",
+                 "bench.variants=[full,without ADSR,without context,I 0,I 2]", "drag.iterations=1",
+                 "model.clip.height=32", "model.clip.width=32", "bench.world.min_size=0.4",
+                 "bench.world.max_size=0.5", "bench.world.max_sprites=1"]  # fmt: skip
+    assert main(compose_config("eval", [*tiny_weights.overrides, *overrides])) == 0
+    claims = json.loads((tmp_path / "claims.json").read_text())
+    assert [claim["row"] for claim in claims] == list(range(1, 17))
+    by_claim = {claim["claim"]: claim for claim in claims}
+    measured = by_claim["ADSR: without it objects do not arrive"]
+    assert measured["verdict"] in ("holds", "does not hold", "within noise") and len(measured["interval"]) == 1
+    assert by_claim["CSS improves the drag"]["verdict"] == "not measured"
+    assert len(by_claim["Two iterations already drag"]["interval"]) == 3
+    per_clip = json.loads((tmp_path / "per_clip.json").read_text())
+    assert len(per_clip["full.objmc_px"]) == 4  # scenarios times seeds
+
+
+def test_a_claim_holds_where_its_interval_lies_above_zero() -> None:
+    from eval.benchmarks.drag import Verdict
+    from eval.benchmarks.drag_ablation import CLAIMS, DragAblation, DragAblationConfig
+
+    def verdicts(objmc: float) -> list[Verdict]:
+        noise = np.random.default_rng(0).normal(size=30)
+        return [Verdict(objmc + 0.1 * x, 0, 0, 0, 0, 30.0, 1.0) for x in noise]
+
+    bench, claim = DragAblation(DragAblationConfig()), CLAIMS[0]
+    for without, verdict in ((8.0, "holds"), (2.0, "does not hold"), (4.0, "within noise")):
+        found = bench.finding(1, claim, {"full": verdicts(4.0), "without ADSR": verdicts(without)}, seed=0)
+        assert found.verdict == verdict
+    robust = next(each for each in CLAIMS if each.claim == "Without L_cst the object follows as well")
+    for without, verdict in ((4.5, "holds"), (5.5, "does not hold")):
+        found = bench.finding(1, robust, {"full": verdicts(4.0), "without L_cst": verdicts(without)}, seed=0)
+        assert found.verdict == verdict

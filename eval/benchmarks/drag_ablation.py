@@ -1,0 +1,181 @@
+"""The ablations of the DragStream paper as one sweep, and a line per claim: holds, does not hold, within noise.
+
+Figures 6, 7 and 16, tables 1 and 3 to 7 of arXiv 2510.03550, on the drag benchmark's scenarios (drag.py). Every
+variant changes the settings of `drag` in one way and drags the same streams with the same noise, for several seeds;
+effects are paired differences over scenarios and seeds. A claim of improvement holds where the variant without the
+part is worse beyond its interval; a claim of robustness where the variant is not worse by more than a fifth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from data.sprites import SpritesConfig
+from eval.benchmarks.claims import Effect, Finding
+from eval.benchmarks.context import EvalContext, Outcome
+from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict, put_verdicts
+from eval.metrics.interval import paired_difference
+from eval.report import Section, Table
+from eval.results import Results, write_json
+from stream.dragstream.config import DragConfig
+
+FULL, ROBUST_RATIO = "full", 1.2
+VARIANTS: dict[str, dict[str, Any]] = {
+    FULL: {},
+    "without ADSR": {"adsr": "off"},
+    "without SFS": {"cutoffs": [None]},
+    "without CSS": {"css_alpha": None},
+    "without SFS and CSS": {"cutoffs": [None], "css_alpha": None},
+    "without ADSR, SFS and CSS": {"adsr": "off", "cutoffs": [None], "css_alpha": None},
+    "cutoff 0.2": {"cutoffs": [0.2]},
+    "cutoff 0.4": {"cutoffs": [0.4]},
+    "cutoff 0.6": {"cutoffs": [0.6]},
+    "cutoffs 0.1 to 0.6": {"cutoff_range": [0.1, 0.6]},
+    "cutoffs 0.1 to 0.7": {"cutoff_range": [0.1, 0.7]},
+    "cutoffs 0.1 to 0.8": {"cutoff_range": [0.1, 0.8]},
+    "Ln 3": {"adsr": "neighbours", "adsr_frames": 3},
+    "Ln 9": {"adsr": "neighbours", "adsr_frames": 9},
+    "Ln 18": {"adsr": "neighbours", "adsr_frames": 18},
+    "alpha 0.5": {"css_alpha": 0.5},
+    "alpha 1.5": {"css_alpha": 1.5},
+    "alpha 2": {"css_alpha": 2.0},
+    "I 0": {"iterations": 0},
+    "I 2": {"iterations": 2},
+    "I 3": {"iterations": 3},
+    "without L_rec": {"rec_weight": 0.0},
+    "without L_cst": {"cst_weight": 0.0},
+    "without context": {},  # the rollout's sink and window are 0
+}
+OBJMC, DAI, BACKGROUND = "objmc_px", "dai_latent", "background_psnr_db"
+
+
+@dataclass
+class DragAblationConfig:
+    """How much is measured."""
+
+    num_scenarios: int = 24  # per variant and seed
+    num_seeds: int = 3
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS))
+    world: SpritesConfig = field(default_factory=SpritesConfig)
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.variants if name not in VARIANTS]:
+            raise ValueError(f"variants has '{unknown[0]}'; known are {', '.join(VARIANTS)}")
+        if FULL not in self.variants:
+            raise ValueError(f"variants must have '{FULL}', which the others are compared with")
+        if self.num_scenarios < 1 or self.num_seeds < 1:
+            raise ValueError(f"num_scenarios={self.num_scenarios} and num_seeds={self.num_seeds} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says of one variant against the whole."""
+
+    claim: str
+    paper: str
+    worse: Sequence[tuple[str, str]] = ()  # (variant, figure): worse than the full method
+    no_worse: Sequence[tuple[str, str]] = ()  # (variant, figure): at most a fifth worse
+
+
+CLAIMS = (
+    Claim("ADSR: without it objects do not arrive", "fig. 6; table 4: ObjMC 45.09 without, 23.05 with",
+          worse=[("without ADSR", OBJMC)]),
+    Claim("SFS improves the drag", "fig. 6, bars", worse=[("without SFS", OBJMC)]),
+    Claim("CSS improves the drag", "table 5: 26.12 without, 23.65 with", worse=[("without CSS", OBJMC)]),
+    Claim("CSS spares the background", "section 4.2.3", worse=[("without CSS", BACKGROUND)]),
+    Claim("SFS and CSS together improve it", "fig. 6, bars", worse=[("without SFS and CSS", OBJMC)]),
+    Claim("Without all three it is worst", "fig. 6, bars", worse=[("without ADSR, SFS and CSS", OBJMC)]),
+    Claim("Switching beats every fixed cutoff", "fig. 7, bars",
+          worse=[(f"cutoff {cutoff}", OBJMC) for cutoff in (0.2, 0.4, 0.6)]),
+    Claim("Continuous ranges of cutoffs do as well", "table 6: 23.99 to 24.27 against 23.05",
+          no_worse=[(f"cutoffs 0.1 to {high}", OBJMC) for high in (0.6, 0.7, 0.8)]),
+    Claim("The number of neighbours hardly matters", "table 4: 25.88, 23.05, 24.37 for 3, 9, 18",
+          no_worse=[(f"Ln {count}", OBJMC) for count in (3, 9, 18)]),
+    Claim("The width of the map hardly matters", "table 5: 24.52, 23.65, 23.50, 24.70 for 0.5, 1, 1.5, 2",
+          no_worse=[(f"alpha {alpha}", OBJMC) for alpha in (0.5, 1.5, 2)]),
+    Claim("Two iterations already drag", "table 1: 27.67 for I = 2, 90.39 for I = 0",
+          worse=[("I 0", OBJMC), ("I 0", DAI)], no_worse=[("I 2", OBJMC)]),
+    Claim("Four iterations drag further than three and two", "table 1: 23.05, 24.55, 27.67",
+          worse=[("I 2", OBJMC), ("I 3", OBJMC)]),
+    Claim("Without L_rec nothing is dragged", "table 3: 90.39, as without a drag", worse=[("without L_rec", OBJMC)]),
+    Claim("Without L_cst the rest of the frame suffers", "table 3: FVD 949.06 against 596.51",
+          worse=[("without L_cst", BACKGROUND)]),
+    Claim("Without L_cst the object follows as well", "table 3: 20.87 against 26.12",
+          no_worse=[("without L_cst", OBJMC)]),
+    Claim("Context frames are needed", "fig. 16", worse=[("without context", DAI)]),
+)  # fmt: skip
+
+
+class DragAblation:
+    """The benchmark; see the module's docstring."""
+
+    Config = DragAblationConfig
+
+    def __init__(self, cfg: DragAblationConfig) -> None:
+        self.cfg = cfg
+
+    def run(self, context: EvalContext) -> Outcome:
+        """Drag every scenario with every variant and seed; a line per claim."""
+        found: dict[str, list[Verdict]] = {name: [] for name in self.cfg.variants}
+        for seed in range(context.seed, context.seed + self.cfg.num_seeds):
+            for name, verdicts in self._verdicts(replace(context, seed=seed)).items():
+                found[name] += verdicts
+        results = Results(seed=context.seed)
+        for name, verdicts in found.items():
+            put_verdicts(results, name.replace(".", ","), verdicts)
+        findings = [self.finding(n, claim, found, context.seed) for n, claim in enumerate(CLAIMS, 1)]
+        context.out.mkdir(parents=True, exist_ok=True)
+        write_json(context.out / "claims.json", [finding.to_json() for finding in findings])
+        return Outcome(results, self._sections(findings, found))
+
+    def _verdicts(self, context: EvalContext) -> dict[str, list[Verdict]]:
+        """One seed: verdicts by variant, in the order of the scenarios."""
+        names = [name for name in self.cfg.variants if name != "without context"]
+        found = self._drag(context, {name: replace(context.drag, **VARIANTS[name]) for name in names})
+        if "without context" in self.cfg.variants:
+            alone = context.changed(rollout=replace(context.model_cfg.rollout, sink_chunks=0, window_chunks=0))
+            found |= self._drag(alone, {"without context": context.drag})
+        return found
+
+    def _drag(self, context: EvalContext, settings: Mapping[str, DragConfig]) -> dict[str, list[Verdict]]:
+        bench = DragBenchmark(DragBenchConfig(num_scenarios=self.cfg.num_scenarios, baselines=[], world=self.cfg.world))
+        student, scenarios = context.load("student"), bench.scenarios(context)
+        still = {"": DragConfig(iterations=0)}
+        runs = bench.stream(context, student, scenarios, still | dict(settings))
+        return {name: [bench.judge(run, base) for run, base in zip(runs[name], runs[""])] for name in settings}
+
+    def finding(self, row: int, claim: Claim, found: Mapping[str, Sequence[Verdict]], seed: int) -> Finding:
+        """One line of the table; variants that were left out leave their claims unmeasured."""
+        needed = {name for name, _ in (*claim.worse, *claim.no_worse)}
+        if missing := sorted(needed - set(found)):
+            return Finding(row, claim.claim, claim.paper, (), f"not measured: {', '.join(missing)}")
+        effects = [_effect(name, figure, 1.0, found, seed) for name, figure in claim.worse]
+        effects += [_effect(name, figure, ROBUST_RATIO, found, seed) for name, figure in claim.no_worse]
+        return Finding(row, claim.claim, claim.paper, effects)
+
+    def _sections(self, findings: Sequence[Finding], found: Mapping[str, Sequence[Verdict]]) -> list[Section]:
+        lines = [finding.to_json() for finding in findings]
+        table = Table(["claim", "paper", "ours", "verdict"],
+                      [[line["claim"], line["paper"], line["ours"], line["verdict"]] for line in lines])  # fmt: skip
+        columns = (OBJMC, DAI, BACKGROUND, "lost_ratio")
+        rows = [
+            [name, *(f"{np.nanmean([getattr(v, column) for v in verdicts]):.3g}" for column in columns)]
+            for name, verdicts in found.items()
+        ]
+        text = f"{self.cfg.num_scenarios} scenarios, {self.cfg.num_seeds} seeds; intervals over scenarios and seeds."
+        return [Section("Claims", text, table), Section("Variants", table=Table(["", *columns], rows))]
+
+
+def _effect(name: str, figure: str, ratio: float, found: Mapping[str, Sequence[Verdict]], seed: int) -> Effect:
+    """How much worse the variant is than the full method; or how far it is from ``ratio`` times its figure."""
+    ours = [ratio * getattr(verdict, figure) for verdict in found[FULL]]
+    theirs = [getattr(verdict, figure) for verdict in found[name]]
+    if ratio != 1.0:
+        return Effect(f"{ratio:g} x full - {name}, {figure}", paired_difference(ours, theirs, seed=seed))
+    higher_is_better = figure == BACKGROUND
+    first, second = (ours, theirs) if higher_is_better else (theirs, ours)
+    return Effect(f"{name}, {figure} worse by", paired_difference(first, second, seed=seed))
