@@ -137,7 +137,7 @@ class ChunkPass:
     sigma: float
     noisy_latents: Tensor  # [B, C, c, h, w] float32
     condition: PreparedCondition
-    context: KVContext
+    context: KVContext | None  # None: a whole clip of a bidirectional model
 
 
 LatentEdit = Callable[[ChunkPass], Tensor]  # returns the noisy latents to go on with

@@ -58,12 +58,14 @@ def sample_teacher(
     sample_ids: Sequence[int],
     latent_shape: tuple[int, int, int, int],
     keep_steps: Sequence[int] = (),
+    resume: tuple[int, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Tensor | tuple[Tensor, list[Tensor]]:
     """Generates whole clips: latent_shape (C, F, h, w) -> x0 [B, C, F, h, w] float32.
 
     With ``keep_steps`` returns (x0, kept): kept[i] is the *input* of step keep_steps[i], noise level
     flow_grid(num_inference_steps, shift)[keep_steps[i]]; kept + [x0] is an ODE trajectory, noisiest first.
+    ``resume``: (step, its input) to go on from instead of noise.
     The start noise is keyed ("teacher", "start") per sample. Raises ValueError for a step outside the grid
     or a number of sample ids that is not the batch size.
     """
@@ -75,15 +77,15 @@ def sample_teacher(
         timestep = NUM_TRAIN_TIMESTEPS * sigma
         return combine(lambda prepared: dit(latents, timestep, prepared), branches)
 
-    start = noise.normal(latent_shape, sample_ids, "teacher", "start", device=device)
-    sigmas = flow_grid(num_inference_steps, shift)
+    first, start = resume or (0, noise.normal(latent_shape, sample_ids, "teacher", "start", device=device))
+    sigmas = flow_grid(num_inference_steps, shift)[first:]
     kept: dict[int, Tensor] = {}
     latents = start
     clamp = first_frame_clamp(dit, condition)
-    for step, (_, latents) in enumerate(euler_trajectory(predict_velocity, start, sigmas, clamp)):
+    for step, (_, latents) in enumerate(euler_trajectory(predict_velocity, start, sigmas, clamp), first):
         if step in keep_steps:
             kept[step] = latents
-        if progress is not None and step > 0:
+        if progress is not None and step > first:
             progress(step, num_inference_steps)
     return (latents, [kept[step] for step in keep_steps]) if len(keep_steps) else latents
 

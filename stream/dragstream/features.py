@@ -1,4 +1,4 @@
-"""The features that a drag moves: what chosen self-attentions of the student compute, before their projection.
+"""The features that a drag moves: what chosen self-attentions of the model compute, before their projection.
 
 DragStream reads blocks 12 to 15 of Wan 1.3B at the second noise level. The side that is optimised is read with
 gradients, stops at the last block needed, and looks at the cache without writing or copying it; the side that it is
@@ -49,9 +49,9 @@ class FeatureReader:
 
     def features_and_x0(self, shown: ChunkPass, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The same from a whole pass, with what the student predicts."""
-        taps, context = AttentionTaps(self.layers), ReadOnlyContext(shown.context)
+        taps = AttentionTaps(self.layers)
         x0 = self.student.predict_x0(
-            latents, self.sigma, shown.condition, attention=context, modulation=self.modulation, taps=taps
+            latents, self.sigma, shown.condition, attention=_beside(shown), modulation=self.modulation, taps=taps
         )
         return self._joined(taps, shown, latents), x0
 
@@ -63,27 +63,29 @@ class FeatureReader:
         return self._as_maps(outputs, latents)
 
     @torch.no_grad()
-    def reference(self, shown: ChunkPass, cutoffs: Sequence[float | None]) -> Reference:
-        """Of the chunk's last frame, with each cutoff."""
-        grid = self.student.token_grid(*shown.noisy_latents.shape[-2:])
+    def reference(self, shown: ChunkPass, cutoffs: Sequence[float | None], frame: int = -1) -> Reference:
+        """Of one latent frame, the chunk's last by default, with each cutoff."""
+        frame = range(shown.noisy_latents.shape[2])[frame]
+        latents = shown.noisy_latents[:, :, frame : frame + 1]
+        grid = self.student.token_grid(*latents.shape[-2:])
         taps = self._taps(shown, shown.noisy_latents)
-        last = slice(-grid[0] * grid[1], None)
+        tokens = grid[0] * grid[1]
+        rows = slice(frame * tokens, (frame + 1) * tokens)
         variants = {
             cutoff: self._as_maps(
-                [self._filtered(taps.seen[layer], layer, shown, grid, cutoff, last) for layer in self.layers],
-                shown.noisy_latents[:, :, -1:],
+                [self._filtered(taps.seen[layer], layer, shown, grid, cutoff, rows) for layer in self.layers], latents
             )[0]
             for cutoff in cutoffs
         }
         seen = [taps.seen[layer] for layer in self.layers]
-        own = [[part[:, :, last] for part in (tap.query, tap.key, tap.value)] for tap in seen]
-        alone = self._as_maps([split_attention(q, k, v, []) for q, k, v in own], shown.noisy_latents[:, :, -1:])[0]
+        own = [[part[:, :, rows] for part in (tap.query, tap.key, tap.value)] for tap in seen]
+        alone = self._as_maps([split_attention(q, k, v, []) for q, k, v in own], latents)[0]
         return Reference(variants, tuple(LayerKV(key, value) for _, key, value in own), alone)
 
     def _taps(self, shown: ChunkPass, latents: Tensor) -> AttentionTaps:
         taps = AttentionTaps(self.layers)
         self.student.tap_attention(
-            latents, self.modulation, shown.condition, taps, attention=ReadOnlyContext(shown.context),
+            latents, self.modulation, shown.condition, taps, attention=_beside(shown),
             recompute=torch.is_grad_enabled() and latents.is_cuda,
         )  # fmt: skip
         return taps
@@ -93,7 +95,7 @@ class FeatureReader:
         for layer in self.layers:
             tap = taps.seen[layer]
             if self.cfg.detach_key_value and torch.is_grad_enabled():
-                past = [(kv.key, kv.value) for kv in shown.context.past(layer)]
+                past = [] if shown.context is None else [(kv.key, kv.value) for kv in shown.context.past(layer)]
                 outputs.append(split_attention(tap.query, tap.key.detach(), tap.value.detach(), past))
             else:
                 outputs.append(tap.output)
@@ -105,7 +107,8 @@ class FeatureReader:
         """Attention of some queries to all in view, whose keys and values lose what is above the cutoff."""
         if cutoff is None:
             return tap.output[:, :, rows]
-        keys, values = ReadOnlyContext(shown.context).extend(layer, tap.key, tap.value)
+        beside = _beside(shown)
+        keys, values = (tap.key, tap.value) if beside is None else beside.extend(layer, tap.key, tap.value)
         keys = low_pass_keys(keys, grid, cutoff, self.cfg.filter_rope)
         values = low_pass_tokens(values, grid, cutoff)
         return attend(tap.query[:, :, rows], keys, values, self.student.config.attention_backend)
@@ -115,3 +118,8 @@ class FeatureReader:
         rows, cols = self.student.token_grid(*latents.shape[-2:])
         maps = [rearrange(out[0], "h (f r c) d -> f (h d) r c", r=rows, c=cols) for out in outputs]
         return torch.cat(maps, dim=1)
+
+
+def _beside(shown: ChunkPass) -> ReadOnlyContext | None:
+    """What the latents of a pass attend to beside themselves; nothing in a bidirectional model."""
+    return None if shown.context is None else ReadOnlyContext(shown.context)

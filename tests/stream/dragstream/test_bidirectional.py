@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_editor import CELLS, SIZE, make_student, mask
+
+from models.condition import Condition
+from models.diffusion.guidance import Guidance
+from models.diffusion.noise import KeyedNoise
+from models.wan.config import WanConfig
+from stream.dragstream.bidirectional import drag_clip
+from stream.dragstream.config import DragConfig
+from stream.dragstream.drag import Drag, Handle, Pose
+
+CONFIG = WanConfig.tiny()
+FRAMES = 5
+
+
+def run(poses: tuple[Pose, ...], frame: int = 1, mode: str = "animate", seed: int = 0) -> tuple[torch.Tensor, ...]:
+    prompt = torch.randn(1, CONFIG.text_len, CONFIG.text_dim, generator=torch.Generator().manual_seed(1))
+    drag = Drag(mode, (Handle(mask(), (32.0, 28.0), poses, (32.0, 28.0)),), editable=np.ones(SIZE, bool))
+    return drag_clip(
+        make_student(CONFIG), Condition(prompt, torch.zeros_like(prompt)), Guidance({"text": 2.0}), drag, frame,
+        DragConfig(iterations=2), size=SIZE, num_inference_steps=6, shift=6.0, noise=KeyedNoise(seed), sample_ids=[0],
+        latent_shape=(CONFIG.latent_channels, FRAMES, *CELLS),
+    )  # fmt: skip
+
+
+def test_a_bidirectional_clip_can_be_dragged() -> None:
+    poses = (Pose(dx=8.0), Pose(dx=16.0))
+    dragged, plain = run(poses)
+    again, _ = run(poses)
+    assert torch.equal(dragged, again) and torch.isfinite(dragged).all()
+    assert (dragged - plain).abs().max() > 1e-3
+
+
+def test_no_movement_is_the_clip_itself() -> None:
+    dragged, plain = run((Pose(), Pose()))
+    torch.testing.assert_close(dragged, plain, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("frame", "mode", "count"), [(3, "animate", 2), (1, "edit", 1)])
+def test_a_drag_beyond_the_clip_is_refused(frame: int, mode: str, count: int) -> None:
+    with pytest.raises(ValueError, match=f"animates 1 to {FRAMES - frame - 1} latent frames after frame {frame}"):
+        run((Pose(dx=4.0),) * count, frame, mode)
