@@ -17,7 +17,7 @@ identity range. Left out: the choice of data and resolution per stage (conf/expe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from models.assemble import ModelConfig, build_dit
-from models.condition import Condition
+from models.condition import FRAMES_PER_LATENT, Condition
 from models.diffusion.guidance import Guidance
 from models.diffusion.noise import KeyedNoise
 from models.diffusion.prediction import add_noise, velocity_target
@@ -47,6 +47,7 @@ class TeacherConfig:
     init_from: str | None = (
         None  # folder or file of a DiT in any known format; null: fresh weights from the seed
     )
+    num_frames: int | None = None  # pixel frames trained on, from a clip's first, 1 + 4k; null: the whole clip
     shift: float = 6.0  # of the noise levels, k
     bell_weighting: bool = True  # w(sigma); false: every level counts the same
     text_dropout: float = 0.1  # probability per sample
@@ -70,6 +71,9 @@ class TeacherConfig:
             raise ValueError(
                 f"stage.tracks_min={self.tracks_min} must be >= 1 and <= tracks_max={self.tracks_max}"
             )
+        if self.num_frames is not None and (self.num_frames < 1 or (self.num_frames - 1) % FRAMES_PER_LATENT):
+            nearest = 1 + FRAMES_PER_LATENT * max(0, round((self.num_frames - 1) / FRAMES_PER_LATENT))
+            raise ValueError(f"stage.num_frames={self.num_frames} must be 1 + 4k; nearest valid: {nearest}")
         if self.shift <= 0 or self.loss_buckets < 1:
             raise ValueError(
                 f"stage.shift={self.shift} must be > 0 and loss_buckets={self.loss_buckets} >= 1"
@@ -96,6 +100,9 @@ class Teacher:
             )
         if self.cfg.freeze_track_head and not dit.has_track_head:
             raise ValueError("stage.freeze_track_head=true, but the model has no track head; set it to false")
+        clip_frames = model_cfg.clip.num_frames
+        if self.cfg.num_frames is not None and self.cfg.num_frames > clip_frames:
+            raise ValueError(f"stage.num_frames={self.cfg.num_frames} must be at most {clip_frames}, model.clip's")
         if self.cfg.init_from is not None and not Path(self.cfg.init_from).exists():
             raise FileNotFoundError(
                 f"stage.init_from={self.cfg.init_from}: there is nothing; pass the folder or file "
@@ -133,6 +140,7 @@ class Teacher:
     # ------------------------------------------------------------------------------------------ the step
     def train_step(self, batch: Batch, context: StepContext) -> StepOutput:
         self.steps_done = context.step + 1
+        batch = batch if self.cfg.num_frames is None else first_frames(batch, self.cfg.num_frames)
         x0 = self.encoder.latents(batch)
         condition = self.training_condition(batch, x0, context.step)
         sigma = self.draw_sigma(batch.sample_ids, context.step).to(x0.device)  # [B]
@@ -248,6 +256,17 @@ class Teacher:
             shift=self.cfg.shift,
             mid_mask_probability=self.cfg.mid_mask_probability,
         )
+
+
+def first_frames(batch: Batch, num_frames: int) -> Batch:
+    """The batch with its clips cut to their first frames; a causal VAE's latents can be cut as well."""
+    num_latents = 1 + (num_frames - 1) // FRAMES_PER_LATENT
+    return replace(
+        batch,
+        pixels=None if batch.pixels is None else batch.pixels[:, :, :num_frames],
+        latents=None if batch.latents is None else batch.latents[:, :, :num_latents],
+        tracks=None if batch.tracks is None else batch.tracks.frames(slice(0, num_frames)),
+    )
 
 
 def draw_track_subset(

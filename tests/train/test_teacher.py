@@ -25,7 +25,7 @@ from models.motion.tracks import Tracks
 from models.wan.checkpoint import load_dit, save_dit
 from train.build import build_trainer, fingerprints_of, read_settings
 from train.stage import SetupContext, StepContext
-from train.teacher import Teacher, TeacherConfig, bucket_means, draw_track_subset
+from train.teacher import Teacher, TeacherConfig, bucket_means, draw_track_subset, first_frames
 
 REPO = Path(__file__).resolve().parents[2]
 GOLDEN = REPO / "tests/golden/teacher.json"
@@ -143,6 +143,15 @@ def test_masked_chunks_are_exactly_those_of_the_mask(tiny_model, tiny_shards, tm
     assert shown[:first].any() and not shown[first:].any()
 
 
+def test_short_clips_are_the_first_frames_of_whole_ones(tiny_model, tiny_shards, tmp_path):
+    batch = batch_of(tiny_shards, [0, 1])
+    short = first_frames(batch, 9)
+    assert torch.equal(short.latents, batch.latents[:, :, :3]) and short.tracks.num_frames == 9
+    stage = stage_of(tiny_model, tmp_path, num_frames=9)
+    whole = stage_of(tiny_model, tmp_path)
+    assert torch.equal(stage.train_step(batch, at()).losses, whole.train_step(short, at()).losses)
+
+
 def test_track_subset():
     visibility = torch.zeros(2, 3, 20, dtype=torch.bool)
     visibility[0, 1, ::2] = True  # ten tracks are ever seen
@@ -209,6 +218,8 @@ def test_frozen_track_head_and_start_from_a_folder(tiny_model, tmp_path):
         ({"tracks_min": 9, "tracks_max": 3}, {}, "stage.tracks_min=9 must be >= 1 and <= tracks_max=3"),
         ({"mid_mask_probability": 0.2}, {"track_channels": 0}, "needs a model with tracks"),
         ({"freeze_track_head": True}, {"track_encoding": "rgb"}, "has no track head"),
+        ({"num_frames": 8}, {}, "stage.num_frames=8 must be 1 \\+ 4k; nearest valid: 9"),
+        ({"num_frames": 41}, {}, "stage.num_frames=41 must be at most 33"),
         ({"init_from": "/nowhere"}, {}, "stage.init_from=/nowhere: there is nothing"),
     ],
 )
