@@ -3,8 +3,9 @@
 Jordan et al. 2024 (Newton-Schulz quintic); the factor max(1, rows / columns)^0.5 is theirs too. A convolution is
 the matrix [out, in * kernel]. On the small sprites VAE it reached AdamW's loss in half the steps.
 ``torch.optim.Muon`` takes 2-D parameters only and would need a second optimizer beside it; this one holds both
-groups, so a stage has one optimizer and one schedule. Left out: sharded parameters (FSDP, DeepSpeed), whose
-matrices no rank sees whole; use AdamW there.
+groups, so a stage has one optimizer and one schedule. Processes of one run share the orthogonalising, which costs
+as much as a backward pass of a small model; the result does not depend on how many they are. Left out: sharded
+parameters (FSDP, DeepSpeed), whose matrices no rank sees whole; use AdamW there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that drives singular values into about [0.7, 1.2]
@@ -75,19 +77,39 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            update = _muon_update if group["is_matrix"] else _adamw_update
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    update(parameter, parameter.grad, self.state[parameter], group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["is_matrix"]:
+                self._muon_update(parameters, group)
+            else:
+                for parameter in parameters:
+                    _adamw_update(parameter, parameter.grad, self.state[parameter], group)
 
+    def _muon_update(self, parameters: list[nn.Parameter], group: dict) -> None:
+        for parameter, direction in zip(parameters, self._directions(parameters, group["momentum"])):
+            rows, columns = parameter.shape[0], parameter[0].numel()
+            parameter.add_(direction, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
-def _muon_update(parameter: Tensor, grad: Tensor, state: dict, group: dict) -> None:
-    momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-    momentum.lerp_(grad, 1 - group["momentum"])
-    direction = orthogonalise(grad.lerp(momentum, group["momentum"]).flatten(1))  # Nesterov
-    rows, columns = direction.shape
-    parameter.add_(direction.view_as(parameter), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+    def _directions(self, parameters: list[nn.Parameter], momentum: float) -> list[Tensor]:
+        """Orthogonalised momentum of each matrix; each process makes its share, and adds up the others'."""
+        shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+        directions = []
+        for number, parameter in enumerate(parameters):
+            mean = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+            mean.lerp_(parameter.grad, 1 - momentum)
+            if number % world == rank:
+                nesterov = parameter.grad.lerp(mean, momentum).flatten(1)
+                directions.append(orthogonalise(nesterov).view_as(parameter))
+            else:
+                directions.append(torch.zeros_like(parameter))
+        if shared and directions:
+            everyone = torch.cat([direction.flatten() for direction in directions])
+            dist.all_reduce(everyone)  # every entry has one summand that is not zero: exact
+            parts = everyone.split([direction.numel() for direction in directions])
+            directions = [part.view_as(direction) for part, direction in zip(parts, directions)]
+        return directions
 
 
 def _adamw_update(parameter: Tensor, grad: Tensor, state: dict, group: dict) -> None:

@@ -194,3 +194,30 @@ def test_entry_points_are_read_from_the_class():
 def test_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Parallel(**settings)
+
+
+def _muon_steps(folder: Path) -> None:
+    """Three Muon steps with the same gradients everywhere; the first process writes what came out."""
+    from train.muon import Muon
+
+    parallel = Parallel(device="cpu", precision="fp32")
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 7))
+    optimizer = Muon(module.named_parameters(), 0.01, weight_decay=0.1)
+    for _ in range(3):
+        for parameter in module.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    if parallel.is_main:
+        torch.save({**module.state_dict(), "state": optimizer.state_dict()["state"]}, folder / "muon.pt")
+    parallel.close()
+
+
+def test_processes_share_muons_work_and_get_its_result(tmp_path):
+    for name, world in (("one", 1), ("three", 3)):
+        (tmp_path / name).mkdir()
+        run_forked(_muon_steps, "ddp", (tmp_path / name,), world=world)
+    one, three = (torch.load(tmp_path / name / "muon.pt", weights_only=True) for name in ("one", "three"))
+    states = [found.pop("state").values() for found in (one, three)]
+    assert all(torch.equal(one[name], three[name]) for name in one)
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(*states) for key in a)
