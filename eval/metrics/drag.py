@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.metrics.registration import peak_offset
 from stream.dragstream.drag import Point, Pose
 from stream.dragstream.geometry import moved
 
@@ -154,9 +155,9 @@ class RegionLocator:
         volume = np.nan_to_num(np.stack(scores), nan=-1.0, posinf=-1.0, neginf=-1.0)
         volume[np.abs(volume) > 1.0 + 1e-3] = -1.0  # a flat patch under the mask has no correlation
         turn, y, x = (int(index) for index in np.unravel_index(volume.argmax(), volume.shape))
-        dx = x + _peak_offset(volume[turn, y], x) - self.pad + self.half - self.center[0]
-        dy = y + _peak_offset(volume[turn, :, x], y) - self.pad + self.half - self.center[1]
-        degrees = self.angles[turn] + self.cfg.step_degrees * _peak_offset(volume[:, y, x], turn)
+        dx = x + peak_offset(volume[turn, y], x) - self.pad + self.half - self.center[0]
+        dy = y + peak_offset(volume[turn, :, x], y) - self.pad + self.half - self.center[1]
+        degrees = self.angles[turn] + self.cfg.step_degrees * peak_offset(volume[:, y, x], turn)
         return Located(Pose(float(dx), float(dy), float(degrees)), float(volume[turn, y, x]))
 
     def _turned(self, template: np.ndarray, weight: np.ndarray, degrees: float) -> tuple[np.ndarray, np.ndarray]:
@@ -164,12 +165,3 @@ class RegionLocator:
         matrix = cv2.getRotationMatrix2D((middle, middle), -float(degrees), 1.0)  # OpenCV turns counter-clockwise
         turned = cv2.warpAffine(template, matrix, (side, side), borderMode=cv2.BORDER_REPLICATE)
         return turned, (cv2.warpAffine(weight, matrix, (side, side)) > 0.5).astype(np.float32)
-
-
-def _peak_offset(values: np.ndarray, peak: int) -> float:
-    """Of the true peak from the largest sample, in samples; 0 at the border."""
-    if peak in (0, len(values) - 1):
-        return 0.0
-    before, at, after = values[peak - 1], values[peak], values[peak + 1]
-    curvature = before - 2 * at + after
-    return float(np.clip(0.5 * (before - after) / curvature, -0.5, 0.5)) if curvature < 0 else 0.0

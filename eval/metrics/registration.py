@@ -94,9 +94,9 @@ def _register_one(
         _window(frame, mask, template.shape[0], config.search_px), np.stack(templates), np.stack(weights)
     )  # [A, offsets y, offsets x]
     a, y, x = (int(index) for index in np.unravel_index(scores.argmax(), scores.shape))
-    dx = x - config.search_px + _parabola(scores[a, y], x)
-    dy = y - config.search_px + _parabola(scores[a, :, x], y)
-    angle = angles[a] + config.step_deg * _parabola(scores[:, y, x], a)
+    dx = x - config.search_px + peak_offset(scores[a, y], x)
+    dy = y - config.search_px + peak_offset(scores[a, :, x], y)
+    angle = angles[a] + config.step_deg * peak_offset(scores[:, y, x], a)
     return float(np.hypot(dx, dy)), float(abs(angle)), float(scores[a, y, x])
 
 
@@ -154,7 +154,7 @@ def _correlate(window: np.ndarray, templates: np.ndarray, weights: np.ndarray) -
     return score.T.reshape(len(templates), *grid)
 
 
-def _parabola(values: np.ndarray, peak: int) -> float:
+def peak_offset(values: np.ndarray, peak: int) -> float:
     """Offset of the true peak from the sample `peak`, in samples within +-0.5; 0 at the border."""
     if peak in (0, len(values) - 1):
         return 0.0
