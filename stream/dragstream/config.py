@@ -36,6 +36,7 @@ class DragConfig:
     cst_on: str = "features"  # what must not change outside the editable region: features | x0
     vacated_weight: float = 0.0  # where the handle was, features of what surrounds it (not in the paper)
     detach_key_value: bool = True  # gradients reach the recorded attention through its queries alone
+    recompute: bool = True  # keep only each block's input for the backward pass: a third of the memory, more time
 
     adsr: str = "own"  # statistics to hold: own | neighbours | compat | off (statistics.py)
     adsr_frames: int = 9  # neighbours: latent frames before the chunk

@@ -86,7 +86,7 @@ class FeatureReader:
         taps = AttentionTaps(self.layers)
         self.student.tap_attention(
             latents, self.modulation, shown.condition, taps, attention=_beside(shown),
-            recompute=torch.is_grad_enabled() and latents.is_cuda,
+            recompute=self.cfg.recompute,
         )  # fmt: skip
         return taps
 
