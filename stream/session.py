@@ -237,7 +237,7 @@ class StreamSession:
         clip, chunk_frames = self.codecs.model_cfg.clip, self.codecs.model_cfg.rollout.chunk_frames
         check_drag(drag, height=clip.height, width=clip.width, chunk_frames=chunk_frames)
         self._check_chunk(drag.chunk)
-        self.drag_cfg.layers_of(self.student.config.num_layers)
+        self._check_settings()
         released = self._buffer.ids_in(swept_region(drag))
         if drag.mode == "edit":
             return self._edit(drag, released)
@@ -252,7 +252,7 @@ class StreamSession:
 
     def _animate(self, drag: Drag, released: frozenset[int]) -> DragOutcome:
         self._buffer.release(released)
-        shown = self._memory.passes[self._drag_step]
+        shown = self._memory.passes[self.drag_cfg.step]
         reader = FeatureReader(self.student, self.drag_cfg, shown.sigma)
         references = read_references(reader, self.drag_cfg, drag, shown, self._noise)
         editor = self._editor(drag, self._chunk_index, references)
@@ -267,12 +267,12 @@ class StreamSession:
             first_chunk=first_chunk, references=references,
         )  # fmt: skip
 
-    @property
-    def _drag_step(self) -> int:
+    def _check_settings(self) -> None:
+        """Raises ValueError where the drag settings do not fit the student."""
         steps = self.codecs.model_cfg.rollout.num_steps
         if self.drag_cfg.step >= steps:
             raise ValueError(f"drag.step={self.drag_cfg.step} must be in 0..{steps - 1}, the student's steps")
-        return self.drag_cfg.step
+        self.drag_cfg.layers_of(self.student.config.num_layers)
 
     def _check_chunk(self, chunk: int | None) -> None:
         latest = self._chunk_index - 1
