@@ -50,6 +50,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.16"],
     "dev": [
         "pytest>=8",
+        "scipy>=1.11",
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "ruff>=0.9",
