@@ -238,16 +238,22 @@ class StreamSession:
         check_drag(drag, height=clip.height, width=clip.width, chunk_frames=chunk_frames)
         self._check_chunk(drag.chunk)
         self._check_settings()
-        released = self._buffer.ids_in(swept_region(drag))
+        released = frozenset() if drag.is_still else self._buffer.ids_in(swept_region(drag))
         if drag.mode == "edit":
             return self._edit(drag, released)
         return self._animate(drag, released)
 
     def _edit(self, drag: Drag, released: frozenset[int]) -> DragOutcome:
+        start = self._memory.passes[self.drag_cfg.step].noisy_latents  # earlier drags of this chunk included
         self.undo()
         self._buffer.release(released)
         editor = self._editor(drag, self._chunk_index, None)
-        frames = self.next_chunk(edit=editor)
+        editor.neighbours = self._neighbours()
+
+        def edit(shown: ChunkPass) -> Tensor:
+            return editor(replace(shown, noisy_latents=start) if shown.step == self.drag_cfg.step else shown)
+
+        frames = self.next_chunk(edit=edit)
         return DragOutcome(frames, editor.references or (), editor.logs)
 
     def _animate(self, drag: Drag, released: frozenset[int]) -> DragOutcome:
@@ -343,25 +349,26 @@ class StreamSession:
     def _active_edit(self) -> LatentEdit | None:
         if self._memory.active is None or self._chunk_index >= self._memory.active[1]:
             return None
-        return self._memory.active[0]
+        editor = self._memory.active[0]
+        editor.neighbours = self._neighbours()
+        return editor
 
     def _remembering(self, edit: LatentEdit | None, passes: list[ChunkPass]) -> LatentEdit:
         """The edit, with each pass kept as it was run: a later drag reads its features from there."""
 
         def run(shown: ChunkPass) -> Tensor:
-            if isinstance(edit, DragEditor):
-                edit.neighbours = self._neighbours(shown.step)
             latents = shown.noisy_latents if edit is None else edit(shown)
             passes.append(replace(shown, noisy_latents=latents))
             return latents
 
         return run
 
-    def _neighbours(self, step: int) -> Tensor | None:
-        """Inputs of this step in the latest drag.adsr_frames latent frames: [1, C, n, h, w]."""
+    def _neighbours(self) -> Tensor | None:
+        """Inputs of the drag's step in the latest drag.adsr_frames latent frames: [1, C, n, h, w]."""
         if not self._memory.noisy or not self.drag_cfg.adsr_frames:
             return None
-        return torch.cat([chunk[step] for chunk in self._memory.noisy], dim=2)[:, :, -self.drag_cfg.adsr_frames :]
+        latest = torch.cat([chunk[self.drag_cfg.step] for chunk in self._memory.noisy], dim=2)
+        return latest[:, :, -self.drag_cfg.adsr_frames :]
 
     def _edit_x0(self) -> CleanEdit | None:
         if not self.drag_cfg.match_clean or not self._memory.clean:

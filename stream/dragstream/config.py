@@ -30,7 +30,7 @@ class DragConfig:
     tolerance: float | None = None  # a segment ends early where the reconstruction loss falls under this
 
     norm: str = "mse"  # mse | l1
-    reduction: str = "cells"  # each loss is the mean over its "cells" | "sum" over all | "all": sum, over all cells
+    reduction: str = "cells"  # mean of each loss over its own cells | "sum" | "all": L_cst is a mean over the frame
     rec_weight: float = 1.0
     cst_weight: float = 1.0
     cst_on: str = "features"  # what must not change outside the editable region: features | x0

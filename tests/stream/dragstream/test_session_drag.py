@@ -65,6 +65,33 @@ def test_a_zero_drag_repeats_the_chunk_bit_for_bit(parts) -> None:
     np.testing.assert_array_equal(dragged.next_chunk(), expected[2])
 
 
+def test_a_zero_drag_releases_no_tracks(parts) -> None:
+    still = np.full((9, 1, 2), 7.0, np.float32)
+    tracks = Tracks.from_arrays(still, np.ones((9, 1), bool), 16, 16)
+    session = open_session(parts, tracks=tracks)
+    expected = advance(session, 2)[-1]
+    np.testing.assert_array_equal(session.drag(drag("edit", Pose())).frames, expected)
+    assert session._buffer.take(4).num_tracks == 1
+
+
+@pytest.mark.parametrize("mode", ["edit", "animate"])
+def test_an_edit_goes_on_from_what_is_shown_earlier_drags_included(parts, mode: str) -> None:
+    plain, session = open_session(parts), open_session(parts)
+    undragged = advance(plain, 3)[-1]
+    if mode == "edit":
+        advance(session, 3)
+        shown = session.drag(drag("edit", LEFT)).frames
+    else:
+        advance(session, 2)
+        session.drag(drag("animate", LEFT))
+        shown = session.next_chunk()
+    assert (shown != undragged).any()
+    np.testing.assert_array_equal(session.drag(drag("edit", Pose())).frames, shown)
+    session.undo()
+    if mode == "edit":
+        np.testing.assert_array_equal(session.next_chunk(), undragged)
+
+
 def test_an_edit_replaces_the_latest_chunk_and_later_ones_follow_from_it(parts) -> None:
     plain, dragged = open_session(parts), open_session(parts)
     expected = advance(plain, 4)
