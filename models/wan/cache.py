@@ -178,7 +178,8 @@ class KVCache:
 def rotate_chunk(key: Tensor, start_frame: int, grid: Grid, frames: int) -> Tensor:
     """Raw keys [B, heads, L, head_dim] of one chunk, rotated for a temporal position."""
     table = rope_table(frames, *grid, key.shape[-1], start_frame=start_frame, device=key.device)
-    return apply_rope(key.transpose(1, 2), table).transpose(1, 2)
+    ordered = key.transpose(1, 2).contiguous()  # the last bit of a complex product depends on its layout
+    return apply_rope(ordered, table).transpose(1, 2)
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_chunk_attention import dense_mask
 from torch import Tensor
@@ -328,6 +328,7 @@ def run_chunk(cache: StaticKVCache, seed: int) -> list[Tensor]:
     sinks=st.integers(0, 2), window=st.integers(0, 3), positions=st.sampled_from(["slot", "absolute"]),
     history=st.integers(1, 4), done=st.integers(1, 9), back=st.integers(0, 9), begin=st.booleans(),
 )  # fmt: skip
+@example(sinks=0, window=2, positions="slot", history=1, done=2, back=1, begin=False)
 def test_rewinding_repeats_the_stream_bit_for_bit(
     sinks: int, window: int, positions: str, history: int, done: int, back: int, begin: bool
 ):
