@@ -36,6 +36,7 @@ SHAPE_EXTENT = 1.3  # no shape reaches further from its centre, in radii
 RIM_PX = 0.5  # anti-aliasing: closer to an outline a pixel is a mixture of two surfaces
 EVENT_FRAMES = 4  # a colour change is blended over so many frames
 KNOT_SECONDS = 0.6  # time between two knots of a path
+REST_SECONDS = 2.0  # a sprite may rest anew in each stretch of this length
 
 
 def split_seed(split: str, index: int) -> int:
@@ -62,6 +63,7 @@ class SpritesConfig:
     max_speed: float = 0.85
     max_rotation: float = 90.0  # degrees per second, either way
     scale_change: float = 0.15  # scale stays in 1 +- this
+    rest_ratio: float = 0.0  # share of the sprites that rest: throughout a stretch of 2 s, at its start or at its end
     leave_margin: float = 0.15  # how far outside the frame a path may lead, fraction of its size; < 0: it stays inside
     occlusion: bool = True  # False: paths are drawn again until sprites keep apart
     background: str = "mixed"  # static | panning | mixed (half of the clips pan)
@@ -94,6 +96,8 @@ class SpritesConfig:
                 )
         if self.leave_margin < -0.45:
             raise ValueError(f"leave_margin={self.leave_margin} must be >= -0.45, to leave a path some room")
+        if not 0 <= self.rest_ratio <= 1:
+            raise ValueError(f"rest_ratio={self.rest_ratio} must be in [0, 1]")
         if not 0 <= self.scale_change < 0.9:
             raise ValueError(f"scale_change={self.scale_change} must be in [0, 0.9)")
 
@@ -335,7 +339,8 @@ def simulate(cfg: SpritesConfig, seed: int) -> Scene:
     starts = _spread_starts(cfg, count, rng)
     for k in range(count):
         identity = cfg.shapes[shapes[k]], list(COLORS)[colors[k]]
-        sprite = _draw_sprite(cfg, identity, starts[k], camera, sprites, np.random.default_rng([seed, 2, k]))
+        clock = _clock(cfg, np.random.default_rng([seed, 3, k]))
+        sprite = _draw_sprite(cfg, identity, starts[k], clock, camera, sprites, np.random.default_rng([seed, 2, k]))
         if sprite is not None:
             sprites.append(sprite)
     scene = Scene(cfg, seed, background, sprites, _caption(sprites, background))
@@ -357,6 +362,7 @@ def _draw_sprite(
     cfg: SpritesConfig,
     identity: tuple[str, str],
     start: np.ndarray,
+    clock: np.ndarray,
     camera: np.ndarray,
     others: list[Sprite],
     rng: np.random.Generator,
@@ -368,7 +374,7 @@ def _draw_sprite(
     waves = Waves.draw(cfg.wavelength_px, 8, np.random.default_rng(look) if cfg.same_look else rng)
     rgb = np.tile(np.array(COLORS[color]), (cfg.num_frames, 1))
     for _ in range(1 if cfg.occlusion else 60):
-        pose = _draw_pose(cfg, start, camera, rng)
+        pose = _draw_pose(cfg, start, clock, camera, rng)
         sprite = Sprite(shape, texture, color, radius, pose, waves, 1.2 * cfg.wavelength_px, rgb)
         if cfg.occlusion or all(_apart(sprite, other) for other in others):
             return sprite
@@ -416,7 +422,23 @@ def _drift(cfg: SpritesConfig, max_speed: float, rng: np.random.Generator) -> np
     return _spline(knots - knots[1], cfg)
 
 
-def _draw_pose(cfg: SpritesConfig, start: np.ndarray, camera: np.ndarray, rng: np.random.Generator) -> Pose:
+def _clock(cfg: SpritesConfig, rng: np.random.Generator) -> np.ndarray:
+    """Which frame of its path a sprite shows in each frame: [T]. It stands still where that does not advance."""
+    stretch = round(REST_SECONDS * cfg.fps)
+    steps = np.arange(1, stretch + 1)
+    advances = [np.zeros(1, int)]
+    for _ in range(0, cfg.num_frames - 1, stretch):
+        if rng.uniform() >= cfg.rest_ratio:
+            advances.append(np.ones(stretch, int))
+            continue
+        turn = rng.integers(stretch // 4, 3 * stretch // 4 + 1)
+        advances.append((0 * steps, steps > turn, steps <= turn)[rng.integers(3)])
+    return np.cumsum(np.concatenate(advances))[: cfg.num_frames]
+
+
+def _draw_pose(
+    cfg: SpritesConfig, start: np.ndarray, clock: np.ndarray, camera: np.ndarray, rng: np.random.Generator
+) -> Pose:
     count = _num_knots(cfg)
     step = cfg.height * KNOT_SECONDS * rng.uniform(cfg.min_speed, cfg.max_speed)
     turn = np.deg2rad(cfg.max_rotation) * KNOT_SECONDS
@@ -424,9 +446,9 @@ def _draw_pose(cfg: SpritesConfig, start: np.ndarray, camera: np.ndarray, rng: n
     if cfg.same_look:
         angles -= angles[1]  # the knot of frame 0
     scales = 1 + rng.uniform(-cfg.scale_change, cfg.scale_change, (count, 1))
-    center = _spline(_wander(cfg, start, step, count, rng), cfg) + camera
+    center = _spline(_wander(cfg, start, step, count, rng), cfg)[clock] + camera
     scale = np.clip(_spline(scales, cfg)[:, 0], 1 - cfg.scale_change, 1 + cfg.scale_change)
-    return Pose(center, _spline(angles, cfg)[:, 0], scale)
+    return Pose(center, _spline(angles, cfg)[clock, 0], scale[clock])
 
 
 def _wander(

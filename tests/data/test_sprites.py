@@ -56,6 +56,7 @@ def test_splits_never_share_a_seed(index, split, other_index, other_split):
         ("min_speed", 0.0),
         ("shapes", ["disc", "sphere"]),
         ("leave_margin", -0.5),
+        ("rest_ratio", 1.5),
     ],
 )
 def test_config_is_refused_by_field(field, value):
@@ -168,6 +169,42 @@ def test_long_clips_continue_short_ones():
     assert len(long.sprites[0].pose.angle) == 200
     assert np.isfinite(long.sprites[0].pose.center).all()
     assert short.sprites[0].shape == long.sprites[0].shape
+
+
+def centers(seed: int, **world: object) -> list[np.ndarray]:
+    return [sprite.pose.center for sprite in simulate(SpritesConfig(background="static", **world), seed).sprites]
+
+
+def test_the_asked_share_of_the_sprites_rests():
+    def rests(path: np.ndarray) -> bool:
+        return bool(np.any(np.all(np.diff(path, axis=0) == 0, axis=1)))
+
+    counts = [rests(path) for seed in range(150) for path in centers(seed, rest_ratio=0.4)]
+    assert 0.33 < np.mean(counts) < 0.47
+    assert not any(rests(path) for seed in range(20) for path in centers(seed))
+    assert all(rests(path) for seed in range(20) for path in centers(seed, rest_ratio=1.0))
+
+
+def test_a_sprite_that_rests_stays_on_its_path_and_its_tracks_stand_still():
+    for seed in range(10):
+        for moving, resting in zip(centers(seed), centers(seed, rest_ratio=1.0), strict=True):
+            distance = np.linalg.norm(resting[:, None] - moving[None], axis=-1)
+            assert (distance.min(axis=1) == 0).all() and (np.diff(distance.argmin(axis=1)) >= 0).all()
+    alone = SpritesConfig(max_sprites=1, rest_ratio=1.0, events=False, background="static")
+    clip = render_clip(alone, 3)
+    still = np.flatnonzero(np.all(np.diff(clip.poses[0], axis=0) == 0, axis=1))
+    inside = np.argwhere(clip.masks[0, 0])[:, ::-1]
+    tracks, _ = clip.track(queries_at(0, inside))
+    assert len(still) and np.array_equal(tracks[still], tracks[still + 1])
+    assert np.array_equal(clip.frames[still], clip.frames[still + 1])
+
+
+def test_rests_do_not_depend_on_the_length_of_the_clip():
+    cfg = {"rest_ratio": 0.5, "fps": 8}
+    for seed in range(10):
+        for short, long in zip(centers(seed, num_frames=25, **cfg), centers(seed, num_frames=60, **cfg), strict=True):
+            rest_short, rest_long = (np.all(np.diff(path, axis=0) == 0, axis=1) for path in (short, long))
+            assert np.array_equal(rest_short, rest_long[:24])
 
 
 def test_query_beyond_the_clip_is_refused():
