@@ -49,6 +49,7 @@ from stream.provenance import peak_bytes
 from stream.session import StreamSession
 
 NO_DRAG, OURS = "no_drag", "drag"
+UNTOUCHED = DragConfig(iterations=0, warm_start=False)  # tracks are released, nothing is dragged
 MAX_POINTS = 64  # followed in a handle
 MIN_SEEN = 0.5  # share of a handle that must be in the frame at its target to be judged
 WARM_CHUNKS = 4  # before memory is measured: the cache is full
@@ -108,7 +109,7 @@ class DragBenchmark:
 
     def run(self, context: EvalContext) -> Outcome:
         """Stream every scenario with every method, and judge."""
-        settings = {NO_DRAG: DragConfig(iterations=0), OURS: context.drag}
+        settings = {NO_DRAG: UNTOUCHED, OURS: context.drag}
         settings |= {name: baseline_settings(name) for name in self.cfg.baselines}
         scenarios, student = self.scenarios(context), context.load("student")
         runs = self.stream(context, student, scenarios, settings)

@@ -17,7 +17,7 @@ import numpy as np
 from data.sprites import SpritesConfig
 from eval.benchmarks.claims import Effect, Finding
 from eval.benchmarks.context import EvalContext, Outcome
-from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict, put_verdicts
+from eval.benchmarks.drag import UNTOUCHED, DragBenchConfig, DragBenchmark, Verdict, put_verdicts
 from eval.metrics.interval import paired_difference
 from eval.report import Section, Table
 from eval.results import Results, write_json
@@ -43,11 +43,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alpha 0.5": {"css_alpha": 0.5},
     "alpha 1.5": {"css_alpha": 1.5},
     "alpha 2": {"css_alpha": 2.0},
-    "I 0": {"iterations": 0},
+    "I 0": {"iterations": 0, "warm_start": False},
     "I 2": {"iterations": 2},
     "I 3": {"iterations": 3},
     "without L_rec": {"rec_weight": 0.0},
     "without L_cst": {"cst_weight": 0.0},
+    "without warm start": {"warm_start": False},
+    "warm start alone": {"iterations": 0},
     "without context": {},  # the rollout's sink and window are 0
 }
 OBJMC, DAI, BACKGROUND = "objmc_px", "dai_latent", "background_psnr_db"
@@ -144,7 +146,7 @@ class DragAblation:
     def _drag(self, context: EvalContext, settings: Mapping[str, DragConfig]) -> dict[str, list[Verdict]]:
         bench = DragBenchmark(DragBenchConfig(num_scenarios=self.cfg.num_scenarios, baselines=[], world=self.cfg.world))
         student, scenarios = context.load("student"), bench.scenarios(context)
-        still = {"": DragConfig(iterations=0)}
+        still = {"": UNTOUCHED}
         runs = bench.stream(context, student, scenarios, still | dict(settings))
         return {name: [bench.judge(run, base) for run, base in zip(runs[name], runs[""])] for name in settings}
 

@@ -81,8 +81,9 @@ def drag_clip(
     step = int((sigmas - DRAG_SIGMA).abs().argmin())
     plain, (latents,) = sample_teacher(teacher, condition, guidance, keep_steps=[step], **settings)
     with torch.no_grad():
-        prepared = teacher.prepare(condition)
-    shown = ChunkPass(0, cfg.step, sigmas[step].item(), latents, prepared, None)
+        prepared, sigma = teacher.prepare(condition), sigmas[step].item()
+        x0 = teacher.predict_x0(latents, sigma, prepared)
+    shown = ChunkPass(0, cfg.step, sigma, latents, (latents - (1 - sigma) * x0) / sigma, prepared, None)
     reader = FeatureReader(teacher, cfg, shown.sigma)
     reference = reader.reference(shown, variants_of(cfg, noise, 0), frame)
     references = tuple(handle.reference or reference for handle in drag.handles)

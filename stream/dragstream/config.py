@@ -15,12 +15,13 @@ class DragConfig:
     method: str = "dragstream"  # dragstream | sg_i2v | dragvideo (objectives.py)
     layers: list[int] | None = None  # blocks whose self-attention gives the features; null: 0.4 to 0.53 of the depth
     step: int = 1  # denoising step whose input is optimised
-    iterations: int = 4  # per segment
+    iterations: int = 4  # per segment; 0: the warm start alone
     max_iterations: int | None = 32  # per chunk; segments become longer where they would need more
     segment_px: float | None = 16.0  # a drag goes in segments of at most this; null: in one
     segment_degrees: float = 8.0
     subdivision: str = "ceil"  # ceil: at most the segment's size | floor: up to twice as long
     start: str = "previous"  # a chunk's first segment starts where the last chunk ended | at the "origin"
+    warm_start: bool = True  # the region's latents are warped to the target first (warm_start.py; not in the paper)
     edit_frames: str = "ramp"  # of a chunk made again: "last" alone has a target | all, on a "ramp" to it
 
     lr: float = 0.04  # size of one step: latents have about unit variance

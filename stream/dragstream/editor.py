@@ -1,10 +1,11 @@
 """The loop of a drag (DragStream section 4.2): the input of one denoising step is optimised, the rest of the chunk
 is generated as ever.
 
-For each segment of the way and each iteration: read features, take the gradient of the objective with respect to
-the latents, make a step that a Gaussian map confines to the region (CSS, eq. 9 and 10), hold the latents' statistics
-(ADSR, eq. 4). The DiT's weights, the cache and everything outside this chunk are only read. One loop for all
-methods; what differs between them is their objective and their settings.
+What the user holds is first put where it shall be (warm_start.py). Then, for each segment of the way and each
+iteration: read features, take the gradient of the objective with respect to the latents, make a step that a Gaussian
+map confines to the region (CSS, eq. 9 and 10), hold the latents' statistics (ADSR, eq. 4). The DiT's weights, the
+cache and everything outside this chunk are only read. One loop for all methods; what differs between them is their
+objective and their settings.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from stream.dragstream.features import FeatureReader, Reference
 from stream.dragstream.geometry import bounding_box, gaussian_map
 from stream.dragstream.objectives import OBJECTIVES, FramePoses, Objective, Scene, variants_of
 from stream.dragstream.statistics import rectifiers
+from stream.dragstream.warm_start import warped
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 
@@ -68,7 +70,7 @@ class DragEditor:
         self.logs: list[DragLog] = []
 
     def __call__(self, shown: ChunkPass) -> Tensor:
-        if shown.step != self.cfg.step or self.drag.is_still or not self.cfg.iterations:
+        if shown.step != self.cfg.step or self.drag.is_still or not (self.cfg.iterations or self.cfg.warm_start):
             return shown.noisy_latents
         started = time.perf_counter()
         reader = FeatureReader(self.student, self.cfg, shown.sigma)
@@ -90,7 +92,7 @@ class DragEditor:
         start, targets = self._poses(scene.shown.chunk, scene.before.shape[2])
         segments = list(segment_poses(start, targets, self.cfg))
         rectify, rectify_last = rectifiers(self.cfg.adsr, scene.before, self.neighbours)
-        latents = scene.before.clone()
+        latents = rectify(warped(scene, start, targets)) if self.cfg.warm_start else scene.before.clone()
         for segment, poses in enumerate(segments):
             objective.aim(poses, segment)
             gain = self._gain(scene, poses)

@@ -32,6 +32,7 @@ class Reference:
     variants: dict[float | None, Tensor]  # cutoff -> [C, rows, cols]; None: unfiltered
     key_values: tuple[LayerKV, ...]  # of the frame itself in each layer read, [1, heads, tokens, head_dim]
     alone: Tensor  # [C, rows, cols]: features of the frame if it attends to nothing but itself
+    clean: Tensor  # [C, h, w]: latents of the frame without their noise
 
 
 class FeatureReader:
@@ -80,7 +81,8 @@ class FeatureReader:
         seen = [taps.seen[layer] for layer in self.layers]
         own = [[part[:, :, rows] for part in (tap.query, tap.key, tap.value)] for tap in seen]
         alone = self._as_maps([split_attention(q, k, v, []) for q, k, v in own], latents)[0]
-        return Reference(variants, tuple(LayerKV(key, value) for _, key, value in own), alone)
+        key_values = tuple(LayerKV(key, value) for _, key, value in own)
+        return Reference(variants, key_values, alone, shown.clean[0, :, frame])
 
     def _taps(self, shown: ChunkPass, latents: Tensor) -> AttentionTaps:
         taps = AttentionTaps(self.layers)

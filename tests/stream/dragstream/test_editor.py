@@ -115,7 +115,7 @@ def test_no_movement_no_iterations_and_other_steps_return_the_latents_themselves
     still = Drag("edit", (handle(Pose()),))
     for cfg, drag, given in (
         (DragConfig(), still, chunk_pass),
-        (DragConfig(iterations=0), RIGHT, chunk_pass),
+        (DragConfig(iterations=0, warm_start=False), RIGHT, chunk_pass),
         (DragConfig(), RIGHT, replace(chunk_pass, step=2)),
     ):
         editor = DragEditor(student, cfg, drag, size=SIZE, noise=NOISE, first_chunk=1)
@@ -180,7 +180,7 @@ def test_an_animation_goes_on_where_the_last_chunk_ended(shown):
 
 def test_a_handle_that_leaves_the_frame_is_no_error_and_one_far_away_has_no_pull(shown):
     far = Drag("edit", (handle(Pose(dx=500.0)),))
-    cfg = DragConfig(cst_weight=0.0, edit_frames="last", segment_px=None)
+    cfg = DragConfig(cst_weight=0.0, edit_frames="last", segment_px=None, warm_start=False)
     before = shown[1].noisy_latents
     torch.testing.assert_close(edit(shown, cfg, far), before, atol=1e-5, rtol=0)
     partly = edit(shown, DragConfig(iterations=1), Drag("edit", (handle(Pose(dx=70.0)), handle(Pose(dy=-30.0)))))
