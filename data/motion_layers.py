@@ -14,38 +14,27 @@ layer explains stay as they came. Left out: non-rigid motion, perspective.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-REMAP_COLUMNS = 2**14  # OpenCV's remap takes fewer than 2^15 rows and columns
-SEARCH_STARTS = 4  # of them refined
+from data.layer_alignment import Layer, align_layer, gain_and_bias, half_spacing, sample, spacing, tukey
+
 EXPLAINED_SCORE = 2.0  # log-likelihood beyond which a point needs no layer of its own
 MIN_POINTS = 5  # tracks that make a layer
 MIN_PATCH = 8  # untracked neighbours that may make one
 PATCH_GAP = 1.6  # spacings between neighbours of a patch
 FIT_PX = 0.7  # a track follows a layer's motion if it is this close
 SEEDS = 60  # hypotheses per layer
-ITERATIONS = 8  # Gauss-Newton steps per frame
 EARLY = slice(0, 6)  # frames in which a layer must explain the points it claims, frame 0 included
-MAX_PIXELS = 500  # of a layer, used for its alignment
 REFINEMENTS = 1  # rounds of assigning points and aligning the layers again
-MATCH_COLOR = 0.05  # rms colour difference (of 1) below which a pixel matches frame 0
-MAX_TINT_STEP = 0.2  # colour shift that a layer may show within a frame
-MIN_SCALE = 0.65  # of a layer since frame 0
 STILL_SHARE = 0.6  # of the frames in which a point must look as in frame 0 to count as still
 COVERED_SHARE = 0.35  # the same where something may stand before it for a while
 STILL_POINTS = 0.15  # share of such points that makes a layer
 SLOW_GAIN = 0.7  # a layer moves slowly rather than not at all if that lowers its colour residual to this share
-KEEP_SUPPORT = 0.2  # share of a layer's pixels that must match, beyond chance, to follow it on
-FIND_SUPPORT = 0.4  # share to believe a motion that is not near the expected one
 REAL_SUPPORT = 0.6  # share that a layer must reach in two of the first three frames, or it is none
 SAME_MOTION_PX = 1.0  # two layers this close to each other …
 SAME_MOTION_SHARE = 0.35  # … in more than this share of the frames are one
-MAX_STEP_PX = 3.0  # a layer followed on lies this close to where it was expected
-SEARCH_PX = 5.0  # per frame since the layer was seen: how far off the expected place it is looked for
-SEARCH_TURN = 0.2  # rad per frame
-SEARCH_FRAMES = 4  # the search grows no more after these
 NEAR = 2.0  # spacings from a layer's own points within which others join it freely
 FAR_COST = 2.0  # score lost per spacing beyond
 MAX_FAR_COST = 20.0
@@ -77,14 +66,6 @@ def carry_through(
     if not layers:
         return points, alive
     return compose(colors, points, alive, z[0], layers)
-
-
-@dataclass
-class Layer:
-    members: np.ndarray  # [M] indices of tracks
-    a: np.ndarray  # [T] complex, rotation and scale since frame 0
-    b: np.ndarray  # [T] complex, shift
-    support: np.ndarray  # [T] share of pixels that match, beyond chance; 1 where tracks carried the fit
 
 
 def _gray(frame: np.ndarray) -> np.ndarray:
@@ -213,7 +194,7 @@ def _unexplained_patch(z: np.ndarray, free: np.ndarray) -> Layer | None:
     left = np.flatnonzero(free)
     if len(left) < MIN_PATCH:
         return None
-    near = np.abs(z[0, left, None] - z[0, left]) < PATCH_GAP * _spacing(z[0])
+    near = np.abs(z[0, left, None] - z[0, left]) < PATCH_GAP * spacing(z[0])
     label = np.arange(len(left))
     for _ in range(len(left)):
         spread = np.where(near, label, len(left)).min(1)
@@ -249,211 +230,6 @@ def _leading(flags: np.ndarray) -> np.ndarray:
     return np.logical_and.accumulate(flags, axis=0)
 
 
-# ------------------------------------------------------------------------------------------ alignment
-def align_layer(colors: np.ndarray, images: np.ndarray, all_starts: np.ndarray, layer: Layer) -> Layer:
-    """Refine the layer's motion in every frame against its pixels in frame 0."""
-    target = Target.of(colors[0], images[0], _cover(all_starts[layer.members], images.shape[1:]))
-    a, b, support = layer.a.copy(), layer.b.copy(), np.ones(len(images))
-    a[0], b[0] = 1.0, 0.0
-    last, before = 0, 0
-    for t in range(1, len(images)):
-        expected = [(layer.a[t], layer.b[t])] if layer.support[t] > KEEP_SUPPORT else []
-        expected += [_predicted(a, b, target.pixels.mean(), before, last, t), (a[last], b[last])]
-        found = _best_alignment(colors[t], images[t], target, expected, min(t - last, SEARCH_FRAMES))
-        a[t], b[t], support[t] = found.a, found.b, found.support
-        if support[t] > KEEP_SUPPORT:
-            target = replace(target, tint=found.tint)
-            before, last = last, t
-    return Layer(layer.members, a, b, support)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A layer's pixels in frame 0, and how its colours have changed since."""
-
-    pixels: np.ndarray  # [S] complex
-    gray: np.ndarray  # [S]
-    color: np.ndarray  # [S, 3]
-    contrast: float
-    chance: float  # share of pixels that match when the layer is out of place
-    tint: np.ndarray  # [3] colour shift in the last frame that showed the layer
-
-    @classmethod
-    def of(cls, color: np.ndarray, image: np.ndarray, pixels: np.ndarray) -> Target:
-        gray, color = _sample(image, pixels), _sample(color, pixels)
-        moved = np.roll(color, len(color) // 2, axis=0)
-        chance = float((np.sqrt(((color - moved) ** 2).mean(1)) < MATCH_COLOR).mean())
-        return cls(pixels, gray, color, max(float(gray.std()), 0.02), chance, np.zeros(3))
-
-
-@dataclass(frozen=True)
-class Alignment:
-    a: complex
-    b: complex
-    support: float  # share of the layer's pixels that match, beyond chance; 1 = all
-    tint: np.ndarray  # [3]
-
-
-def _predicted(
-    a: np.ndarray, b: np.ndarray, center: complex, before: int, last: int, t: int
-) -> tuple[complex, complex]:
-    """The layer's center in frame 0 moves on, and the layer turns on, at the speed between the last two frames
-    in which it was seen, for at most 6 frames; its scale stays, since an error in it would grow without bound.
-    """
-    if last == before:
-        return a[last], b[last]
-    steps = min(t - last, 6) / (last - before)
-    turn = a[last] / a[before]
-    turned = a[last] * (turn / abs(turn)) ** steps
-    place, place_before = (a[k] * center + b[k] for k in (last, before))
-    return turned, place + (place - place_before) * steps - turned * center
-
-
-def _cover(start: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Pixel positions [S] of the cells around the layer's points in frame 0."""
-    reach = _half_spacing(start)
-    steps = np.arange(-reach, reach)
-    pixels = (np.round(start)[:, None] + (steps[:, None] + 1j * steps[None]).reshape(-1)).reshape(-1)
-    inside = (pixels.real >= 0) & (pixels.imag >= 0) & (pixels.real < size[1]) & (pixels.imag < size[0])
-    pixels = np.unique(pixels[inside])
-    return pixels[:: 1 + len(pixels) // MAX_PIXELS]
-
-
-def _sample(image: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Bicubic reads at z (any shape); NaN outside the frame."""
-    import cv2
-
-    rows = -(-z.size // REMAP_COLUMNS)
-    flat = np.pad(z.reshape(-1), (0, -z.size % REMAP_COLUMNS if rows > 1 else 0)).reshape(rows, -1)
-    x, y = flat.real.astype(np.float32), flat.imag.astype(np.float32)
-    values = cv2.remap(image, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
-    values = values.reshape(-1, *image.shape[2:])[: z.size].reshape(*z.shape, *image.shape[2:])
-    height, width = image.shape[:2]
-    outside = (np.abs(z.real - (width - 1) / 2) > width / 2) | (np.abs(z.imag - (height - 1) / 2) > height / 2)
-    values[outside] = np.nan
-    return values
-
-
-def _best_alignment(
-    color: np.ndarray, image: np.ndarray, target: Target, expected: list[tuple[complex, complex]], gap: int
-) -> Alignment:
-    """The motion near an expected one that matches most pixels, or else one found around it.
-
-    Support -1 and the first expected motion if neither matches enough: the layer is hidden.
-    """
-    stacked = np.stack([image, np.gradient(image, axis=1), np.gradient(image, axis=0)], axis=-1)
-    best = hidden = Alignment(*expected[0], -1.0, target.tint)
-    center = target.pixels.mean()
-    for guesses in (expected[:1], expected[1:]):
-        for guess, found in zip(guesses, _aligned(color, stacked, target, guesses), strict=True):
-            near = abs((found.a - guess[0]) * center + found.b - guess[1]) < MAX_STEP_PX
-            if found.support > (KEEP_SUPPORT if near else FIND_SUPPORT) and found.support > best.support:
-                best = found
-        if best.support > FIND_SUPPORT:
-            return best
-    for found in _aligned(color, stacked, target, _search_around(image, target, expected[0], gap)):
-        if found.support > max(FIND_SUPPORT, best.support):
-            best = found
-    return best if best.support > 0 else hidden
-
-
-def _search_around(
-    image: np.ndarray, target: Target, guess: tuple[complex, complex], gap: int
-) -> list[tuple[complex, complex]]:
-    """The turned and shifted variants of a motion that correlate best with frame 0."""
-    center, (a, b) = target.pixels.mean(), guess
-    shifts = np.linspace(-SEARCH_PX * gap, SEARCH_PX * gap, 5 + 2 * gap)
-    turns = np.linspace(-SEARCH_TURN * gap, SEARCH_TURN * gap, 3 + gap)
-    turn, dx, dy = (v.reshape(-1) for v in np.meshgrid(turns, shifts, shifts, indexing="ij"))
-    turned = a * np.exp(1j * turn)
-    shifted = b + (a - turned) * center + dx + 1j * dy
-    few = slice(None, None, 1 + len(target.pixels) // 60)
-    values = _sample(image, turned[:, None] * target.pixels[few] + shifted[:, None])
-    wanted = np.broadcast_to(target.gray[few], values.shape)
-    seen = ~np.isnan(values)
-    count = np.maximum(seen.sum(1, keepdims=True), 1)
-    now = np.where(seen, values - np.where(seen, values, 0).sum(1, keepdims=True) / count, 0)
-    then = np.where(seen, wanted - np.where(seen, wanted, 0).sum(1, keepdims=True) / count, 0)
-    correlation = (now * then).sum(1) / np.sqrt((now**2).sum(1) * (then**2).sum(1) + 1e-9)
-    correlation[count[:, 0] < 0.3 * values.shape[1]] = -1
-    return [(turned[n], shifted[n]) for n in np.argsort(-correlation)[:SEARCH_STARTS]]
-
-
-def _aligned(
-    color: np.ndarray, stacked: np.ndarray, target: Target, guesses: list[tuple[complex, complex]]
-) -> list[Alignment]:
-    """Gauss-Newton from each of G guesses on gray values, judged by colour.
-
-    stacked [H, W, 3] = gray image and its derivatives.
-    """
-    a, b = (np.array(values, complex)[:, None] for values in zip(*guesses, strict=True))  # [G, 1]
-    center = target.pixels.mean()
-    local = target.pixels - center
-    reach = max(float(np.abs(local).mean()), 1.0)
-    gain, bias = np.ones((len(guesses), 1)), None
-    for iteration in range(ITERATIONS):
-        values = _sample(stacked, a * target.pixels + b)  # [G, P, 3]
-        seen = ~np.isnan(values[..., 0])
-        values[~seen] = 0
-        now, gx, gy = np.moveaxis(values, -1, 0)
-        if bias is None:
-            bias = _seen_median(target.gray - now, seen)
-        width = target.contrast * (1.2 if iteration < 3 else 0.6)
-        weight = _tukey(gain * now + bias - target.gray, width) * seen
-        gain, bias = _gain_and_bias(now, target.gray, weight)
-        residual = gain * now + bias - target.gray
-        weight = _tukey(residual, width) * seen
-        turned = a * local / reach
-        # by p, q, shift x, shift y, where a -> a + a (p + iq) / reach about the layer's centre
-        moves = [gx * turned.real + gy * turned.imag, -gx * turned.imag + gy * turned.real, gx, gy]
-        jacobian = gain[:, None] * np.stack(moves, axis=1)  # [G, 4, P]
-        weighted = weight[:, None] * jacobian
-        normal = weighted @ jacobian.transpose(0, 2, 1) + 1e-4 * np.eye(4)
-        change = -np.linalg.solve(normal, weighted @ residual[..., None])
-        p, q, dx, dy = np.moveaxis(change, 1, 0)
-        turn = a * (p + 1j * q) / reach
-        a, b = a + turn, b + dx + 1j * dy - turn * center
-        if np.abs(change).sum(1).max() < 0.02:
-            break
-    return [_judged(color, target, *found) for found in zip(a[:, 0], b[:, 0], strict=True)]
-
-
-def _seen_median(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Median over the seen pixels: [G, P] -> [G, 1]; 0 where none is seen."""
-    return np.array([[np.median(row[shown]) if shown.any() else 0.0] for row, shown in zip(values, seen)])
-
-
-def _judged(color: np.ndarray, target: Target, a: complex, b: complex) -> Alignment:
-    """How many of the layer's pixels have its colour, allowing a shift that changes slowly over time."""
-    values = _sample(color, a * target.pixels + b)
-    seen = ~np.isnan(values[:, 0])
-    if seen.sum() < 12 or not MIN_SCALE < abs(a) < 1 / MIN_SCALE:
-        return Alignment(a, b, -1.0, target.tint)
-    change = values[seen] - target.color[seen]
-    near = np.abs(change - target.tint).max(1) < MAX_TINT_STEP
-    tint = np.median(change[near], axis=0) if near.sum() >= 8 else target.tint
-    matching = (np.sqrt(((change - tint) ** 2).mean(1)) < MATCH_COLOR).sum()
-    share = matching / max(seen.sum(), 0.25 * len(target.pixels))
-    return Alignment(a, b, float((share - target.chance) / (1 - target.chance + 1e-6)), tint)
-
-
-def _tukey(residual: np.ndarray, width: float | np.ndarray) -> np.ndarray:
-    """Weights that give no say to what covers the layer."""
-    return np.maximum(1 - (residual / width) ** 2, 0) ** 2 + 1e-6
-
-
-def _gain_and_bias(
-    now: np.ndarray, wanted: np.ndarray, weight: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted lines wanted = gain * now + bias over the last axis, gain in 0.7 .. 1.4: [..., P] -> [..., 1]."""
-    share = weight / np.maximum(weight.sum(-1, keepdims=True), 1e-9)
-    mean_now, mean_wanted = ((share * v).sum(-1, keepdims=True) for v in (now, wanted))
-    offset = share * (now - mean_now)
-    spread, slope = ((offset * v).sum(-1, keepdims=True) for v in (now - mean_now, wanted - mean_wanted))
-    gain = np.clip(slope / np.maximum(spread, 1e-6), 0.7, 1.4)
-    return gain, mean_wanted - gain * mean_now
-
-
 # ------------------------------------------------------------------------------------------ assignment
 def assign(
     colors: np.ndarray, start: np.ndarray, layers: list[Layer]
@@ -472,7 +248,7 @@ def assign(
     density = 30 * match * SAME_COLOR / spread
     score = np.where(known, np.log(np.where(covered, 0.8, 0.25) + density), 0)[:, 1:].sum(1)
     for k, layer in enumerate(layers):
-        distance = np.abs(start[:, None] - start[layer.members]).min(1) / _spacing(start)
+        distance = np.abs(start[:, None] - start[layer.members]).min(1) / spacing(start)
         score[k] -= np.clip(FAR_COST * (distance - NEAR), 0, MAX_FAR_COST)
         score[k] += SIZE_PRIOR * np.log(len(layer.members) / len(start))
     return score.argmax(0), score.max(0), residual
@@ -496,7 +272,7 @@ def _covered_by_others(
     x = np.clip(np.round(place.real), -1, size[1]).astype(int) + 1
     y = np.clip(np.round(place.imag), -1, size[0]).astype(int) + 1
     covered = np.zeros(match.shape, bool)
-    reach = 2 * _half_spacing(start) + 1
+    reach = 2 * half_spacing(start) + 1
     for t in range(1, match.shape[1]):
         maps = np.zeros((len(layers), size[0] + 2, size[1] + 2), np.uint8)
         for k, layer in enumerate(layers):
@@ -507,17 +283,6 @@ def _covered_by_others(
         for k in range(len(layers)):
             covered[k, t] = (total - maps[k])[y[k, t], x[k, t]] > 0
     return covered
-
-
-def _spacing(start: np.ndarray) -> float:
-    """Side of a square that holds one point on average, px."""
-    area = (np.ptp(start.real) + 1) * (np.ptp(start.imag) + 1)
-    return max(float(np.sqrt(area / len(start))), 1.0)
-
-
-def _half_spacing(start: np.ndarray) -> int:
-    """Half the spacing, 1 .. 4 px."""
-    return int(np.clip(_spacing(start) / 2, 1, 4))
 
 
 def compose(
@@ -542,19 +307,19 @@ def residuals(colors: np.ndarray, start: np.ndarray, layer: Layer) -> np.ndarray
     """Colour difference to frame 0 under the layer's motion, 0..1, after gain and bias; inf outside: [T,
     N].
     """
-    template = _sample(colors[0], start)
+    template = sample(colors[0], start)
     contrast = np.maximum(template[layer.members].std(0), 0.03)
     found = np.full((len(colors), len(start)), np.inf)
     for t, image in enumerate(colors):
-        values = _sample(image, layer.a[t] * start + layer.b[t])
+        values = sample(image, layer.a[t] * start + layer.b[t])
         seen = ~np.isnan(values[:, 0])
         trusted = layer.members[seen[layer.members]]
         if len(trusted) >= 4:
             now, wanted = values[trusted].T, template[trusted].T  # [3, M]
             gain, bias = np.ones((3, 1)), np.median(wanted - now, axis=1, keepdims=True)
             for _ in range(3):
-                weight = _tukey(gain * now + bias - wanted, 1.5 * contrast[:, None])
-                gain, bias = _gain_and_bias(now, wanted, weight)
+                weight = tukey(gain * now + bias - wanted, 1.5 * contrast[:, None])
+                gain, bias = gain_and_bias(now, wanted, weight)
             values = values * gain.T + bias.T
         found[t, seen] = np.sqrt(((values - template)[seen] ** 2).mean(1))
     return found

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from data.layer_alignment import _predicted
 from data.lucas_kanade import LucasKanadeConfig
-from data.motion_layers import _predicted, fit_motion
+from data.motion_layers import fit_motion
 from data.sprites import SpritesConfig, render_clip
 from data.trackers import CoTracker3, TrackerConfig, build_tracker, grid_queries
 
