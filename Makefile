@@ -1,7 +1,7 @@
 # make quickstart   train, distil, stream and evaluate on the sprites world; ends with a report to open
 # make test         checks and tests
 # make zoo          train the shipped sprites weights again, from nothing; hours on two cores, goes on after a kill
-# make ablations    train and judge the variants that the claims table compares
+# make ablations    train and judge the variants that the claims table compares; after make zoo, hours
 # Each makes the virtual environment it needs. VENV=/path uses another one; PYTHON picks the interpreter.
 VENV ?= .venv
 PYTHON ?= python3

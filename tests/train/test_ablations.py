@@ -11,10 +11,11 @@ from data.app import compose_config
 from eval.benchmarks.claim_rows import ROWS, RUNS
 from eval.benchmarks.claims import Observations
 from eval.benchmarks.context import EvalContext
-from train.ablations import JUDGED, TRAININGS, chain, collect
+from train.ablations import JUDGED, TRAININGS, ZOO_STARTS, chain, collect
+from train.zoo import chain as zoo_chain
 
 
-@pytest.mark.parametrize("step", chain(Path("out"), seed=1), ids=lambda step: step.name)
+@pytest.mark.parametrize("step", chain(Path("out"), Path("zoo"), seed=1), ids=lambda step: step.name)
 def test_every_command_composes(step):
     app, *overrides = step.arguments
     compose_config(app, list(overrides))
@@ -23,14 +24,19 @@ def test_every_command_composes(step):
 def test_runs_use_weights_of_runs_before_them():
     done: set[str] = set()
     for training in TRAININGS:
-        used = {training.teacher, training.init_from, training.pairs} - {None}
-        assert used <= done, training.name
+        assert training.init_from is None or training.init_from in done | set(ZOO_STARTS), training.name
         done.add(training.name)
     assert {judged.training for judged in JUDGED} <= done
-    commands = {step.name: " ".join(step.arguments) for step in chain(Path("out"), seed=3)}
-    assert "out/seed_3/init/export/student" in commands["base_student"] and "seed=3" in commands["base_student"]
-    assert "out/seed_3/pairs/pairs" in commands["init"]
-    assert "init_from" not in commands["no_ode"]
+    commands = {step.name: " ".join(step.arguments) for step in chain(Path("out"), Path("zoo"), seed=3)}
+    assert "zoo/causal_init/export/student" in commands["base_student"] and "seed=3" in commands["base_student"]
+    assert "out/seed_3/chunk_1_init/export/student" in commands["chunk_1"]
+    assert "zoo/ode_pairs/pairs" in commands["chunk_1_init"]
+    assert "init_from" not in commands["no_ode"] and "model.teacher=zoo" in commands["no_ode"]
+
+
+def test_the_zoo_has_the_runs_that_variants_start_from():
+    stages = {step.name for step in zoo_chain(Path("zoo"))}
+    assert {where.split("/")[0] for where in ZOO_STARTS.values()} | {"ode_pairs"} <= stages
 
 
 class Asked(Observations):
