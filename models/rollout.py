@@ -136,16 +136,8 @@ class ChunkPass:
     step: int  # 0 .. num_steps - 1
     sigma: float
     noisy_latents: Tensor  # [B, C, c, h, w] float32
-    noise: Tensor  # what they were made noisy with: all of them in the first pass
     condition: PreparedCondition
     context: KVContext | None  # None: a whole clip of a bidirectional model
-
-    @property
-    def clean(self) -> Tensor:
-        """What the noisy latents hold beside their noise: [B, C, c, h, w]; zero in the first pass."""
-        if self.sigma >= 1:
-            return torch.zeros_like(self.noisy_latents)
-        return (self.noisy_latents - self.sigma * self.noise) / (1 - self.sigma)
 
 
 LatentEdit = Callable[[ChunkPass], Tensor]  # returns the noisy latents to go on with
@@ -293,16 +285,14 @@ class Rollout:
     ) -> Tensor:
         """Runs the steps before ``last`` and returns the input of step ``last``."""
         clamp = first_frame_clamp(self.student, condition)
-        noise = self._noise("start", 0)
-        noisy = clamp(noise)
+        noisy = clamp(self._noise("start", 0))
         for step in range(last + 1):
             if step > 0:
                 x0 = self._predict(noisy, step - 1, prepared, context)
                 x0 = x0 if edit_x0 is None else edit_x0(x0)
-                noise = self._noise("renoise", step)
-                noisy = clamp(add_noise(x0, noise, self.sigmas[step]))
+                noisy = clamp(add_noise(x0, self._noise("renoise", step), self.sigmas[step]))
             if edit is not None:
-                shown = ChunkPass(self.chunk_index, step, self.sigmas[step], noisy, noise, prepared, context)
+                shown = ChunkPass(self.chunk_index, step, self.sigmas[step], noisy, prepared, context)
                 noisy = clamp(edit(shown).detach())
         return noisy
 

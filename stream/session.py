@@ -110,7 +110,8 @@ class StreamSession:
         drag: how drags are made; None: the profile "marionette", the defaults of `DragConfig`.
 
     Raises:
-        ValueError: first frame or tracks of another resolution, a prompt that cannot be encoded.
+        ValueError: first frame or tracks of another resolution, a prompt that cannot be encoded, drag settings that
+            do not fit the student.
     """
 
     def __init__(
@@ -152,7 +153,8 @@ class StreamSession:
             max_chunks=_num_chunks(num_frames, codecs.model_cfg.rollout.chunk_frames),
             history_chunks=undo_chunks if undo_chunks == 1 else undo_chunks + 1,
         )
-        self.student, self.drag_cfg, self._noise = student, drag or DragConfig(), noise
+        self.student, self._noise = student, noise
+        self.drag_cfg = drag or DragConfig()
         self._memory = _Memory()
         self._boundaries: deque[_Boundary] = deque(maxlen=undo_chunks)
         self._decoder = codecs.streaming_decoder()
@@ -224,6 +226,15 @@ class StreamSession:
         self._return_to(boundary)
 
     # ------------------------------------------------------------------ dragging
+    @property
+    def drag_cfg(self) -> DragConfig:
+        """How drags are made from now on."""
+        return self._drag_cfg
+
+    @drag_cfg.setter
+    def drag_cfg(self, cfg: DragConfig) -> None:
+        self._drag_cfg = cfg.for_student(self.codecs.model_cfg.rollout.num_steps, self.student.config.num_layers)
+
     def drag(self, drag: Drag) -> DragOutcome:
         """Drag regions of the latest frame: edit the latest chunk, or animate the next ones.
 
@@ -237,7 +248,6 @@ class StreamSession:
         clip, chunk_frames = self.codecs.model_cfg.clip, self.codecs.model_cfg.rollout.chunk_frames
         check_drag(drag, height=clip.height, width=clip.width, chunk_frames=chunk_frames)
         self._check_chunk(drag.chunk)
-        self._check_settings()
         released = frozenset() if drag.is_still else self._buffer.ids_in(swept_region(drag))
         if drag.mode == "edit":
             return self._edit(drag, released)
@@ -272,13 +282,6 @@ class StreamSession:
             self.student, self.drag_cfg, drag, size=(clip.height, clip.width), noise=self._noise,
             first_chunk=first_chunk, references=references,
         )  # fmt: skip
-
-    def _check_settings(self) -> None:
-        """Raises ValueError where the drag settings do not fit the student."""
-        steps = self.codecs.model_cfg.rollout.num_steps
-        if self.drag_cfg.step >= steps:
-            raise ValueError(f"drag.step={self.drag_cfg.step} must be in 0..{steps - 1}, the student's steps")
-        self.drag_cfg.layers_of(self.student.config.num_layers)
 
     def _check_chunk(self, chunk: int | None) -> None:
         latest = self._chunk_index - 1

@@ -49,7 +49,7 @@ from stream.provenance import peak_bytes
 from stream.session import StreamSession
 
 NO_DRAG, OURS = "no_drag", "drag"
-UNTOUCHED = DragConfig(iterations=0, warm_start=False)  # tracks are released, nothing is dragged
+UNTOUCHED = DragConfig(iterations=0, warm_rounds=0)  # tracks are released, nothing is dragged
 MAX_POINTS = 64  # followed in a handle
 MIN_SEEN = 0.5  # share of a handle that must be in the frame at its target to be judged
 WARM_CHUNKS = 4  # before memory is measured: the cache is full
@@ -234,9 +234,10 @@ class DragBenchmark:
         session, clip = self._open(context, student, scenario), context.model_cfg.clip
         for _ in range(WARM_CHUNKS):
             session.next_chunk()
-        shown = session.latest_passes[context.drag.step]
+        session.drag_cfg = context.drag
+        shown = session.latest_passes[session.drag_cfg.step]
         editor = DragEditor(
-            student, context.drag, scenario.events[0].drag, size=(clip.height, clip.width), noise=context.noise,
+            student, session.drag_cfg, scenario.events[0].drag, size=(clip.height, clip.width), noise=context.noise,
             first_chunk=shown.chunk,
         )  # fmt: skip
         return peak_bytes(lambda: editor(shown), context.device) / session.cache_bytes

@@ -43,12 +43,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alpha 0.5": {"css_alpha": 0.5},
     "alpha 1.5": {"css_alpha": 1.5},
     "alpha 2": {"css_alpha": 2.0},
-    "I 0": {"iterations": 0, "warm_start": False},
+    "I 0": {"iterations": 0, "warm_rounds": 0},
     "I 2": {"iterations": 2},
     "I 3": {"iterations": 3},
     "without L_rec": {"rec_weight": 0.0},
     "without L_cst": {"cst_weight": 0.0},
-    "without warm start": {"warm_start": False},
+    "without warm start": {"warm_rounds": 0},
     "warm start alone": {"iterations": 0},
     "without context": {},  # the rollout's sink and window are 0
 }

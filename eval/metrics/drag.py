@@ -118,14 +118,15 @@ class Located:
     """Where a region was found."""
 
     pose: Pose  # about the centre of its bounding box
-    correlation: float  # of the best match, -1..1
+    correlation: float  # at the best match, -1..1
 
 
 class RegionLocator:
     """Finds one region of a frame in other frames of its video, anywhere and turned by any angle looked at.
 
-    Masked normalised cross-correlation over all three channels, refined by parabolas. For videos of the sprites
-    world, where a drag may move an object by half a frame at once and optical flow loses it.
+    The least squared difference over all three channels under the mask, refined by parabolas: a correlation would
+    take any texture of the background for that of a region whose own has faded. For videos of the sprites world,
+    where a drag may move an object by half a frame at once and optical flow loses it.
     """
 
     def __init__(self, frame: np.ndarray, mask: np.ndarray, cfg: LocatorConfig | None = None) -> None:
@@ -148,20 +149,29 @@ class RegionLocator:
     def locate(self, frame: np.ndarray) -> Located:
         """The best match in frame uint8 [H, W, 3]."""
         padded = cv2.copyMakeBorder(frame, self.pad, self.pad, self.pad, self.pad, cv2.BORDER_REPLICATE)
-        scores = [
-            cv2.matchTemplate(padded, template, cv2.TM_CCOEFF_NORMED, mask=weight)
+        differences = [
+            cv2.matchTemplate(padded, template, cv2.TM_SQDIFF, mask=weight) / weight.sum()
             for template, weight in self.templates
         ]
-        volume = np.nan_to_num(np.stack(scores), nan=-1.0, posinf=-1.0, neginf=-1.0)
-        volume[np.abs(volume) > 1.0 + 1e-3] = -1.0  # a flat patch under the mask has no correlation
+        volume = -np.stack(differences)
         turn, y, x = (int(index) for index in np.unravel_index(volume.argmax(), volume.shape))
         dx = x + peak_offset(volume[turn, y], x) - self.pad + self.half - self.center[0]
         dy = y + peak_offset(volume[turn, :, x], y) - self.pad + self.half - self.center[1]
         degrees = self.angles[turn] + self.cfg.step_degrees * peak_offset(volume[:, y, x], turn)
-        return Located(Pose(float(dx), float(dy), float(degrees)), float(volume[turn, y, x]))
+        template, weight = self.templates[turn]
+        patch = padded[y : y + len(weight), x : x + len(weight)]
+        return Located(Pose(float(dx), float(dy), float(degrees)), _correlation(patch, template, weight > 0))
 
     def _turned(self, template: np.ndarray, weight: np.ndarray, degrees: float) -> tuple[np.ndarray, np.ndarray]:
         side, middle = len(weight), (len(weight) - 1) / 2
         matrix = cv2.getRotationMatrix2D((middle, middle), -float(degrees), 1.0)  # OpenCV turns counter-clockwise
         turned = cv2.warpAffine(template, matrix, (side, side), borderMode=cv2.BORDER_REPLICATE)
         return turned, (cv2.warpAffine(weight, matrix, (side, side)) > 0.5).astype(np.float32)
+
+
+def _correlation(patch: np.ndarray, template: np.ndarray, inside: np.ndarray) -> float:
+    """Of two pictures under a mask, each channel about its own mean; 0 where one of them is flat."""
+    first, second = (image[inside].astype(np.float64) for image in (patch, template))
+    first, second = first - first.mean(0), second - second.mean(0)
+    size = np.sqrt(np.square(first).sum() * np.square(second).sum())
+    return float((first * second).sum() / size) if size > 0 else 0.0

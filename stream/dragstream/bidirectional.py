@@ -9,6 +9,7 @@ drag are held by the constancy term like everything else that is not editable.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,9 +82,9 @@ def drag_clip(
     step = int((sigmas - DRAG_SIGMA).abs().argmin())
     plain, (latents,) = sample_teacher(teacher, condition, guidance, keep_steps=[step], **settings)
     with torch.no_grad():
-        prepared, sigma = teacher.prepare(condition), sigmas[step].item()
-        x0 = teacher.predict_x0(latents, sigma, prepared)
-    shown = ChunkPass(0, cfg.step, sigma, latents, (latents - (1 - sigma) * x0) / sigma, prepared, None)
+        prepared = teacher.prepare(condition)
+    cfg = replace(cfg, step=0)  # one pass alone is shown
+    shown = ChunkPass(0, 0, sigmas[step].item(), latents, prepared, None)
     reader = FeatureReader(teacher, cfg, shown.sigma)
     reference = reader.reference(shown, variants_of(cfg, noise, 0), frame)
     references = tuple(handle.reference or reference for handle in drag.handles)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 METHODS = ("dragstream", "sg_i2v", "dragvideo")
 REFERENCE_DEPTH, REFERENCE_LAYERS = 30, (12, 16)  # blocks 12 to 15 of Wan 1.3B's 30
@@ -14,14 +14,15 @@ class DragConfig:
 
     method: str = "dragstream"  # dragstream | sg_i2v | dragvideo (objectives.py)
     layers: list[int] | None = None  # blocks whose self-attention gives the features; null: 0.4 to 0.53 of the depth
-    step: int = 1  # denoising step whose input is optimised
+    step: int = -1  # denoising step whose input is optimised; negative: counted from the last, -1
     iterations: int = 4  # per segment; 0: the warm start alone
     max_iterations: int | None = 32  # per chunk; segments become longer where they would need more
     segment_px: float | None = 16.0  # a drag goes in segments of at most this; null: in one
     segment_degrees: float = 8.0
     subdivision: str = "ceil"  # ceil: at most the segment's size | floor: up to twice as long
     start: str = "previous"  # a chunk's first segment starts where the last chunk ended | at the "origin"
-    warm_start: bool = True  # the region's latents are warped to the target first (warm_start.py; not in the paper)
+    warm_rounds: int = 4  # of a start from where the drag leads (warm_start.py; not in the paper); 0: from the latents
+    warm_gain: float = 0.25  # of the prediction's error, per round
     edit_frames: str = "ramp"  # of a chunk made again: "last" alone has a target | all, on a "ramp" to it
 
     lr: float = 0.04  # size of one step: latents have about unit variance
@@ -65,8 +66,9 @@ class DragConfig:
             raise ValueError(
                 f"drag.iterations={self.iterations} must be >= 0 and at most max_iterations={self.max_iterations}"
             )
-        if self.step < 0 or self.lr < 0 or self.adsr_frames < 0:
-            raise ValueError(f"drag.step={self.step}, lr={self.lr}, adsr_frames={self.adsr_frames} must be >= 0")
+        for name in ("warm_rounds", "warm_gain", "lr", "adsr_frames"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"drag.{name}={vars(self)[name]} must be >= 0")
         if (self.segment_px or 1) <= 0 or self.segment_degrees <= 0:
             raise ValueError(f"segment_px={self.segment_px}, segment_degrees={self.segment_degrees} must be > 0")
         if not self.cutoffs or any(cutoff is not None and cutoff <= 0 for cutoff in self.cutoffs):
@@ -75,6 +77,13 @@ class DragConfig:
             len(self.cutoff_range) == 2 and 0 < self.cutoff_range[0] < self.cutoff_range[1]
         ):
             raise ValueError(f"drag.cutoff_range={list(self.cutoff_range)} must be two rising numbers > 0")
+
+    def for_student(self, num_steps: int, num_layers: int) -> DragConfig:
+        """The same with its step >= 0. Raises ValueError for a step or a block that the student does not have."""
+        if not -num_steps <= self.step < num_steps:
+            raise ValueError(f"drag.step={self.step} must be in {-num_steps}..{num_steps - 1}: the student's steps")
+        self.layers_of(num_layers)
+        return replace(self, step=self.step % num_steps)
 
     def layers_of(self, num_layers: int) -> list[int]:
         """The blocks to read in a model of so many. Raises ValueError for one that it does not have."""

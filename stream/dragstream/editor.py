@@ -27,7 +27,7 @@ from stream.dragstream.features import FeatureReader, Reference
 from stream.dragstream.geometry import bounding_box, gaussian_map
 from stream.dragstream.objectives import OBJECTIVES, FramePoses, Objective, Scene, variants_of
 from stream.dragstream.statistics import rectifiers
-from stream.dragstream.warm_start import warped
+from stream.dragstream.warm_start import started
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 
@@ -70,7 +70,7 @@ class DragEditor:
         self.logs: list[DragLog] = []
 
     def __call__(self, shown: ChunkPass) -> Tensor:
-        if shown.step != self.cfg.step or self.drag.is_still or not (self.cfg.iterations or self.cfg.warm_start):
+        if shown.step != self.cfg.step or self.drag.is_still or not (self.cfg.iterations or self.cfg.warm_rounds):
             return shown.noisy_latents
         started = time.perf_counter()
         reader = FeatureReader(self.student, self.cfg, shown.sigma)
@@ -92,7 +92,7 @@ class DragEditor:
         start, targets = self._poses(scene.shown.chunk, scene.before.shape[2])
         segments = list(segment_poses(start, targets, self.cfg))
         rectify, rectify_last = rectifiers(self.cfg.adsr, scene.before, self.neighbours)
-        latents = rectify(warped(scene, start, targets)) if self.cfg.warm_start else scene.before.clone()
+        latents = rectify(started(scene, start, targets)) if self.cfg.warm_rounds else scene.before.clone()
         for segment, poses in enumerate(segments):
             objective.aim(poses, segment)
             gain = self._gain(scene, poses)

@@ -32,7 +32,7 @@ class Reference:
     variants: dict[float | None, Tensor]  # cutoff -> [C, rows, cols]; None: unfiltered
     key_values: tuple[LayerKV, ...]  # of the frame itself in each layer read, [1, heads, tokens, head_dim]
     alone: Tensor  # [C, rows, cols]: features of the frame if it attends to nothing but itself
-    clean: Tensor  # [C, h, w]: latents of the frame without their noise
+    clean: Tensor  # [C, h, w]: what the student makes of the frame
 
 
 class FeatureReader:
@@ -47,6 +47,12 @@ class FeatureReader:
     def features(self, shown: ChunkPass, latents: Tensor) -> Tensor:
         """Of the chunk's frames as ``latents`` [1, C, F, h, w] would have them: [F, channels, rows, cols]."""
         return self._joined(self._taps(shown, latents), shown, latents)
+
+    def x0(self, shown: ChunkPass, latents: Tensor) -> Tensor:
+        """What the student predicts from ``latents``: [1, C, F, h, w]."""
+        return self.student.predict_x0(
+            latents, self.sigma, shown.condition, attention=_beside(shown), modulation=self.modulation
+        )
 
     def features_and_x0(self, shown: ChunkPass, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The same from a whole pass, with what the student predicts."""
@@ -82,7 +88,8 @@ class FeatureReader:
         own = [[part[:, :, rows] for part in (tap.query, tap.key, tap.value)] for tap in seen]
         alone = self._as_maps([split_attention(q, k, v, []) for q, k, v in own], latents)[0]
         key_values = tuple(LayerKV(key, value) for _, key, value in own)
-        return Reference(variants, key_values, alone, shown.clean[0, :, frame])
+        clean = self.x0(shown, shown.noisy_latents)[0, :, frame]
+        return Reference(variants, key_values, alone, clean)
 
     def _taps(self, shown: ChunkPass, latents: Tensor) -> AttentionTaps:
         taps = AttentionTaps(self.layers)

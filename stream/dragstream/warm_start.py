@@ -1,9 +1,10 @@
-"""Where the optimisation of a drag starts: what the user holds is already there.
+"""Where the optimisation of a drag starts: latents from which the student predicts the drag's result.
 
-Beyond the paper, which starts from the latents before the drag and has its loss carry them over: in a model of few
-steps the noisy latents hold little of the video, and a few steps of Adam reach less than the drag asks for. Here the
-clean part of the latents is warped with the mask's own map (geometry.py) and keeps its noise; the region that the
-handles leave is filled with what is beside it. The optimisation then has to make the two fit the frame.
+Beyond the paper, which starts from the latents before the drag and has its loss carry them over. A student of few
+steps looks at its context more than at its noisy latents, and a few steps of Adam on features do not carry a region
+over. Here the student's own prediction is warped with the mask's map (geometry.py), what the handles leave is filled
+with what is beside it, and the latents follow the difference between that and what they predict, round by round: a
+forward pass each, no gradients. The optimisation goes on from there.
 """
 
 from __future__ import annotations
@@ -18,14 +19,25 @@ from stream.dragstream.geometry import cell_centers, sample, source_of
 from stream.dragstream.objectives import FramePoses, Scene
 
 
-def warped(scene: Scene, start: Sequence[Pose], targets: FramePoses) -> Tensor:
-    """The latents before the drag with their handles at ``targets`` instead of ``start``: [1, C, F, h, w]."""
-    sigma, clean, latents = scene.shown.sigma, scene.shown.clean[0], scene.before.clone()
+@torch.no_grad()
+def started(scene: Scene, start: Sequence[Pose], targets: FramePoses) -> Tensor:
+    """Latents from which the student predicts the handles at ``targets`` instead of ``start``: [1, C, F, h, w]."""
+    latents, wanted = scene.before.clone(), None
+    for _ in range(scene.cfg.warm_rounds):
+        x0 = scene.reader.x0(scene.shown, latents)
+        if wanted is None:
+            wanted = warped(scene, x0, start, targets)
+        latents = latents + scene.cfg.warm_gain * (wanted - x0)
+    return latents
+
+
+def warped(scene: Scene, x0: Tensor, start: Sequence[Pose], targets: FramePoses) -> Tensor:
+    """Clean latents [1, C, F, h, w] with the handles moved, and what is beside them where they were."""
+    moved = x0.clone()
     for frame, poses in enumerate(targets):
         if poses is not None:
-            moved = _with_handles(scene, _without_handles(scene, clean[:, frame], start), poses)
-            latents[0, :, frame] += (1 - sigma) * (moved - clean[:, frame])
-    return latents
+            moved[0, :, frame] = _with_handles(scene, _without_handles(scene, x0[0, :, frame], start), poses)
+    return moved
 
 
 def _without_handles(scene: Scene, clean: Tensor, poses: Sequence[Pose]) -> Tensor:

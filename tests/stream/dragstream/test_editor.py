@@ -28,6 +28,11 @@ NOISE = KeyedNoise(0)
 LABEL = Path(__file__).resolve().parents[4] / "shared/data/dragstream_label/block_3_Drag_trajectory.json"
 
 
+def config(**changes: object) -> DragConfig:
+    """Settings for the pass that `last_pass` gives."""
+    return DragConfig(**{"step": 1} | changes)
+
+
 def mask(x0: int = 16, x1: int = 48, y0: int = 16, y1: int = 40) -> np.ndarray:
     inside = np.zeros(SIZE, bool)
     inside[y0:y1, x0:x1] = True
@@ -87,14 +92,14 @@ RIGHT = Drag("edit", (handle(Pose(dx=20.0)),))
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_changes_the_latents_repeatably(shown, method: str):
-    cfg = DragConfig(method=method, iterations=2)
+    cfg = config(method=method, iterations=2)
     first, again = edit(shown, cfg, RIGHT), edit(shown, cfg, RIGHT)
     assert torch.equal(first, again) and torch.isfinite(first).all()
     assert (first - shown[1].noisy_latents).abs().max() > 1e-3
 
 
 def test_another_seed_switches_frequencies_otherwise(shown):
-    cfg = DragConfig(iterations=4)
+    cfg = config(iterations=4)
     assert not torch.equal(edit(shown, cfg, RIGHT), edit(shown, cfg, RIGHT, seed=1))
     fixed = replace(cfg, cutoffs=[0.4])
     assert torch.equal(edit(shown, fixed, RIGHT), edit(shown, fixed, RIGHT, seed=1))
@@ -102,7 +107,7 @@ def test_another_seed_switches_frequencies_otherwise(shown):
 
 @pytest.mark.parametrize("changes", [{}, {"cst_on": "x0", "reduction": "all"}, {"norm": "l1", "reduction": "sum"}])
 def test_the_optimisation_lowers_the_reconstruction_loss(shown, changes: dict):
-    cfg = DragConfig(iterations=30, max_iterations=None, cutoffs=[None], segment_px=None, **changes)
+    cfg = config(iterations=30, max_iterations=None, cutoffs=[None], segment_px=None, **changes)
     student, chunk_pass = shown
     editor = DragEditor(student, cfg, RIGHT, size=SIZE, noise=NOISE, first_chunk=1)
     editor(chunk_pass)
@@ -114,16 +119,16 @@ def test_no_movement_no_iterations_and_other_steps_return_the_latents_themselves
     student, chunk_pass = shown
     still = Drag("edit", (handle(Pose()),))
     for cfg, drag, given in (
-        (DragConfig(), still, chunk_pass),
-        (DragConfig(iterations=0, warm_start=False), RIGHT, chunk_pass),
-        (DragConfig(), RIGHT, replace(chunk_pass, step=2)),
+        (config(), still, chunk_pass),
+        (config(iterations=0, warm_rounds=0), RIGHT, chunk_pass),
+        (config(), RIGHT, replace(chunk_pass, step=2)),
     ):
         editor = DragEditor(student, cfg, drag, size=SIZE, noise=NOISE, first_chunk=1)
         assert editor(given) is given.noisy_latents
 
 
 def test_statistics_are_those_before_the_drag(shown):
-    found, before = edit(shown, DragConfig(), RIGHT), shown[1].noisy_latents
+    found, before = edit(shown, config(), RIGHT), shown[1].noisy_latents
     for ours, wanted in zip(torch.std_mean(found, PER_CHANNEL), torch.std_mean(before, PER_CHANNEL)):
         torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
 
@@ -133,7 +138,7 @@ def test_where_the_gaussian_map_is_zero_a_step_changes_nothing(css_on: str):
     before = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     gain = torch.zeros(1, 1, 3, 8, 8)
     gain[..., :4] = 0.01
-    adam = LatentAdam(DragConfig(css_on=css_on, lr=0.1))
+    adam = LatentAdam(config(css_on=css_on, lr=0.1))
     after = adam.step(before, torch.randn(before.shape, generator=torch.Generator().manual_seed(1)), gain)
     assert torch.equal(after[..., 4:], before[..., 4:])
     step = float((after - before)[..., :4].abs().mean())
@@ -141,7 +146,7 @@ def test_where_the_gaussian_map_is_zero_a_step_changes_nothing(css_on: str):
 
 
 def test_the_update_is_that_of_torchs_adam():
-    cfg, start = DragConfig(lr=0.03, weight_decay=0.1), torch.randn(1, 2, 1, 4, 4)
+    cfg, start = config(lr=0.03, weight_decay=0.1), torch.randn(1, 2, 1, 4, 4)
     leaf = start.clone().requires_grad_()
     reference = torch.optim.AdamW([leaf], lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=cfg.weight_decay)
     ours, adam = start, LatentAdam(cfg)
@@ -154,7 +159,7 @@ def test_the_update_is_that_of_torchs_adam():
 
 
 def test_segments_are_equal_parts_of_at_most_the_given_length():
-    cfg = DragConfig(segment_px=16.0, segment_degrees=8.0, iterations=1)
+    cfg = config(segment_px=16.0, segment_degrees=8.0, iterations=1)
     start, targets = [Pose(10.0, 0.0)], [[Pose(20.0, 0.0)], None, [Pose(41.0, 0.0)]]
     segments = segment_poses(start, targets, cfg)
     assert [part[2][0].dx for part in segments] == [25.5, 41.0]  # 31 px: two of 15.5
@@ -173,17 +178,17 @@ def test_an_animation_goes_on_where_the_last_chunk_ended(shown):
     student, chunk_pass = shown
     poses = tuple(Pose(dx=4.0 * n) for n in range(1, 7))
     drag = Drag("animate", (handle(*poses),))
-    editor = DragEditor(student, DragConfig(), drag, size=SIZE, noise=NOISE, first_chunk=0)
+    editor = DragEditor(student, config(), drag, size=SIZE, noise=NOISE, first_chunk=0)
     start, targets = editor._poses(chunk_pass.chunk, CHUNK)
     assert start == [poses[2]] and [each[0] for each in targets] == list(poses[3:])
 
 
 def test_a_handle_that_leaves_the_frame_is_no_error_and_one_far_away_has_no_pull(shown):
     far = Drag("edit", (handle(Pose(dx=500.0)),))
-    cfg = DragConfig(cst_weight=0.0, edit_frames="last", segment_px=None, warm_start=False)
+    cfg = config(cst_weight=0.0, edit_frames="last", segment_px=None, warm_rounds=0)
     before = shown[1].noisy_latents
     torch.testing.assert_close(edit(shown, cfg, far), before, atol=1e-5, rtol=0)
-    partly = edit(shown, DragConfig(iterations=1), Drag("edit", (handle(Pose(dx=70.0)), handle(Pose(dy=-30.0)))))
+    partly = edit(shown, config(iterations=1), Drag("edit", (handle(Pose(dx=70.0)), handle(Pose(dy=-30.0)))))
     assert torch.isfinite(partly).all() and (partly - before).abs().max() > 1e-3
 
 
@@ -191,9 +196,9 @@ def test_a_later_handle_is_in_front(shown):
     student, chunk_pass = shown
     both = Drag("edit", (handle(Pose(dx=8.0)), handle(Pose(dx=8.0), x0=16, x1=32)))
     scene_of = editor_module.Scene
-    reader = FeatureReader(student, DragConfig(), chunk_pass.sigma)
+    reader = FeatureReader(student, config(), chunk_pass.sigma)
     reference = reader.reference(chunk_pass, [None])
-    scene = scene_of(DragConfig(), reader, chunk_pass, both.handles, (reference, reference), None, SIZE, NOISE)
+    scene = scene_of(config(), reader, chunk_pass, both.handles, (reference, reference), None, SIZE, NOISE)
     objective = editor_module.OBJECTIVES["dragstream"](scene)
     objective.aim([None, None, [Pose(dx=8.0), Pose(dx=8.0)]], 0)
     front, back = objective.patches
@@ -203,14 +208,14 @@ def test_a_later_handle_is_in_front(shown):
 
 def test_stored_features_bring_an_object_back(shown):
     student, chunk_pass = shown
-    reference = FeatureReader(student, DragConfig(), chunk_pass.sigma).reference(chunk_pass, DragConfig().cutoffs)
+    reference = FeatureReader(student, config(), chunk_pass.sigma).reference(chunk_pass, config().cutoffs)
     outside = Handle(mask(), (32.0, 28.0), (Pose(dx=-10.0),), (32.0, 28.0), reference)
-    assert torch.isfinite(edit(shown, DragConfig(iterations=1), Drag("edit", (outside,)))).all()
+    assert torch.isfinite(edit(shown, config(iterations=1), Drag("edit", (outside,)))).all()
 
 
 def test_the_feature_is_attention_before_its_projection_in_the_reference_layers(shown):
     student, chunk_pass = shown
-    reader = FeatureReader(student, DragConfig(layers=[1, 2], detach_key_value=False), chunk_pass.sigma)
+    reader = FeatureReader(student, config(layers=[1, 2], detach_key_value=False), chunk_pass.sigma)
     inputs = []
     for layer in (1, 2):
         student.blocks[layer].self_attn.o.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -227,7 +232,7 @@ def test_detached_keys_leave_the_gradient_through_the_queries(shown):
     student, chunk_pass = shown
 
     def gradient(detach: bool) -> torch.Tensor:
-        reader = FeatureReader(student, DragConfig(layers=[0], detach_key_value=detach), chunk_pass.sigma)
+        reader = FeatureReader(student, config(layers=[0], detach_key_value=detach), chunk_pass.sigma)
         latents = chunk_pass.noisy_latents.clone().requires_grad_()
         return torch.autograd.grad(reader.features(chunk_pass, latents).square().sum(), latents)[0]
 
@@ -247,22 +252,22 @@ def test_detached_keys_leave_the_gradient_through_the_queries(shown):
 )
 def test_a_setting_out_of_range_names_itself(settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        DragConfig(**settings)
+        config(**settings)
 
 
 def test_the_layers_are_those_of_the_paper_or_the_same_share_of_another_depth():
-    assert DragConfig().layers_of(30) == [12, 13, 14, 15]
-    assert DragConfig().layers_of(6) == [2]
-    assert DragConfig(layers=[1, 3]).layers_of(4) == [1, 3]
+    assert config().layers_of(30) == [12, 13, 14, 15]
+    assert config().layers_of(6) == [2]
+    assert config(layers=[1, 3]).layers_of(4) == [1, 3]
     with pytest.raises(ValueError, match="drag.layers=\\[4\\] must be blocks of the model, 0..3"):
-        DragConfig(layers=[4]).layers_of(4)
+        config(layers=[4]).layers_of(4)
 
 
 @pytest.mark.skipif(not LABEL.is_file(), reason=f"no official label at {LABEL}")
 def test_the_official_label_drives_an_edit_of_a_wan_shaped_student() -> None:
     """832 x 480 px: latents of 60 x 104, 1560 tokens a frame; nothing but sizes differs from the sprites world."""
     student, drag = make_student(WanConfig.tiny(latent_channels=16)), DragLabel.read(LABEL).to_drag()
-    editor = DragEditor(student, DragConfig(iterations=1, max_iterations=2), drag, size=(480, 832), noise=NOISE,
+    editor = DragEditor(student, config(iterations=1, max_iterations=2), drag, size=(480, 832), noise=NOISE,
                         first_chunk=drag.chunk)  # fmt: skip
     run_chunks(student, (60, 104), drag.chunk + 1, editor)
     log = editor.logs[0]

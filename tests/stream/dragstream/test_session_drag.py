@@ -240,14 +240,15 @@ def test_trajectories_must_be_as_long_as_each_other_and_fill_chunks(parts) -> No
 
 @pytest.mark.parametrize(
     ("cfg", "message"),
-    [(DragConfig(step=3), r"drag.step=3 must be in 0..2, the student's steps"),
+    [(DragConfig(step=3), r"drag.step=3 must be in -3..2: the student's steps"),
      (DragConfig(layers=[7]), r"drag.layers=\[7\] must be blocks of the model, 0..1")],
 )  # fmt: skip
-@pytest.mark.parametrize("mode", ["edit", "animate"])
-def test_settings_that_do_not_fit_the_student_are_refused(parts, mode: str, cfg: DragConfig, message: str) -> None:
-    session = open_session(parts, drag=cfg)
-    advance(session, 1)
-    _refused(session, drag(mode, LEFT), message)
+def test_settings_that_do_not_fit_the_student_are_refused_at_once(parts, cfg: DragConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_session(parts, drag=cfg)
+    session = open_session(parts)
+    with pytest.raises(ValueError, match=message):
+        session.drag_cfg = cfg
 
 
 def test_a_stream_without_drags_runs_no_filter_and_no_attention_of_its_own(parts, monkeypatch) -> None:

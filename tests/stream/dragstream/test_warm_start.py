@@ -1,11 +1,10 @@
-"""The warm start of a drag: content is carried by the mask's own map, noise stays, the region it leaves is filled."""
+"""The warm start of a drag: content is carried by the mask's own map, what it leaves is filled, predictions follow."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import pytest
 import torch
 
 from models.diffusion.noise import KeyedNoise
@@ -13,10 +12,10 @@ from models.rollout import ChunkPass
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Handle, Pose
 from stream.dragstream.objectives import Scene
-from stream.dragstream.warm_start import warped
+from stream.dragstream.warm_start import started, warped
 
-SIZE, CELLS, SIGMA = (64, 96), (8, 12), 0.75  # px, cells of 8 px
-INSIDE = (slice(2, 4), slice(2, 4))  # cells of the handle
+SIZE, CELLS = (64, 96), (8, 12)  # px, cells of 8 px
+ROWS, COLS = slice(2, 4), slice(2, 4)  # cells of the handle
 
 
 @dataclass
@@ -26,13 +25,18 @@ class Kept:
     clean: torch.Tensor
 
 
+class Reader:
+    """A student whose prediction is half of what it is given."""
+
+    calls = 0
+
+    def x0(self, shown: ChunkPass, latents: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return 0.5 * latents
+
+
 def draw(seed: int) -> torch.Tensor:
     return torch.randn(1, 4, 2, *CELLS, generator=torch.Generator().manual_seed(seed))
-
-
-def chunk_pass(sigma: float = SIGMA) -> ChunkPass:
-    clean, noise = draw(0), draw(1)
-    return ChunkPass(1, 1, sigma, (1 - sigma) * clean + sigma * noise, noise, None, None)
 
 
 def handle(pose: Pose) -> Handle:
@@ -41,71 +45,67 @@ def handle(pose: Pose) -> Handle:
     return Handle(mask, (24.0, 24.0), (pose,), (24.0, 24.0))
 
 
-def scene(shown: ChunkPass, *poses: Pose) -> Scene:
+def scene(*poses: Pose, **settings: object) -> Scene:
     handles = tuple(handle(pose) for pose in poses)
     references = tuple(Kept(draw(2 + n)[0, :, 0]) for n in range(len(handles)))
-    return Scene(DragConfig(), None, shown, handles, references, None, SIZE, KeyedNoise(0))
+    shown = ChunkPass(1, 1, 0.75, draw(1), None, None)
+    return Scene(DragConfig(**settings), Reader(), shown, handles, references, None, SIZE, KeyedNoise(0))
 
 
-def clean_of(latents: torch.Tensor, shown: ChunkPass) -> torch.Tensor:
-    return replace(shown, noisy_latents=latents).clean[0]
+X0 = draw(0)
 
 
-def test_content_of_the_reference_appears_at_the_target_and_noise_stays():
-    shown, pose = chunk_pass(), Pose(dx=24.0, dy=8.0)
-    given = scene(shown, pose)
-    found = clean_of(warped(given, [Pose()], [None, [pose]]), shown)
-    rows, cols = INSIDE
-    moved = (slice(None), 1, slice(rows.start + 1, rows.stop + 1), slice(cols.start + 3, cols.stop + 3))
-    torch.testing.assert_close(found[moved], given.references[0].clean[:, rows, cols], atol=1e-5, rtol=1e-5)
+def test_content_of_the_reference_appears_at_the_target_and_the_rest_stays():
+    pose = Pose(dx=24.0, dy=8.0)
+    given = scene(pose)
+    found = warped(given, X0, [Pose()], [None, [pose]])
+    torch.testing.assert_close(found[0, :, 1, 3:5, 5:7], given.references[0].clean[:, ROWS, COLS], atol=1e-5, rtol=1e-5)
     untouched = torch.ones(CELLS, dtype=torch.bool)
-    untouched[INSIDE] = untouched[moved[2:]] = False
-    torch.testing.assert_close(found[:, 1, untouched], shown.clean[0, :, 1, untouched], atol=1e-5, rtol=1e-5)
-    assert torch.equal(warped(given, [Pose()], [None, [pose]])[:, :, 0], shown.noisy_latents[:, :, 0])
+    untouched[ROWS, COLS] = untouched[3:5, 5:7] = False
+    assert torch.equal(found[0, :, 1, untouched], X0[0, :, 1, untouched])
+    assert torch.equal(found[:, :, 0], X0[:, :, 0])
 
 
 def test_what_the_handle_leaves_looks_like_the_nearest_cell_beside_it():
-    shown, away = chunk_pass(), Pose(dx=500.0)
-    found = clean_of(warped(scene(shown, away), [Pose()], [[away], None]), shown)
+    away = Pose(dx=500.0)
+    found = warped(scene(away), X0, [Pose()], [[away], None])
     beside = {(2, 2): [(1, 2), (2, 1)], (3, 3): [(4, 3), (3, 4)]}
     for (row, col), cells in beside.items():
-        distances = [float((found[:, 0, row, col] - shown.clean[0, :, 0, r, c]).abs().max()) for r, c in cells]
+        distances = [float((found[0, :, 0, row, col] - X0[0, :, 0, r, c]).abs().max()) for r, c in cells]
         assert min(distances) < 1e-5
 
 
 def test_a_handle_that_is_elsewhere_leaves_from_there():
-    shown, there = chunk_pass(), Pose(dx=40.0)
-    found = clean_of(warped(scene(shown, Pose(dx=500.0)), [there], [[Pose(dx=500.0)], None]), shown)
-    rows, cols = INSIDE
-    torch.testing.assert_close(found[:, 0, rows, cols], shown.clean[0, :, 0, rows, cols], atol=1e-5, rtol=1e-5)
-    assert (found - shown.clean[0])[:, 0, rows, 7:9].abs().max() > 0.1
+    there, away = Pose(dx=40.0), Pose(dx=500.0)
+    found = warped(scene(away), X0, [there], [[away], None])
+    assert torch.equal(found[0, :, 0, ROWS, COLS], X0[0, :, 0, ROWS, COLS])
+    assert (found - X0)[0, :, 0, ROWS, 7:9].abs().max() > 0.1
 
 
 def test_half_a_cell_is_the_mean_of_two():
-    shown, pose = chunk_pass(), Pose(dx=28.0)
-    given = scene(shown, pose)
-    found = clean_of(warped(given, [Pose()], [[pose], None]), shown)[:, 0, 2, 6]
+    pose = Pose(dx=28.0)
+    given = scene(pose)
+    found = warped(given, X0, [Pose()], [[pose], None])[0, :, 0, 2, 6]
     source = given.references[0].clean[:, 2]
     torch.testing.assert_close(found, 0.5 * (source[:, 2] + source[:, 3]), atol=1e-5, rtol=1e-5)
 
 
 def test_a_later_handle_is_in_front():
-    shown, pose = chunk_pass(), Pose(dx=24.0)
-    given = scene(shown, pose, pose)
-    found = clean_of(warped(given, [Pose(), Pose()], [[pose, pose], None]), shown)
-    rows, cols = INSIDE
-    wanted = given.references[1].clean[:, rows, cols]
-    torch.testing.assert_close(found[:, 0, rows, 5:7], wanted, atol=1e-5, rtol=1e-5)
+    pose = Pose(dx=24.0)
+    given = scene(pose, pose)
+    found = warped(given, X0, [Pose(), Pose()], [[pose, pose], None])
+    wanted = given.references[1].clean[:, ROWS, COLS]
+    torch.testing.assert_close(found[0, :, 0, ROWS, 5:7], wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_pure_noise_holds_nothing_to_move():
-    shown, pose = chunk_pass(sigma=1.0), Pose(dx=24.0)
-    assert torch.equal(warped(scene(shown, pose), [Pose()], [[pose], [pose]]), shown.noisy_latents)
-
-
-@pytest.mark.parametrize("dx", [0.0, 8.0])
-def test_the_latents_before_are_only_read(dx: float):
-    shown, pose = chunk_pass(), Pose(dx=dx)
-    before = shown.noisy_latents.clone()
-    warped(scene(shown, pose), [Pose()], [[pose], [pose]])
-    assert torch.equal(shown.noisy_latents, before)
+def test_the_prediction_comes_closer_with_each_round_and_no_round_changes_nothing():
+    pose, errors = Pose(dx=24.0), []
+    for rounds in range(5):
+        given = scene(pose, warm_rounds=rounds, warm_gain=0.5)
+        before = given.before.clone()
+        found = started(given, [Pose()], [[pose], [pose]])
+        wanted = warped(given, 0.5 * before, [Pose()], [[pose], [pose]])
+        errors.append(float((0.5 * found - wanted).square().mean()))
+        assert torch.equal(given.before, before) and given.reader.calls == rounds
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.15 * errors[0]
+    assert torch.equal(started(scene(pose, warm_rounds=0), [Pose()], [[pose], [pose]]), given.before)
