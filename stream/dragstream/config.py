@@ -17,12 +17,12 @@ class DragConfig:
     step: int = -1  # denoising step whose input is optimised; negative: counted from the last, -1
     iterations: int = 4  # per segment; 0: the warm start alone
     max_iterations: int | None = 32  # per chunk; segments become longer where they would need more
-    segment_px: float | None = 16.0  # a drag goes in segments of at most this; null: in one
+    segment_px: float | None = None  # a drag goes in segments of at most this; null: in one
     segment_degrees: float = 8.0
     subdivision: str = "ceil"  # ceil: at most the segment's size | floor: up to twice as long
     start: str = "previous"  # a chunk's first segment starts where the last chunk ended | at the "origin"
-    warm_rounds: int = 4  # of a start from where the drag leads (warm_start.py; not in the paper); 0: from the latents
-    warm_gain: float = 0.25  # of the prediction's error, per round
+    warm_rounds: int = 3  # of a start from where the drag leads (warm_start.py; not in the paper); 0: from the latents
+    warm_gain: float = 0.3  # of the prediction's error, per round
     edit_frames: str = "ramp"  # of a chunk made again: "last" alone has a target | all, on a "ramp" to it
 
     lr: float = 0.04  # size of one step: latents have about unit variance

@@ -267,8 +267,8 @@ def test_the_layers_are_those_of_the_paper_or_the_same_share_of_another_depth():
 def test_the_official_label_drives_an_edit_of_a_wan_shaped_student() -> None:
     """832 x 480 px: latents of 60 x 104, 1560 tokens a frame; nothing but sizes differs from the sprites world."""
     student, drag = make_student(WanConfig.tiny(latent_channels=16)), DragLabel.read(LABEL).to_drag()
-    editor = DragEditor(student, config(iterations=1, max_iterations=2), drag, size=(480, 832), noise=NOISE,
-                        first_chunk=drag.chunk)  # fmt: skip
+    cfg = config(iterations=1, max_iterations=2, segment_px=16.0)
+    editor = DragEditor(student, cfg, drag, size=(480, 832), noise=NOISE, first_chunk=drag.chunk)
     run_chunks(student, (60, 104), drag.chunk + 1, editor)
     log = editor.logs[0]
     assert (log.chunk, log.num_segments, len(log.losses)) == (2, 2, 2) and np.isfinite(log.losses).all()
