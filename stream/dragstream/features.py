@@ -48,18 +48,16 @@ class FeatureReader:
         """Of the chunk's frames as ``latents`` [1, C, F, h, w] would have them: [F, channels, rows, cols]."""
         return self._joined(self._taps(shown, latents), shown, latents)
 
-    def x0(self, shown: ChunkPass, latents: Tensor) -> Tensor:
+    def x0(self, shown: ChunkPass, latents: Tensor, taps: AttentionTaps | None = None) -> Tensor:
         """What the student predicts from ``latents``: [1, C, F, h, w]."""
         return self.student.predict_x0(
-            latents, self.sigma, shown.condition, attention=_beside(shown), modulation=self.modulation
+            latents, self.sigma, shown.condition, attention=_beside(shown), modulation=self.modulation, taps=taps
         )
 
     def features_and_x0(self, shown: ChunkPass, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The same from a whole pass, with what the student predicts."""
         taps = AttentionTaps(self.layers)
-        x0 = self.student.predict_x0(
-            latents, self.sigma, shown.condition, attention=_beside(shown), modulation=self.modulation, taps=taps
-        )
+        x0 = self.x0(shown, latents, taps)
         return self._joined(taps, shown, latents), x0
 
     def features_of_reference(self, shown: ChunkPass, latents: Tensor, reference: Reference) -> Tensor:
@@ -75,7 +73,8 @@ class FeatureReader:
         frame = range(shown.noisy_latents.shape[2])[frame]
         latents = shown.noisy_latents[:, :, frame : frame + 1]
         grid = self.student.token_grid(*latents.shape[-2:])
-        taps = self._taps(shown, shown.noisy_latents)
+        taps = AttentionTaps(self.layers)
+        x0 = self.x0(shown, shown.noisy_latents, taps)
         tokens = grid[0] * grid[1]
         rows = slice(frame * tokens, (frame + 1) * tokens)
         variants = {
@@ -88,8 +87,7 @@ class FeatureReader:
         own = [[part[:, :, rows] for part in (tap.query, tap.key, tap.value)] for tap in seen]
         alone = self._as_maps([split_attention(q, k, v, []) for q, k, v in own], latents)[0]
         key_values = tuple(LayerKV(key, value) for _, key, value in own)
-        clean = self.x0(shown, shown.noisy_latents)[0, :, frame]
-        return Reference(variants, key_values, alone, clean)
+        return Reference(variants, key_values, alone, x0[0, :, frame])
 
     def _taps(self, shown: ChunkPass, latents: Tensor) -> AttentionTaps:
         taps = AttentionTaps(self.layers)
