@@ -1,4 +1,5 @@
-# make quickstart   train, distil, stream and evaluate on the sprites world; ends with a report to open
+# make quickstart   train, distil, stream and evaluate on the sprites world; ends with a report to open; goes on from the
+#                   shipped weights, with FROM=scratch from nothing
 # make test         checks and tests
 # make zoo          train the shipped sprites weights again, from nothing; hours on two cores, goes on after a kill
 # make ablations    train and judge the variants that the claims table compares; after make zoo, hours
@@ -7,7 +8,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(abspath $(VENV))/bin
 WORKERS ?= 2
-FROM ?= scratch
+FROM ?= zoo
 
 .PHONY: help install quickstart zoo ablations test check clean
 help:

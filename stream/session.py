@@ -34,6 +34,7 @@ from stream.dragstream.drag import Drag, check_drag
 from stream.dragstream.editor import DragEditor, DragLog, read_references
 from stream.dragstream.features import FeatureReader, Reference
 from stream.dragstream.geometry import swept_region
+from stream.dragstream.led_tracks import along, led, tracks_on
 from stream.dragstream.statistics import match_clean
 from stream.track_buffer import TrackBuffer, TrackBufferState
 
@@ -70,6 +71,7 @@ class _Memory:
     noisy: tuple[tuple[Tensor, ...], ...] = ()  # inputs of the latest chunks' steps, [1, C, c, h, w] each
     clean: tuple[Tensor, ...] = ()  # latents of the latest two chunks but the stream's first
     active: tuple[DragEditor, int] | None = None  # a drag that goes on, and the chunk at which it ends
+    steered: TrackBufferState | None = None  # tracks that the latest chunk was made with, as drags left them
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,8 +240,8 @@ class StreamSession:
     def drag(self, drag: Drag) -> DragOutcome:
         """Drag regions of the latest frame: edit the latest chunk, or animate the next ones.
 
-        Tracks in the region and on its way are released: from here on the drag moves what is there, not they. A
-        drag that animates ends an earlier one that still goes on.
+        Tracks on a handle go with it, or are released (`drag_cfg.tracks`); those on its way are released. A drag that
+        animates ends an earlier one that still goes on.
 
         Raises:
             ValueError: the drag does not fit the frame, or names a chunk that is not the latest; before
@@ -248,35 +250,62 @@ class StreamSession:
         clip, chunk_frames = self.codecs.model_cfg.clip, self.codecs.model_cfg.rollout.chunk_frames
         check_drag(drag, height=clip.height, width=clip.width, chunk_frames=chunk_frames)
         self._check_chunk(drag.chunk)
-        released = frozenset() if drag.is_still else self._buffer.ids_in(swept_region(drag))
         if drag.mode == "edit":
-            return self._edit(drag, released)
-        return self._animate(drag, released)
+            return self._edit(drag)
+        return self._animate(drag)
 
-    def _edit(self, drag: Drag, released: frozenset[int]) -> DragOutcome:
+    def _edit(self, drag: Drag) -> DragOutcome:
         start = self._memory.passes[self.drag_cfg.step].noisy_latents  # earlier drags of this chunk included
+        steered, boundary = self._memory.steered, self._boundaries[-1]
+        pushed, (on_the_way, on_handles) = self._buffer.snapshot().pushed, self._tracks_of(drag)
+        references = self._references(drag)
+        assert steered is not None, "a chunk that can be edited was made with tracks, if with none"
         self.undo()
-        self._buffer.release(released)
-        editor = self._editor(drag, self._chunk_index, None)
+        self._buffer.restore(steered)
+        paths = self._buffer.peek(self.frames_in_next_chunk)
+        self._steer(drag, on_the_way, [along(paths, tracks) for tracks in on_handles])
+        editor = self._editor(drag, self._chunk_index, references)
         editor.neighbours = self._neighbours()
 
         def edit(shown: ChunkPass) -> Tensor:
             return editor(replace(shown, noisy_latents=start) if shown.step == self.drag_cfg.step else shown)
 
         frames = self.next_chunk(edit=edit)
-        return DragOutcome(frames, editor.references or (), editor.logs)
+        self._boundaries[-1] = boundary  # taking the chunk back takes back what the drag did to the tracks
+        self._buffer.restore(replace(self._buffer.snapshot(), pushed=pushed))  # what came since the chunk is kept
+        return DragOutcome(frames, references, editor.logs)
 
-    def _animate(self, drag: Drag, released: frozenset[int]) -> DragOutcome:
-        self._buffer.release(released)
-        shown = self._memory.passes[self.drag_cfg.step]
-        reader = FeatureReader(self.student, self.drag_cfg, shown.sigma)
-        references = read_references(reader, self.drag_cfg, drag, shown, self._noise)
+    def _tracks_of(self, drag: Drag) -> tuple[frozenset[int], list[Tracks]]:
+        """Identities on the way of a drag, and the tracks on each of its handles, as the latest frame shows them."""
+        if drag.is_still:
+            return frozenset(), []
+        swept = frozenset(self._buffer.seen_in(swept_region(drag)).ids[0].tolist())
+        if self.drag_cfg.tracks == "release":
+            return swept, []
+        return swept, tracks_on(self._buffer, drag, self.codecs.model_cfg.latent_size)
+
+    def _steer(self, drag: Drag, on_the_way: frozenset[int], on_handles: list[Tracks]) -> None:
+        """Tracks of the frames to come, as the drag wants them."""
+        count = self.frames_in_next_chunk if drag.mode == "edit" else FRAMES_PER_LATENT * drag.num_frames
+        self._buffer.release(on_the_way)
+        if on_handles:
+            self._buffer.lead(led(drag, on_handles, count, opens_video=self._chunk_index == 0))
+
+    def _animate(self, drag: Drag) -> DragOutcome:
+        self._steer(drag, *self._tracks_of(drag))
+        references = self._references(drag)
         editor = self._editor(drag, self._chunk_index, references)
         end = self._chunk_index + drag.num_frames // self.codecs.model_cfg.rollout.chunk_frames
         self._memory = replace(self._memory, active=(editor, end))
         return DragOutcome(None, references, editor.logs)
 
-    def _editor(self, drag: Drag, first_chunk: int, references: tuple[Reference, ...] | None) -> DragEditor:
+    def _references(self, drag: Drag) -> tuple[Reference, ...]:
+        """What the handles hold: features of the latest frame, or those that they bring."""
+        shown = self._memory.passes[self.drag_cfg.step]
+        reader = FeatureReader(self.student, self.drag_cfg, shown.sigma)
+        return read_references(reader, self.drag_cfg, drag, shown, self._noise)
+
+    def _editor(self, drag: Drag, first_chunk: int, references: tuple[Reference, ...]) -> DragEditor:
         clip = self.codecs.model_cfg.clip
         return DragEditor(
             self.student, self.drag_cfg, drag, size=(clip.height, clip.width), noise=self._noise,
@@ -329,7 +358,7 @@ class StreamSession:
         `edit` may change the input of each denoising pass (see `Rollout.next_chunk`); None: what the drag that
         goes on, if any, makes of it.
         """
-        boundary, started = self._boundary(), self.codecs.clock()
+        boundary, steered, started = self._boundary(), self._buffer.snapshot(), self.codecs.clock()
         condition = self._next_condition()
         conditioned = self.codecs.clock()
         passes: list[ChunkPass] = []
@@ -343,7 +372,7 @@ class StreamSession:
             self._chunk_index, len(frames), conditioned - started, denoised - conditioned, decoded - denoised
         )
         self._latest = (timing, chunk.x0)
-        self._remember(passes, chunk.x0)
+        self._remember(passes, chunk.x0, steered)
         self._boundaries.append(boundary)
         self._chunk_index += 1
         self._num_frames += len(frames)
@@ -379,13 +408,14 @@ class StreamSession:
         previous = torch.cat(self._memory.clean, dim=2)
         return lambda x0: match_clean(x0, previous)
 
-    def _remember(self, passes: list[ChunkPass], x0: Tensor) -> None:
+    def _remember(self, passes: list[ChunkPass], x0: Tensor, steered: TrackBufferState) -> None:
         memory, chunks = self._memory, math.ceil(self.drag_cfg.adsr_frames / x0.shape[2])
         noisy = (*memory.noisy, tuple(shown.noisy_latents for shown in passes))
         clean = (*memory.clean, x0)[-2:] if self._chunk_index else ()
         self._memory = replace(
-            memory, passes=tuple(passes), noisy=noisy[len(noisy) - chunks :] if chunks else (), clean=clean
-        )
+            memory, passes=tuple(passes), noisy=noisy[len(noisy) - chunks :] if chunks else (), clean=clean,
+            steered=steered,
+        )  # fmt: skip
 
     def _boundary(self) -> _Boundary:
         return _Boundary(

@@ -3,13 +3,15 @@
 Identities stay constant over a stream (MotionStream eq. 1 gives each track a random identity once). Tracks
 whose ids are all 0 are "not yet drawn": column n then always gets the n-th identity of this stream. Tracks
 with ids of their own keep them, so a caller may add and remove points. An identity missing from a later push
-is released. Memory does not grow with the stream: frames already read are forgotten, except the last.
+is released. A drag may lead tracks elsewhere, whatever is pushed for them. Memory does not grow with the
+stream: frames already read are forgotten, except the last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,11 +22,42 @@ ENDINGS = ("hold", "release")
 
 
 @dataclass(frozen=True)
+class _Queue:
+    """Frames of motion in a row, of which the first may have been read already; immutable."""
+
+    held: Tracks | None = None
+    num_read: int = 0  # frames at the head of `held` that were read: 0 or 1
+
+    @property
+    def num_pending(self) -> int:
+        return 0 if self.held is None else self.held.num_frames - self.num_read
+
+    @property
+    def latest(self) -> Tracks | None:
+        """The latest frame read."""
+        return None if self.held is None or not self.num_read else self.held.frames(slice(0, 1))
+
+    def appended(self, tracks: Tracks) -> _Queue:
+        return _Queue(tracks if self.held is None else _append(self.held, tracks), self.num_read)
+
+    def without(self, ids: frozenset[int]) -> _Queue:
+        return self if self.held is None else _Queue(_without(self.held, ids), self.num_read)
+
+    def taken(self, count: int, ending: str) -> tuple[Tracks | None, _Queue]:
+        """The next `count` frames, filled up as `ending` says, and what is left."""
+        if self.held is None:
+            return None, self
+        taken = _filled(self.held.frames(slice(self.num_read, self.num_read + count)), self.held, count, ending)
+        rest = self.held.frames(slice(self.num_read + count, None))
+        return taken, _Queue(_without_unseen(_append(taken.frames(slice(-1, None)), rest)), 1)
+
+
+@dataclass(frozen=True)
 class TrackBufferState:
     """What `snapshot` keeps; immutable."""
 
-    held: Tracks | None
-    num_read: int
+    pushed: _Queue
+    led: _Queue
     released: frozenset[int]
 
 
@@ -42,14 +75,14 @@ class TrackBuffer:
             raise ValueError(f"ending='{ending}' must be one of {', '.join(ENDINGS)}")
         self.height, self.width, self.ending = height, width, ending
         self._identities = sample_track_ids(1, NUM_TRACK_IDS, rng)[0]
-        self._held: Tracks | None = None
-        self._num_read = 0  # frames at the head of `_held` that were read already: 0 or 1
-        self._released: frozenset[int] = frozenset()  # identities that are not followed any more
+        self._pushed = _Queue()
+        self._led = _Queue()  # identities that a drag leads
+        self._released: frozenset[int] = frozenset()  # identities whose pushed motion is not followed any more
 
     @property
     def num_pending(self) -> int:
         """Pushed frames that were not read yet."""
-        return 0 if self._held is None else self._held.num_frames - self._num_read
+        return self._pushed.num_pending
 
     def push(self, tracks: Tracks) -> None:
         """Append the motion of the next frames; tracks hold one clip (B = 1).
@@ -64,44 +97,59 @@ class TrackBuffer:
             )
         if tracks.batch_size != 1:
             raise ValueError(f"tracks hold {tracks.batch_size} clips; a stream takes 1")
-        tracks = self._identified(tracks.to("cpu"))
-        self._held = tracks if self._held is None else _append(self._held, tracks)
+        self._pushed = self._pushed.appended(self._identified(tracks.to("cpu")))
 
-    def ids_in(self, mask: np.ndarray) -> frozenset[int]:
-        """Identities that are visible inside a mask, bool [H, W], in the latest frame read."""
-        if self._held is None or not self._num_read:
-            return frozenset()
-        x, y = self._held.points[0, 0].floor().long().unbind(-1)
-        inside = self._held.visibility[0, 0] & (x >= 0) & (x < self.width) & (y >= 0) & (y < self.height)
+    def seen_in(self, mask: np.ndarray) -> Tracks:
+        """Tracks that are visible inside a mask, bool [H, W], in the latest frame read: that one frame of them."""
+        now = _joined(self._pushed.without(self._released).latest, self._led.latest)
+        if now is None:
+            return Tracks.empty(1, 1, self.height, self.width)
+        x, y = now.points[0, 0].floor().long().unbind(-1)
+        inside = now.visibility[0, 0] & (x >= 0) & (x < self.width) & (y >= 0) & (y < self.height)
         hit = torch.from_numpy(mask)[y.clamp(0, self.height - 1), x.clamp(0, self.width - 1)]
-        return frozenset(self._held.ids[0, inside & hit].tolist())
+        return now.select((inside & hit).nonzero()[:, 0])
+
+    def unused_ids(self, count: int) -> torch.Tensor:  # -> [count]
+        """Identities that no track of this stream has now."""
+        used = {identity for queue in (self._pushed, self._led) for identity in _ids_of(queue.held)}
+        free = (identity for identity in reversed(self._identities.tolist()) if identity not in used)
+        return torch.tensor(list(islice(free, count)), dtype=torch.long)
 
     def release(self, ids: Iterable[int]) -> None:
         """From the next frame on these identities are unspecified, whatever is pushed."""
         self._released |= frozenset(ids)
+        self._led = self._led.without(frozenset(ids))
+
+    def lead(self, tracks: Tracks) -> None:
+        """From the next frame on these identities move so, whatever is pushed; beyond the end as `ending` says."""
+        self.release(_ids_of(tracks))
+        length = max(tracks.num_frames, self._led.num_pending)
+        others, _ = self._led.taken(length, self.ending)
+        filled = _filled(tracks, tracks, length, self.ending)
+        latest = self._led.latest
+        following = filled if others is None else others.beside(filled)
+        self._led = _Queue(following) if latest is None else _Queue(latest, 1).appended(following)
 
     def take(self, count: int) -> Tracks:
         """The motion of the next `count` frames, filled up as `ending` says."""
-        if self._held is None:
-            return Tracks.empty(1, count, self.height, self.width)
-        taken = self._held.frames(slice(self._num_read, self._num_read + count))
-        if taken.num_frames < count:
-            taken = _append(taken, self._beyond_the_end(self._held, count - taken.num_frames))
-        rest = self._held.frames(slice(self._num_read + count, None))
-        self._held, self._num_read = _without_unseen(_append(taken.frames(slice(-1, None)), rest)), 1
-        return self._without_released(taken)
+        pushed, self._pushed = self._pushed.taken(count, self.ending)
+        led, self._led = self._led.taken(count, self.ending)
+        followed = None if pushed is None else _without(pushed, self._released)
+        found = _joined(led, followed)
+        return Tracks.empty(1, count, self.height, self.width) if found is None else found
+
+    def peek(self, count: int) -> Tracks:
+        """What `take` would give."""
+        state = self.snapshot()
+        tracks = self.take(count)
+        self.restore(state)
+        return tracks
 
     def snapshot(self) -> TrackBufferState:
-        return TrackBufferState(self._held, self._num_read, self._released)
+        return TrackBufferState(self._pushed, self._led, self._released)
 
     def restore(self, state: TrackBufferState) -> None:
-        self._held, self._num_read, self._released = state.held, state.num_read, state.released
-
-    def _without_released(self, tracks: Tracks) -> Tracks:
-        if not self._released:
-            return tracks
-        kept = [n for n, identity in enumerate(tracks.ids[0].tolist()) if identity not in self._released]
-        return tracks.select(torch.tensor(kept, dtype=torch.long))
+        self._pushed, self._led, self._released = state.pushed, state.led, state.released
 
     def _identified(self, tracks: Tracks) -> Tracks:
         if not tracks.ids.any():
@@ -112,11 +160,33 @@ class TrackBuffer:
             )
         return tracks
 
-    def _beyond_the_end(self, held: Tracks, count: int) -> Tracks:
-        last = held.frames(slice(-1, None))
-        points, visibility = last.points.expand(-1, count, -1, -1), last.visibility.expand(-1, count, -1)
-        shown = visibility if self.ending == "hold" else torch.zeros_like(visibility)
-        return replace(last, points=points, visibility=shown)
+
+def _ids_of(tracks: Tracks | None) -> list[int]:
+    return [] if tracks is None else tracks.ids[0].tolist()
+
+
+def _without(tracks: Tracks, ids: frozenset[int]) -> Tracks:
+    if not ids:
+        return tracks
+    kept = [n for n, identity in enumerate(_ids_of(tracks)) if identity not in ids]
+    return tracks.select(torch.tensor(kept, dtype=torch.long))
+
+
+def _joined(*parts: Tracks | None) -> Tracks | None:
+    """The tracks that there are, side by side."""
+    found = [part for part in parts if part is not None]
+    return found[0].beside(*found[1:]) if found else None
+
+
+def _filled(tracks: Tracks, held: Tracks, count: int, ending: str) -> Tracks:
+    """Tracks of `count` frames: beyond their end the last frame held goes on, or nothing is known."""
+    missing = count - tracks.num_frames
+    if missing <= 0:
+        return tracks
+    last = held.frames(slice(-1, None))
+    points, visibility = last.points.expand(-1, missing, -1, -1), last.visibility.expand(-1, missing, -1)
+    shown = visibility if ending == "hold" else torch.zeros_like(visibility)
+    return _append(tracks, replace(last, points=points, visibility=shown))
 
 
 def _append(earlier: Tracks, later: Tracks) -> Tracks:

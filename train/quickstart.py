@@ -125,10 +125,10 @@ def _loss_figures(out: Path) -> list[Figure]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], prog="python -m train.quickstart")
-    parser.add_argument("--start", choices=CONFIGS, default="scratch", help="shipped weights to go on from, or none")
-    parser.add_argument("--out", type=Path, help="folder for everything; default: outputs/quickstart[_zoo]")
+    parser.add_argument("--start", choices=CONFIGS, default="zoo", help="shipped weights to go on from, or none")
+    parser.add_argument("--out", type=Path, help="folder for everything; default: outputs/quickstart[_scratch]")
     arguments = parser.parse_args()
-    default = "quickstart" if arguments.start == "scratch" else "quickstart_zoo"
+    default = "quickstart" if arguments.start == "zoo" else "quickstart_scratch"
     out = (arguments.out or ROOT / "outputs" / default).resolve()
     times = run_all(chain(out, arguments.start), out)
     page = report(out, times)

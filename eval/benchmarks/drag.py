@@ -2,9 +2,10 @@
 
 Paper: DragStream section 5 and appendix C (REVEL). Every scenario (drag_scenarios.py) is streamed once up to its
 first drag; from there each method goes on from the same state with the same noise, "no_drag" among them: the same
-stream with the region's tracks released and nothing optimised. ObjMC, DAI (drag.py), PSNR outside the editable
-region against the stream without a drag, Fréchet distances to those streams, and the time of a dragged chunk over
-that of one without. A sprites region is found again by its appearance; in real video by a point tracker.
+stream with the region's tracks released and nothing optimised. "ideal" is that stream with the region cut out and
+pasted where it should be: the best that can be had, where a figure is not 0 for it. ObjMC, DAI (drag.py), PSNR outside
+the editable region against the stream without a drag, Fréchet distances to those streams, and the time of a dragged
+chunk over that of one without. A sprites region is found again by its appearance; in real video by a point tracker.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from data.app import CONF_DIR, build_config, compose_config
 from data.sprites import SpritesConfig
 from data.trackers import TrackerConfig, build_tracker, grid_queries
 from eval.benchmarks.context import EvalContext, Outcome, progress_bar
-from eval.benchmarks.drag_runs import DraggedChunks, Replay, Run
+from eval.benchmarks.drag_runs import DraggedChunks, Replay, Run, pasted
 from eval.benchmarks.drag_scenarios import DragScenario, labelled_scenarios, sprites_scenarios
 from eval.metrics.detectors import load_i3d, load_inception, load_sprites_detector
 from eval.metrics.drag import (
@@ -41,6 +42,7 @@ from eval.results import Results
 from models.condition import FRAMES_PER_LATENT
 from models.motion.tracks import Tracks
 from models.wan.dit import WanDiT
+from stream.codecs import to_pixels
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Handle, Pose
 from stream.dragstream.editor import DragEditor
@@ -48,8 +50,8 @@ from stream.dragstream.geometry import moved, moved_mask
 from stream.provenance import peak_bytes
 from stream.session import StreamSession
 
-NO_DRAG, OURS = "no_drag", "drag"
-UNTOUCHED = DragConfig(iterations=0, warm_rounds=0)  # tracks are released, nothing is dragged
+NO_DRAG, OURS, IDEAL = "no_drag", "drag", "ideal"
+UNTOUCHED = DragConfig(iterations=0, warm_rounds=0, tracks="release")  # nothing is dragged
 MAX_POINTS = 64  # followed in a handle
 MIN_SEEN = 0.5  # share of a handle that must be in the frame at its target to be judged
 WARM_CHUNKS = 4  # before memory is measured: the cache is full
@@ -90,7 +92,7 @@ class DragBenchConfig:
 class Verdict:
     """Figures of one run."""
 
-    objmc_px: float
+    objmc_px: float  # of the mean of the points; per point where a handle turns, which moves no mean
     objmc_per_point_px: float
     lost_ratio: float
     dai_latent: float
@@ -113,9 +115,11 @@ class DragBenchmark:
         settings |= {name: baseline_settings(name) for name in self.cfg.baselines}
         scenarios, student = self.scenarios(context), context.load("student")
         runs = self.stream(context, student, scenarios, settings)
+        ideal = [pasted(run, lambda frames: _encoded(context, frames)) for run in runs[NO_DRAG]]
         results = Results(seed=context.seed)
         verdicts = {
-            name: [self.judge(run, base) for run, base in zip(found, runs[NO_DRAG])] for name, found in runs.items()
+            name: [self.judge(run, base) for run, base in zip(found, runs[NO_DRAG])]
+            for name, found in (runs | {IDEAL: ideal}).items()
         }
         for name, found in verdicts.items():
             put_verdicts(results, name, found)
@@ -181,7 +185,7 @@ class DragBenchmark:
             for ours, plain in zip(run.drags, base.drags)
             if ours.drag.editable is not None
         ]
-        seconds = [value for dragged in run.drags for value in dragged.seconds]
+        seconds = [value for dragged in run.drags for value in dragged.seconds] or [float("nan")]
         mean, per_point, lost, latent, rgb = (_mean(values) for values in zip(*found))
         return Verdict(mean, per_point, lost, latent, rgb, _mean(outside), float(np.median(seconds)))
 
@@ -193,14 +197,15 @@ class DragBenchmark:
             if not seen:
                 continue
             points, correlations = self._follow(dragged, handle, [frame for frame, _ in seen])
-            distances.append(objmc(points, [pose for _, pose in seen], handle.center))
+            found = objmc(points, [pose for _, pose in seen], handle.center)
+            distances.append((found.per_point_px if handle.is_rotation else found.displacement_px, found.per_point_px))
             lost += [float(value < LOST_CORRELATION) for value in correlations]
             for frame, pose in seen:
                 target = (handle.point[0] + pose.dx, handle.point[1] + pose.dy)
                 latent.append(_dai(dragged.before_latent, dragged.latents[:, _latent_of(frame, dragged)], handle.point,
                                    target, size))  # fmt: skip
                 rgb.append(_dai(_unit(dragged.before), _unit(dragged.frames[frame]), handle.point, target, size))
-        mean, per_point = _mean(d.displacement_px for d in distances), _mean(d.per_point_px for d in distances)
+        mean, per_point = (_mean(values) for values in zip(*distances)) if distances else (float("nan"), float("nan"))
         return mean, per_point, _mean(lost), _mean(latent), _mean(rgb)
 
     def _follow(self, dragged: DraggedChunks, handle: Handle, frames: list[int]) -> tuple[np.ndarray, list[float]]:
@@ -222,8 +227,8 @@ class DragBenchmark:
     # ------------------------------------------------------------------ figures
     def _put_ratios(self, results: Results) -> None:
         """Each method's figures over those of the stream without a drag."""
-        for role in (OURS, *self.cfg.baselines):
-            for key in ("objmc", "dai_latent", "seconds"):
+        for role in (OURS, *self.cfg.baselines, IDEAL):
+            for key in ("objmc", "dai_latent", "dai_rgb", *(() if role == IDEAL else ("seconds",))):
                 name_of = f"{key}_px" if key == "objmc" else key
                 ours, plain = results.values[f"{role}.{name_of}"], results.values[f"{NO_DRAG}.{name_of}"]
                 results.put(f"{role}.{key}_ratio", _ratio(ours, plain))
@@ -356,6 +361,11 @@ def _moved(points: np.ndarray, pose: Pose, center: tuple[float, float]) -> np.nd
 def _latent_of(frame: int, dragged: DraggedChunks) -> int:
     """Latent frame whose last pixel frame this is, counted in the dragged chunks."""
     return dragged.latents.shape[1] - 1 - (len(dragged.frames) - 1 - frame) // FRAMES_PER_LATENT
+
+
+def _encoded(context: EvalContext, frames: np.ndarray) -> Tensor:
+    """Normalised latents [C, F, h, w] of frames uint8 [1 + 4k, H, W, 3]."""
+    return context.codecs.vae.encode(to_pixels(frames[None], context.device))[0].float().cpu()
 
 
 def _unit(frame: np.ndarray) -> Tensor:

@@ -43,13 +43,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alpha 0.5": {"css_alpha": 0.5},
     "alpha 1.5": {"css_alpha": 1.5},
     "alpha 2": {"css_alpha": 2.0},
-    "I 0": {"iterations": 0, "warm_rounds": 0},
+    "I 0": {"iterations": 0, "warm_rounds": 0, "tracks": "release"},
     "I 2": {"iterations": 2},
     "I 3": {"iterations": 3},
     "without L_rec": {"rec_weight": 0.0},
     "without L_cst": {"cst_weight": 0.0},
     "without warm start": {"warm_rounds": 0},
-    "warm start alone": {"iterations": 0},
+    "tracks released": {"tracks": "release"},
+    "tracks alone": {"iterations": 0, "warm_rounds": 0},
+    "tracks and warm start alone": {"iterations": 0},
+    "warm start alone": {"iterations": 0, "tracks": "release"},
+    "as in the paper": {"warm_rounds": 0, "tracks": "release"},
     "without context": {},  # the rollout's sink and window are 0
 }
 OBJMC, DAI, BACKGROUND = "objmc_px", "dai_latent", "background_psnr_db"
@@ -109,6 +113,10 @@ CLAIMS = (
     Claim("Without L_cst the object follows as well", "table 3: 20.87 against 26.12",
           no_worse=[("without L_cst", OBJMC)]),
     Claim("Context frames are needed", "fig. 16", worse=[("without context", DAI)]),
+    Claim("Beyond the paper: tracks that follow the drag improve it", "its student takes no tracks",
+          worse=[("tracks released", OBJMC)]),
+    Claim("Beyond the paper: the warm start improves it", "", worse=[("without warm start", OBJMC)]),
+    Claim("The iterations improve a drag that has both", "", worse=[("tracks and warm start alone", OBJMC)]),
 )  # fmt: skip
 
 

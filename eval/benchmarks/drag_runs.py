@@ -1,9 +1,15 @@
-"""Streams with drags: one method's way through one scenario, and what is kept of it to be judged."""
+"""Streams with drags: one method's way through one scenario, and what is kept of it to be judged.
+
+Beside the methods stands what no method does: the region cut out of the picture and pasted where it should be
+(``pasted``). It says how well the figures judge a drag that is perfect by construction.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +19,11 @@ from eval.metrics.drag import LocatorConfig, RegionLocator
 from models.condition import FRAMES_PER_LATENT
 from stream.dragstream.drag import Drag, Pose
 from stream.dragstream.features import Reference
+from stream.dragstream.geometry import cell_centers, moved_mask, sample, source_of
+from stream.dragstream.led_tracks import pixel_poses
 from stream.session import StreamSession
+
+INPAINT_RADIUS_PX = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +53,39 @@ class Run:
     frames: np.ndarray  # uint8 [T, H, W, 3], from the chunk before the first drag on
     drags: list[DraggedChunks]
     plain_seconds: list[float]  # of chunks without a drag
+
+
+def pasted(run: Run, encode: Callable[[np.ndarray], Tensor]) -> Run:
+    """A run without a drag, with each handle's pixels moved exactly as asked and its old place painted over.
+
+    Args:
+        encode: uint8 [1 + 4k, H, W, 3] -> normalised latents [C, 1 + k, h, w].
+    """
+    drags = []
+    for dragged in run.drags:
+        frames = _with_handles_pasted(dragged)
+        opens_video = len(frames) % FRAMES_PER_LATENT == 1
+        latents = encode(frames if opens_video else np.concatenate([dragged.before[None], frames]))
+        latents = latents[:, -dragged.latents.shape[1] :]
+        drags.append(replace(dragged, frames=frames, latents=latents, seconds=[]))
+    return replace(run, drags=drags)
+
+
+def _with_handles_pasted(dragged: DraggedChunks) -> np.ndarray:
+    height, width = size = (dragged.before.shape[0], dragged.before.shape[1])
+    content = torch.from_numpy(dragged.before).permute(2, 0, 1).float()
+    handles, centers = dragged.drag.handles, cell_centers(height, width, size)
+    hole = np.any([handle.mask for handle in handles], axis=0).astype(np.uint8)
+    hole = cv2.dilate(hole, np.ones((3, 3), np.uint8))  # its blended border too
+    frames = []
+    for frame, poses in zip(dragged.frames, pixel_poses(dragged.drag, len(dragged.frames), opens_video=False)):
+        picture = torch.from_numpy(cv2.inpaint(frame, hole, INPAINT_RADIUS_PX, cv2.INPAINT_TELEA)).float()
+        for handle, pose in zip(handles, poses):
+            share = moved_mask(torch.from_numpy(handle.mask), pose, handle.center, height, width)[..., None]
+            moved = sample(content, source_of(centers, pose, handle.center), size)
+            picture = torch.lerp(picture, moved, share)
+        frames.append(picture.round().to(torch.uint8).numpy())
+    return np.stack(frames)
 
 
 class Replay:

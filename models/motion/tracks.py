@@ -106,6 +106,12 @@ class Tracks:
             ids=self.ids.gather(1, index),
         )
 
+    def beside(self, *others: Tracks) -> Tracks:
+        """These tracks and others of the same clips and frames, as columns of one; these come first."""
+        parts = (self, *others)
+        points, visibility = torch.cat([p.points for p in parts], 2), torch.cat([p.visibility for p in parts], 2)
+        return replace(self, points=points, visibility=visibility, ids=torch.cat([part.ids for part in parts], 1))
+
     def with_ids(self, ids: Tensor) -> Tracks:
         """The same motion under other identities, ids [B, N]."""
         return replace(self, ids=ids.to(self.points.device))

@@ -14,6 +14,7 @@ class DragConfig:
 
     method: str = "dragstream"  # dragstream | sg_i2v | dragvideo (objectives.py)
     layers: list[int] | None = None  # blocks whose self-attention gives the features; null: 0.4 to 0.53 of the depth
+    tracks: str = "follow"  # of the stream, on a handle: they "follow" it (led_tracks.py; not in the paper) | "release"
     step: int = -1  # denoising step whose input is optimised; negative: counted from the last, -1
     iterations: int = 4  # per segment; 0: the warm start alone
     max_iterations: int | None = 32  # per chunk; segments become longer where they would need more
@@ -54,7 +55,8 @@ class DragConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("method", METHODS), ("subdivision", ("ceil", "floor")), ("start", ("previous", "origin")),
+            ("method", METHODS), ("tracks", ("follow", "release")),
+            ("subdivision", ("ceil", "floor")), ("start", ("previous", "origin")),
             ("edit_frames", ("last", "ramp")), ("norm", ("mse", "l1")), ("reduction", ("cells", "sum", "all")),
             ("cst_on", ("features", "x0")), ("adsr", ("own", "neighbours", "compat", "off")),
             ("filter_rope", ("post", "pre")), ("css_box", ("target", "handle", "both")),

@@ -12,6 +12,7 @@ import torch
 
 from data.app import compose_config
 from data.sprites import SpritesConfig
+from eval.benchmarks.drag_runs import DraggedChunks, Run, pasted
 from eval.benchmarks.drag_scenarios import COMBINATIONS, labelled_scenarios, moved_to, sprites_scenarios
 from eval.run import main
 from models.condition import ClipGeometry
@@ -60,6 +61,28 @@ def test_a_drag_follows_its_object() -> None:
     np.testing.assert_array_equal(gone.mask, mask)
 
 
+def test_a_pasted_region_is_where_it_should_be_and_no_longer_where_it_was() -> None:
+    grey, red = 90, np.array([250, 10, 10])
+    before = np.full((64, 64, 3), grey, np.uint8)
+    before[20:30, 20:30] = red
+    mask = (before == red).all(-1)
+    drag = Drag("animate", (Handle(mask, (25.0, 25.0), tuple(Pose(dx=4.0 * n) for n in (1, 2, 3)), (25.0, 25.0)),))
+    frames = np.repeat(before[None], 12, axis=0)
+    dragged = DraggedChunks(drag, before, torch.zeros(2, 16, 16), frames, torch.zeros(2, 3, 16, 16), 0, [1.0])
+    shapes = []
+
+    def encode(video: np.ndarray) -> torch.Tensor:
+        shapes.append(video.shape)
+        return torch.arange(4.0).reshape(1, 4, 1, 1).expand(2, 4, 16, 16)
+
+    (found,) = pasted(Run(frames, [dragged], []), encode).drags
+    assert shapes == [(13, 64, 64, 3)] and found.latents[0, :, 0, 0].tolist() == [1.0, 2.0, 3.0]
+    expected = np.full((64, 64, 3), grey, np.uint8)
+    expected[20:30, 32:42] = red
+    np.testing.assert_allclose(found.frames[-1], expected, atol=3)  # what is painted over is not exact
+    assert (found.frames[1] == red).all(-1)[25].nonzero()[0].tolist() == list(range(22, 32))  # two px on
+
+
 def test_labels_need_a_first_frame_beside_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no \*_trajectory.json"):
         labelled_scenarios(tmp_path, GEOMETRY, 3)
@@ -94,7 +117,9 @@ def test_the_benchmark_measures_each_method_against_no_drag(tiny_weights, tmp_pa
     assert metrics["drag.seconds_ratio"] > 1 and metrics["drag.extra_memory_ratio"] > 0
     assert metrics["drag.fvd"].startswith("unavailable: get i3d")
     per_scenario = json.loads((tmp_path / "scenarios.json").read_text())
-    assert len(per_scenario) == 7 and set(per_scenario[0]) == {"key", "prompt", "no_drag", "drag", "sg_i2v"}
+    assert len(per_scenario) == 7
+    assert set(per_scenario[0]) == {"key", "prompt", "no_drag", "drag", "sg_i2v", "ideal"}
+    assert metrics["ideal.objmc_px"] < 0.5 and "ideal.seconds_ratio" not in metrics  # nothing is generated for it
     report = (tmp_path / "report.html").read_text()
     assert "Before and after" in report and "src=\"http" not in report
 
@@ -133,7 +158,7 @@ def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path
                  "bench.world.max_size=0.5", "bench.world.max_sprites=1"]  # fmt: skip
     assert main(compose_config("eval", [*tiny_weights.overrides, *overrides])) == 0
     claims = json.loads((tmp_path / "claims.json").read_text())
-    assert [claim["row"] for claim in claims] == list(range(1, 17))
+    assert [claim["row"] for claim in claims] == list(range(1, 20))
     by_claim = {claim["claim"]: claim for claim in claims}
     measured = by_claim["ADSR: without it objects do not arrive"]
     assert measured["verdict"] in ("holds", "does not hold", "within noise") and len(measured["interval"]) == 1

@@ -171,15 +171,67 @@ def test_a_prompt_changed_in_the_stream_alters_the_next_chunk(parts) -> None:
     assert (changed.next_chunk() != plain.next_chunk()).any()
 
 
-def test_the_tracks_of_a_dragged_region_are_released(parts) -> None:
+def tracked_session(parts, **options) -> StreamSession:
+    """One track on the handle, at (7, 7), and one off its way."""
     points = np.broadcast_to(np.array([[7.0, 7.0], [13.0, 13.0]], np.float32), (9, 2, 2)).copy()
-    session = open_session(parts, tracks=Tracks.from_arrays(points, np.ones((9, 2), bool), 16, 16))
+    tracks = Tracks.from_arrays(points, np.ones((9, 2), bool), 16, 16)
+    return open_session(parts, tracks=tracks, drag=DragConfig(iterations=1, **options))
+
+
+def ways(session: StreamSession, frames: int = 12) -> dict[int, list[float]]:
+    """x of each track that is seen in the frames to come, by identity."""
+    taken = session._buffer.peek(frames)
+    shown = taken.visibility[0].all(0).tolist()
+    return {identity: taken.points[0, :, n, 0].tolist()
+            for n, identity in enumerate(taken.ids[0].tolist()) if shown[n]}  # fmt: skip
+
+
+def test_the_tracks_of_a_dragged_region_are_released_where_the_profile_says_so(parts) -> None:
+    session = tracked_session(parts, tracks="release")
+    advance(session, 2)
+    before = ways(session)
+    session.drag(drag("animate", LEFT))
+    (rest,) = ways(session).values()
+    assert rest == [13.0] * 12
+    session.undo()
+    assert ways(session) == before
+
+
+def test_an_animation_takes_the_tracks_of_its_handle_along_and_leaves_them_there(parts) -> None:
+    session = tracked_session(parts)
+    advance(session, 2)
+    moving, still = ways(session)
+    session.drag(drag("animate", LEFT))
+    found = ways(session, 16)
+    assert found[still] == [13.0] * 16
+    np.testing.assert_allclose(found[moving], [*(7 - 4 * (n + 1) / 12 for n in range(12)), *[3.0] * 4], atol=1e-5)
+
+
+def test_an_edit_bends_the_tracks_of_its_chunk_and_undo_straightens_them(parts) -> None:
+    session = tracked_session(parts)
+    advance(session, 2)
+    before = ways(session)
+    moving = next(iter(before))
+    session.push_tracks(Tracks.from_arrays(np.full((2, 1, 2), 9.0), np.ones((2, 1), bool), 16, 16))
+    session.drag(drag("edit", LEFT))
+    assert ways(session)[moving] == [3.0] * 12
+    again = Handle(mask(0, 10), (3.0, 7.0), (Pose(dx=-2.0),), (3.0, 7.0))
+    session.drag(Drag("edit", (again,)))  # goes on from the first
+    assert ways(session)[moving] == [1.0] * 12
+    assert session.num_pending_track_frames == 2  # what was pushed since the chunk is not lost
+    session.undo()
+    assert ways(session) == before
+
+
+def test_a_handle_without_tracks_gets_one_per_cell(parts) -> None:
+    session = open_session(parts)
     advance(session, 2)
     session.drag(drag("animate", LEFT))
-    taken = session._buffer.take(4)
-    assert taken.num_tracks == 1 and taken.points[0, -1, 0].tolist() == [13.0, 13.0]
-    session.undo()
-    assert session._buffer.take(4).num_tracks == 2
+    rows, cols = session.codecs.model_cfg.latent_size
+    taken = session._buffer.peek(12)
+    centers = (np.arange(cols) + 0.5) * 16 / cols
+    inside = sum(4 <= center < 10 for center in centers)
+    assert taken.num_tracks == inside**2 and len(taken.ids.unique()) == inside**2 and rows == cols
 
 
 @pytest.mark.parametrize(
@@ -313,10 +365,10 @@ def _drag_at_random(session: StreamSession, mode: str, regions: list, masked: bo
         handles.append(Handle(inside, (x + 0.5, y + 0.5), poses, (x + 0.5, y + 0.5)))
     if not session._boundaries:
         session.next_chunk()
-    before = session._memory.passes[1].noisy_latents
+    before = session.latest_passes[session.drag_cfg.step].noisy_latents
     outcome = session.drag(Drag(mode, tuple(handles), mask(0, 12, 0, 16) if masked else None))
     if mode == "edit" and session.drag_cfg.method == "dragstream":
-        found = session._memory.passes[1].noisy_latents
+        found = session.latest_passes[session.drag_cfg.step].noisy_latents
         for ours, wanted in zip(torch.std_mean(found, PER_CHANNEL), torch.std_mean(before, PER_CHANNEL)):
             torch.testing.assert_close(ours, wanted, atol=2e-4, rtol=2e-4)
     assert all(np.isfinite(log.losses).all() for log in outcome.logs)
