@@ -292,8 +292,8 @@ class StreamSession:
             self._buffer.lead(led(drag, on_handles, count, opens_video=self._chunk_index == 0))
 
     def _animate(self, drag: Drag) -> DragOutcome:
-        self._steer(drag, *self._tracks_of(drag))
         references = self._references(drag)
+        self._steer(drag, *self._tracks_of(drag))
         editor = self._editor(drag, self._chunk_index, references)
         end = self._chunk_index + drag.num_frames // self.codecs.model_cfg.rollout.chunk_frames
         self._memory = replace(self._memory, active=(editor, end))

@@ -16,9 +16,9 @@ class DragConfig:
     layers: list[int] | None = None  # blocks whose self-attention gives the features; null: 0.4 to 0.53 of the depth
     tracks: str = "follow"  # of the stream, on a handle: they "follow" it (led_tracks.py; not in the paper) | "release"
     step: int = -1  # denoising step whose input is optimised; negative: counted from the last, -1
-    iterations: int = 4  # per segment; 0: the warm start alone
+    iterations: int = 0  # per segment, of the paper's optimisation; 0: tracks and warm start alone (docs/dragstream.md)
     max_iterations: int | None = 32  # per chunk; segments become longer where they would need more
-    segment_px: float | None = None  # a drag goes in segments of at most this; null: in one
+    segment_ratio: float | None = None  # a drag goes in segments of at most this share of the height; null: in one
     segment_degrees: float = 8.0
     subdivision: str = "ceil"  # ceil: at most the segment's size | floor: up to twice as long
     start: str = "previous"  # a chunk's first segment starts where the last chunk ended | at the "origin"
@@ -71,8 +71,8 @@ class DragConfig:
         for name in ("warm_rounds", "warm_gain", "lr", "adsr_frames"):
             if vars(self)[name] < 0:
                 raise ValueError(f"drag.{name}={vars(self)[name]} must be >= 0")
-        if (self.segment_px or 1) <= 0 or self.segment_degrees <= 0:
-            raise ValueError(f"segment_px={self.segment_px}, segment_degrees={self.segment_degrees} must be > 0")
+        if (self.segment_ratio is not None and self.segment_ratio <= 0) or self.segment_degrees <= 0:
+            raise ValueError(f"segment_ratio={self.segment_ratio}, segment_degrees={self.segment_degrees} must be > 0")
         if not self.cutoffs or any(cutoff is not None and cutoff <= 0 for cutoff in self.cutoffs):
             raise ValueError(f"drag.cutoffs={list(self.cutoffs)} must be positive, or null for no filter")
         if self.cutoff_range is not None and not (

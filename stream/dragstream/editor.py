@@ -26,7 +26,7 @@ from stream.dragstream.drag import Drag, Pose
 from stream.dragstream.features import FeatureReader, Reference
 from stream.dragstream.geometry import bounding_box, gaussian_map
 from stream.dragstream.objectives import OBJECTIVES, FramePoses, Objective, Scene, variants_of
-from stream.dragstream.statistics import rectifiers
+from stream.dragstream.statistics import Rectify, rectifiers
 from stream.dragstream.warm_start import started
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
@@ -83,16 +83,24 @@ class DragEditor:
             self.size, self.noise,
         )  # fmt: skip
         log = DragLog(shown.chunk)
-        latents = self._optimise(scene, OBJECTIVES[self.cfg.method](scene), log)
+        latents = self._edited(scene, log)
         log.seconds = time.perf_counter() - started
         self.logs.append(log)
         return latents
 
-    def _optimise(self, scene: Scene, objective: Objective, log: DragLog) -> Tensor:
+    def _edited(self, scene: Scene, log: DragLog) -> Tensor:
         start, targets = self._poses(scene.shown.chunk, scene.before.shape[2])
-        segments = list(segment_poses(start, targets, self.cfg))
         rectify, rectify_last = rectifiers(self.cfg.adsr, scene.before, self.neighbours)
         latents = rectify(started(scene, start, targets)) if self.cfg.warm_rounds else scene.before.clone()
+        if self.cfg.iterations:
+            segments = segment_poses(start, targets, self.cfg, self.size[0])
+            latents = self._optimised(latents, OBJECTIVES[self.cfg.method](scene), scene, segments, rectify, log)
+        return rectify_last(latents)
+
+    def _optimised(
+        self, latents: Tensor, objective: Objective, scene: Scene, segments: Sequence[FramePoses],
+        rectify: Rectify, log: DragLog,
+    ) -> Tensor:  # fmt: skip
         for segment, poses in enumerate(segments):
             objective.aim(poses, segment)
             gain = self._gain(scene, poses)
@@ -104,7 +112,7 @@ class DragEditor:
                 if self.cfg.tolerance is not None and progress < self.cfg.tolerance:
                     break
         log.num_segments = len(segments)
-        return objective.finish(rectify_last(latents))
+        return objective.finish(latents)
 
     def _poses(self, chunk: int, frames: int) -> tuple[list[Pose], FramePoses]:
         """Poses of the handles where this chunk's way starts, and in each of its frames (None: no target)."""
@@ -171,7 +179,15 @@ def gradient_of(objective: Objective, latents: Tensor, iteration: int) -> tuple[
 def read_references(
     reader: FeatureReader, cfg: DragConfig, drag: Drag, shown: ChunkPass, noise: KeyedNoise
 ) -> tuple[Reference, ...]:
-    """Features of each handle: those that it brings, else those of the last frame of the chunk shown."""
+    """Features of each handle: those that it brings, else those of the last frame of the chunk shown.
+
+    Raises ValueError where a handle brings none and the drag optimises them.
+    """
+    if cfg.iterations and any(handle.reference and not handle.reference.variants for handle in drag.handles):
+        raise ValueError(
+            f"a handle brings a reference that was read with drag.iterations=0, this drag has {cfg.iterations}; read "
+            "it with the settings that use it"
+        )
     current: list[Reference] = []
 
     def of(stored: Reference | None) -> Reference:
@@ -184,11 +200,11 @@ def read_references(
     return tuple(of(handle.reference) for handle in drag.handles)
 
 
-def segment_poses(start: Sequence[Pose], targets: FramePoses, cfg: DragConfig) -> list[FramePoses]:
+def segment_poses(start: Sequence[Pose], targets: FramePoses, cfg: DragConfig, height: int) -> list[FramePoses]:
     """The way to the targets in equal parts: poses per segment, frame and handle. A chunk has at least one."""
     origin = [Pose()] * len(start) if cfg.start == "origin" else list(start)
     ways = [pose.minus(first) for poses in targets if poses for first, pose in zip(origin, poses)]
-    count = max((_num_segments(way, cfg) for way in ways), default=1)
+    count = max((_num_segments(way, cfg, height) for way in ways), default=1)
     if cfg.max_iterations is not None and cfg.iterations:
         count = min(count, max(1, cfg.max_iterations // cfg.iterations))
     return [
@@ -200,11 +216,11 @@ def segment_poses(start: Sequence[Pose], targets: FramePoses, cfg: DragConfig) -
     ]
 
 
-def _num_segments(way: Pose, cfg: DragConfig) -> int:
+def _num_segments(way: Pose, cfg: DragConfig, height: int) -> int:
     whole = math.ceil if cfg.subdivision == "ceil" else math.floor
-    if cfg.segment_px is None:
+    if cfg.segment_ratio is None:
         return 1
-    parts = (way.distance_px / cfg.segment_px, abs(way.degrees) / cfg.segment_degrees)
+    parts = (way.distance_px / (height * cfg.segment_ratio), abs(way.degrees) / cfg.segment_degrees)
     return max(1, *(whole(part - 1e-9) if whole is math.ceil else whole(part + 1e-9) for part in parts))
 
 

@@ -319,7 +319,9 @@ OBJECTIVES: dict[str, Callable[[Scene], Objective]] = {
 
 
 def variants_of(cfg: DragConfig, noise: KeyedNoise, chunk: int) -> list[float | None]:
-    """Cutoffs that a drag's reference is read with."""
+    """Cutoffs that a drag's reference is read with; none where nothing is optimised."""
+    if not cfg.iterations:
+        return []
     if cfg.method != "dragstream":
         return [None]
     if cfg.cutoff_range is None:

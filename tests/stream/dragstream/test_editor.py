@@ -107,7 +107,7 @@ def test_another_seed_switches_frequencies_otherwise(shown):
 
 @pytest.mark.parametrize("changes", [{}, {"cst_on": "x0", "reduction": "all"}, {"norm": "l1", "reduction": "sum"}])
 def test_the_optimisation_lowers_the_reconstruction_loss(shown, changes: dict):
-    cfg = config(iterations=30, max_iterations=None, cutoffs=[None], segment_px=None, **changes)
+    cfg = config(iterations=30, max_iterations=None, cutoffs=[None], segment_ratio=None, **changes)
     student, chunk_pass = shown
     editor = DragEditor(student, cfg, RIGHT, size=SIZE, noise=NOISE, first_chunk=1)
     editor(chunk_pass)
@@ -159,19 +159,19 @@ def test_the_update_is_that_of_torchs_adam():
 
 
 def test_segments_are_equal_parts_of_at_most_the_given_length():
-    cfg = config(segment_px=16.0, segment_degrees=8.0, iterations=1)
+    cfg = config(segment_ratio=0.25, segment_degrees=8.0, iterations=1)
     start, targets = [Pose(10.0, 0.0)], [[Pose(20.0, 0.0)], None, [Pose(41.0, 0.0)]]
-    segments = segment_poses(start, targets, cfg)
+    segments = segment_poses(start, targets, cfg, 64)
     assert [part[2][0].dx for part in segments] == [25.5, 41.0]  # 31 px: two of 15.5
     assert [part[0][0].dx for part in segments] == [15.0, 20.0] and segments[0][1] is None
-    floor = segment_poses(start, targets, replace(cfg, subdivision="floor"))
+    floor = segment_poses(start, targets, replace(cfg, subdivision="floor"), 64)
     assert len(floor) == 1  # the official code's single step of 31 px
-    from_origin = segment_poses(start, targets, replace(cfg, start="origin"))
+    from_origin = segment_poses(start, targets, replace(cfg, start="origin"), 64)
     assert [round(part[2][0].dx, 2) for part in from_origin] == [13.67, 27.33, 41.0]
-    turning = segment_poses([Pose()], [[Pose(degrees=-200.0)]], cfg)
+    turning = segment_poses([Pose()], [[Pose(degrees=-200.0)]], cfg, 64)
     assert len(turning) == 25 and turning[0][0][0].degrees == -8.0
-    assert len(segment_poses([Pose()], [[Pose(degrees=-200.0)]], replace(cfg, max_iterations=5))) == 5
-    assert len(segment_poses([Pose()], [[Pose()]], cfg)) == 1
+    assert len(segment_poses([Pose()], [[Pose(degrees=-200.0)]], replace(cfg, max_iterations=5), 64)) == 5
+    assert len(segment_poses([Pose()], [[Pose()]], cfg, 64)) == 1
 
 
 def test_an_animation_goes_on_where_the_last_chunk_ended(shown):
@@ -185,7 +185,7 @@ def test_an_animation_goes_on_where_the_last_chunk_ended(shown):
 
 def test_a_handle_that_leaves_the_frame_is_no_error_and_one_far_away_has_no_pull(shown):
     far = Drag("edit", (handle(Pose(dx=500.0)),))
-    cfg = config(cst_weight=0.0, edit_frames="last", segment_px=None, warm_rounds=0)
+    cfg = config(cst_weight=0.0, edit_frames="last", segment_ratio=None, warm_rounds=0)
     before = shown[1].noisy_latents
     torch.testing.assert_close(edit(shown, cfg, far), before, atol=1e-5, rtol=0)
     partly = edit(shown, config(iterations=1), Drag("edit", (handle(Pose(dx=70.0)), handle(Pose(dy=-30.0)))))
@@ -267,7 +267,7 @@ def test_the_layers_are_those_of_the_paper_or_the_same_share_of_another_depth():
 def test_the_official_label_drives_an_edit_of_a_wan_shaped_student() -> None:
     """832 x 480 px: latents of 60 x 104, 1560 tokens a frame; nothing but sizes differs from the sprites world."""
     student, drag = make_student(WanConfig.tiny(latent_channels=16)), DragLabel.read(LABEL).to_drag()
-    cfg = config(iterations=1, max_iterations=2, segment_px=16.0)
+    cfg = config(iterations=1, max_iterations=2, segment_ratio=1 / 30)
     editor = DragEditor(student, cfg, drag, size=(480, 832), noise=NOISE, first_chunk=drag.chunk)
     run_chunks(student, (60, 104), drag.chunk + 1, editor)
     log = editor.logs[0]

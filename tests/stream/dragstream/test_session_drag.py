@@ -93,7 +93,7 @@ def test_an_edit_goes_on_from_what_is_shown_earlier_drags_included(parts, mode: 
 
 
 def test_an_edit_replaces_the_latest_chunk_and_later_ones_follow_from_it(parts) -> None:
-    plain, dragged = open_session(parts), open_session(parts)
+    plain, dragged = open_session(parts), open_session(parts, drag=DragConfig(iterations=4))
     expected = advance(plain, 4)
     advance(dragged, 2)
     outcome = dragged.drag(drag("edit", LEFT))
