@@ -80,6 +80,7 @@ SHORT = ("model.clip.num_frames=9", "bench.num_clips=64")  # as long as these te
 RELEASED = ("bench.release_frame=17",)
 LONG = ("bench.num_frames=129", "bench.num_clips=12", "bench.requery_frames=32")
 TIMED = ("bench.num_chunks=60",)
+WINDOW_2 = "model.rollout.window_chunks=2"
 JUDGED = [
     Judged("base_teacher", "base_teacher", (*SHORT, *FLOORED)),
     Judged("offsets", "offsets", SHORT),
@@ -87,7 +88,7 @@ JUDGED = [
     Judged("mid_mask", "mid_mask", RELEASED),
     Judged("no_mid_mask", "no_mid_mask", RELEASED),
     Judged("base_student", "base_student"),
-    Judged("base_window_2", "base_student", ("model.rollout.window_chunks=2",)),
+    Judged("base_window_2", "base_student", (*LONG, WINDOW_2), "long_video"),  # three chunks are within any window
     Judged("base_long", "base_student", LONG, "long_video"),
     Judged("base_latency", "base_student", TIMED, "latency"),
     Judged("no_ode", "no_ode"),
@@ -96,7 +97,7 @@ JUDGED = [
     Judged("absolute_long", "absolute", (*LONG, *ABSOLUTE), "long_video"),
     Judged("merged_cache", "merged_cache", MERGED),
     Judged("random_context", "random_context"),
-    Judged("random_context_window_2", "random_context", ("model.rollout.window_chunks=2",)),
+    Judged("random_context_window_2", "random_context", (*LONG, WINDOW_2), "long_video"),
     Judged("chunk_1", "chunk_1", CHUNK_1),
     Judged("chunk_1_latency", "chunk_1", (*CHUNK_1, *TIMED), "latency"),
 ]

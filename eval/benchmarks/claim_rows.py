@@ -179,8 +179,8 @@ def _random_contexts(seen: Observations) -> list[Effect]:
     return [
         seen.effect("1.1 x EPE of the c3s1w1 student minus the random one's, at c3s1w1 (px)",
                     _margin(base, random, 1.1)),
-        seen.less("EPE at window 2, c3s1w1 student minus the random one (px)", "random_context_window_2",
-                  "base_window_2", "student.epe_px"),
+        seen.less("EPE over 129 frames at window 2, c3s1w1 student minus the random one (px)",
+                  "random_context_window_2", "base_window_2", "student.epe_px"),
     ]  # fmt: skip
 
 
