@@ -65,8 +65,6 @@ TRAININGS = [
     Training("no_mid_mask", "teacher_stage2", 100, "zoo_stage1", ("stage.mid_mask_probability=0.0",)),
     Training("base_student", "self_forcing", 40, "zoo_causal_init"),
     Training("no_ode", "self_forcing", 40),
-    Training("no_rolling", "self_forcing", 40, "zoo_causal_init",
-             ("stage.sink_chunks=[0]", "stage.window_chunks=[null]")),
     Training("absolute", "self_forcing", 40, "zoo_causal_init", ABSOLUTE),
     Training("merged_cache", "self_forcing", 40, "zoo_causal_init", MERGED),
     Training("random_context", "self_forcing", 40, "zoo_causal_init",
@@ -75,6 +73,8 @@ TRAININGS = [
     Training("causal_teacher_student", "self_forcing", 40, "causal_teacher"),
     Training("chunk_1_init", "causal_init", 100, "zoo_causal_init", CHUNK_1),
     Training("chunk_1", "self_forcing", 40, "chunk_1_init", CHUNK_1),
+    Training("chunk_1_all_the_past", "self_forcing", 40, "chunk_1_init",
+             (*CHUNK_1, "stage.sink_chunks=[0]", "stage.window_chunks=[null]")),
 ]  # fmt: skip
 SHORT = ("model.clip.num_frames=9", "bench.num_clips=64")  # as long as these teachers' clips
 RELEASED = ("bench.release_frame=17",)
@@ -93,12 +93,13 @@ JUDGED = [
     Judged("base_latency", "base_student", TIMED, "latency"),
     Judged("no_ode", "no_ode"),
     Judged("causal_teacher", "causal_teacher_student"),
-    Judged("no_rolling_long", "no_rolling", LONG, "long_video"),
     Judged("absolute_long", "absolute", (*LONG, *ABSOLUTE), "long_video"),
     Judged("merged_cache", "merged_cache", MERGED),
     Judged("random_context", "random_context"),
     Judged("random_context_window_2", "random_context", (*LONG, WINDOW_2), "long_video"),
     Judged("chunk_1", "chunk_1", CHUNK_1),
+    Judged("chunk_1_long", "chunk_1", (*LONG, *CHUNK_1), "long_video"),  # three chunks of three never roll
+    Judged("chunk_1_all_the_past_long", "chunk_1_all_the_past", (*LONG, *CHUNK_1), "long_video"),
     Judged("chunk_1_latency", "chunk_1", (*CHUNK_1, *TIMED), "latency"),
 ]
 JUDGED_CLIPS = ("bench.num_clips=32", "bench.num_floor_clips=1", "bench.num_inference_steps=12",

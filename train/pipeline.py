@@ -61,13 +61,13 @@ def run(step: Step, number: int, total: int, out: Path) -> float:
 
     Raises SystemExit with the end of the log where the command fails.
     """
-    marker = out / "done" / f"{number:02d}_{step.name.replace(' ', '_')}.json"
+    marker = out / "done" / f"{step.name.replace(' ', '_')}.json"  # by its name: steps may come before it
     if marker.exists():
         finished = json.loads(marker.read_text())
         if finished["arguments"] == list(step.arguments):
             _say(number, total, step.name, finished["seconds"], "done before\n")
             return finished["seconds"]
-    log_path = out / "logs" / f"{marker.stem}.log"
+    log_path = out / "logs" / f"{number:02d}_{marker.stem}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     marker.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

@@ -144,8 +144,8 @@ def _ode(seen: Observations) -> list[Effect]:
 
 
 def _rolling(seen: Observations) -> list[Effect]:
-    what = "EPE over 129 frames, trained with all the past minus rolling cache (px)"
-    return [seen.less(what, "base_long", "no_rolling_long", "student.epe_px")]
+    what = "EPE of chunk 1 over 129 frames, trained with all the past minus rolling cache (px)"
+    return [seen.less(what, "chunk_1_long", "chunk_1_all_the_past_long", "student.epe_px")]
 
 
 def _positions(seen: Observations) -> list[Effect]:
