@@ -134,7 +134,12 @@ class DragAblation:
         self.cfg = cfg
 
     def run(self, context: EvalContext) -> Outcome:
-        """Drag every scenario with every variant and seed; a line per claim."""
+        """Drag every scenario with every variant and seed; a line per claim.
+
+        Raises ValueError where the settings of `drag` optimise nothing: there would be no part to leave out.
+        """
+        if not context.drag.iterations:
+            raise ValueError("drag.iterations=0 leaves nothing to ablate; use drag=paper, or set drag.iterations=4")
         found: dict[str, list[Verdict]] = {name: [] for name in self.cfg.variants}
         for seed in range(context.seed, context.seed + self.cfg.num_seeds):
             for name, verdicts in self._verdicts(replace(context, seed=seed)).items():

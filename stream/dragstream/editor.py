@@ -72,7 +72,7 @@ class DragEditor:
     def __call__(self, shown: ChunkPass) -> Tensor:
         if shown.step != self.cfg.step or self.drag.is_still or not (self.cfg.iterations or self.cfg.warm_rounds):
             return shown.noisy_latents
-        started = time.perf_counter()
+        began = time.perf_counter()
         reader = FeatureReader(self.student, self.cfg, shown.sigma)
         if self.references is None:
             self.references = read_references(reader, self.cfg, self.drag, shown, self.noise)
@@ -84,7 +84,7 @@ class DragEditor:
         )  # fmt: skip
         log = DragLog(shown.chunk)
         latents = self._edited(scene, log)
-        log.seconds = time.perf_counter() - started
+        log.seconds = time.perf_counter() - began
         self.logs.append(log)
         return latents
 

@@ -168,6 +168,12 @@ def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path
     assert len(per_clip["full.objmc_px"]) == 4  # scenarios times seeds
 
 
+def test_a_profile_that_optimises_nothing_has_nothing_to_ablate(tiny_weights, tmp_path: Path) -> None:
+    overrides = [*tiny_weights.overrides, "bench=drag_ablation", f"out={tmp_path}"]
+    with pytest.raises(ValueError, match="drag.iterations=0 leaves nothing to ablate; use drag=paper"):
+        main(compose_config("eval", overrides))
+
+
 def test_a_claim_holds_where_its_interval_lies_above_zero() -> None:
     from eval.benchmarks.drag import Verdict
     from eval.benchmarks.drag_ablation import CLAIMS, DragAblation, DragAblationConfig
@@ -179,6 +185,10 @@ def test_a_claim_holds_where_its_interval_lies_above_zero() -> None:
     bench, claim = DragAblation(DragAblationConfig()), CLAIMS[0]
     for without, verdict in ((8.0, "holds"), (2.0, "does not hold"), (4.0, "within noise")):
         found = bench.finding(1, claim, {"full": verdicts(4.0), "without ADSR": verdicts(without)}, seed=0)
+        assert found.verdict == verdict
+    better = next(each for each in CLAIMS if each.better and each.better[0][0] == "with tracks")
+    for with_tracks, verdict in ((2.0, "holds"), (8.0, "does not hold"), (4.0, "within noise")):
+        found = bench.finding(1, better, {"full": verdicts(4.0), "with tracks": verdicts(with_tracks)}, seed=0)
         assert found.verdict == verdict
     robust = next(each for each in CLAIMS if each.claim == "Without L_cst the object follows as well")
     for without, verdict in ((4.5, "holds"), (5.5, "does not hold")):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,3 +101,40 @@ def test_an_empty_buffer_gives_no_tracks_and_another_resolution_is_refused() -> 
         buffer.push(_tracks(2, size=64))
     with pytest.raises(ValueError, match="ending='stop'"):
         TrackBuffer(8, 8, ending="stop", rng=torch.Generator())
+
+
+def _seen(buffer: TrackBuffer, count: int) -> dict[int, list[list[float]]]:
+    """Points of each identity in the frames to come, where it is seen in all of them."""
+    tracks = buffer.peek(count)
+    shown = tracks.visibility[0].all(0).tolist()
+    return {n: tracks.points[0, :, i].tolist() for i, n in enumerate(tracks.ids[0].tolist()) if shown[i]}
+
+
+def test_a_track_that_is_led_goes_there_whatever_is_pushed_and_holds_in_the_end() -> None:
+    buffer = _buffer()
+    buffer.push(_tracks(6, ids=[1, 2, 3]))
+    buffer.take(2)
+    buffer.lead(_tracks(3, count=1, start=20, ids=[2]))
+    state, found = buffer.snapshot(), _seen(buffer, 5)
+    assert found[2] == [[0, 20], [0, 21], [0, 22], [0, 22], [0, 22]]  # held beyond its end
+    assert found[1][-1] == [0, 5] and set(found) == {1, 2, 3}  # the others follow what is pushed
+    buffer.take(1)
+    buffer.lead(_tracks(1, count=1, start=30, ids=[3]))  # beside one that is still on its way
+    assert _seen(buffer, 2) == {1: [[0, 3], [0, 4]], 2: [[0, 21], [0, 22]], 3: [[0, 30], [0, 30]]}
+    buffer.release([2])
+    assert set(_seen(buffer, 2)) == {1, 3}
+    buffer.restore(state)
+    assert _seen(buffer, 5) == found
+
+
+def test_what_is_seen_in_a_region_is_where_it_was_led() -> None:
+    buffer = _buffer()
+    buffer.push(_tracks(2, count=2, ids=[1, 2]))
+    buffer.take(2)
+    low = np.zeros((32, 32), bool)
+    low[18:] = True
+    assert buffer.seen_in(low).num_tracks == 0 and buffer.seen_in(~low).ids[0].tolist() == [1, 2]
+    buffer.lead(_tracks(2, count=1, start=19, ids=[2]))
+    buffer.take(2)
+    assert buffer.seen_in(low).ids[0].tolist() == [2] and buffer.seen_in(~low).ids[0].tolist() == [1]
+    assert not {1, 2} & set(buffer.unused_ids(50).tolist()) and len(set(buffer.unused_ids(50).tolist())) == 50
