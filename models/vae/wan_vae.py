@@ -25,6 +25,7 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.vae.channel_norm import replace_norms
 from models.vae.folder import replace_folder
 from models.vae.latent_space import LatentSpace
 from models.vae.streaming_decode import StreamingDecoder, StreamingEncoder
@@ -105,6 +106,7 @@ class WanVae(nn.Module):
 
     def __init__(self, autoencoder: AutoencoderKLWan, latents_per_call: int | None = 1) -> None:
         super().__init__()
+        replace_norms(autoencoder)
         self.autoencoder = autoencoder
         self.latents_per_call = latents_per_call
         settings = autoencoder.config
