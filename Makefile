@@ -2,7 +2,7 @@
 #                   shipped weights, with FROM=scratch from nothing
 # make test         checks and tests
 # make zoo          train the shipped sprites weights again, from nothing; hours on two cores, goes on after a kill
-# make ablations    train and judge the variants that the claims table compares; after make zoo, hours
+# make ablations    train and judge the variants that the claims table compares, from the shipped weights; hours
 # Each makes the virtual environment it needs. VENV=/path uses another one; PYTHON picks the interpreter.
 VENV ?= .venv
 PYTHON ?= python3

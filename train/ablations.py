@@ -1,8 +1,9 @@
-"""Ablations of training on the zoo's world: models that differ in one thing each, over several seeds.
+"""Ablations of training on the sprites world: models that differ in one thing each, over several seeds.
 
-Every variant is a training run of the zoo's recipe with a few overrides and a fraction of its steps, from where the
-zoo's runs arrived (`make zoo` keeps them), judged on held-out clips; the results go into one file
-(models/zoo/sprites/ablations.json) that `python -m eval bench=claims` reads. Killed and started again, it goes on.
+Every variant is a training run of the zoo's recipe with a few overrides and a fraction of its steps, from the shipped
+weights or from a causal start made of them here, judged on held-out clips as soon as it is trained. What is seen goes
+straight into one file (models/zoo/sprites/ablations.json) that `python -m eval bench=claims` reads, with the settings
+that made it; what that file has under the same settings is not made again. Killed and started again, it goes on.
 Left out: what the comparison means (eval/benchmarks/claim_rows.py).
 """
 
@@ -10,19 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eval.results import write_json
-from train.pipeline import PROCESSES, ROOT, Step, run_all
-from train.zoo import PARTS, ZOO
+from train.pipeline import PROCESSES, ROOT, Step, run
+from train.zoo import ZOO
 
-ZOO_STARTS = {  # runs of the zoo that variants start from -> what they export
-    "zoo_stage1": "teacher/export/teacher",
-    "zoo_teacher": PARTS["teacher"],
-    "zoo_causal_init": "causal_init/export/student",
-}
+TEACHER = ZOO / "teacher"  # shipped; so are the VAE and the teacher of Self-Forcing, which model=sprites names
+NUM_CLIPS = 3000  # rendered and encoded for all variants
 KEPT_METRICS = ("epe_px", "psnr_db", "registration_correlation", "registration_position_px", "seconds_per_frame",
                 "chunk_seconds", "denoise_seconds")  # fmt: skip
 
@@ -34,12 +33,18 @@ class Training:
     name: str
     stage: str  # experiment=sprites/<stage>
     steps: int
-    init_from: str | None = None  # name of a run, here or in ZOO_STARTS; null: new weights, or the zoo's teacher
+    init_from: str | None = None  # name of a run, or "shipped teacher"; null: new weights, or the shipped teacher's
     overrides: tuple[str, ...] = ()
+    shared: bool = False  # by all seeds
 
     @property
     def exported(self) -> str:
         return "teacher" if self.stage.startswith("teacher") else "student"
+
+    def described(self) -> dict[str, Any]:
+        """Its settings and those of the runs that it starts from: equal where it need not be run again."""
+        start = BY_NAME[self.init_from].described() if self.init_from in BY_NAME else self.init_from
+        return {"stage": self.stage, "steps": self.steps, "init_from": start, "overrides": list(self.overrides)}
 
 
 @dataclass(frozen=True)
@@ -51,136 +56,199 @@ class Judged:
     overrides: tuple[str, ...] = ()
     bench: str = "eval"  # experiment=sprites/<bench>
 
+    def described(self) -> dict[str, Any]:
+        """What made it, as the result file tells."""
+        evaluation = {"bench": self.bench, "overrides": list(self.overrides)}
+        return {"training": BY_NAME[self.training].described(), "evaluation": evaluation}
+
 
 FLOORED = ("model.dit.track_offsets=false",)  # as the paper has it
 RGB = ("model.dit.track_encoding=rgb", *FLOORED)
 ABSOLUTE = ("model.rollout.positions=absolute",)
 CHUNK_1 = ("model.rollout.chunk_frames=1",)
 MERGED = ("model.rollout.merged_cache=true",)
+START = "causal_init"
 TRAININGS = [
-    Training("base_teacher", "teacher_short", 400, overrides=FLOORED),
-    Training("offsets", "teacher_short", 400),
-    Training("rgb_tracks", "teacher_short", 400, overrides=RGB),
-    Training("mid_mask", "teacher_stage2", 100, "zoo_stage1"),
-    Training("no_mid_mask", "teacher_stage2", 100, "zoo_stage1", ("stage.mid_mask_probability=0.0",)),
-    Training("base_student", "self_forcing", 40, "zoo_causal_init"),
+    Training("ode_pairs", "ode_pairs", 10, shared=True),
+    Training(START, "causal_init", 150, shared=True),
+    Training("base_teacher", "teacher_short", 300, overrides=FLOORED),
+    Training("offsets", "teacher_short", 300),
+    Training("rgb_tracks", "teacher_short", 300, overrides=RGB),
+    Training("mid_mask", "teacher_stage2", 100, "shipped teacher"),
+    Training("no_mid_mask", "teacher_stage2", 100, "shipped teacher", ("stage.mid_mask_probability=0.0",)),
+    Training("base_student", "self_forcing", 40, START),
     Training("no_ode", "self_forcing", 40),
-    Training("absolute", "self_forcing", 40, "zoo_causal_init", ABSOLUTE),
-    Training("merged_cache", "self_forcing", 40, "zoo_causal_init", MERGED),
-    Training("random_context", "self_forcing", 40, "zoo_causal_init",
-             ("stage.sink_chunks=[0,1]", "stage.window_chunks=[1,2]")),
-    Training("causal_teacher", "causal_teacher", 100, "zoo_teacher"),
+    Training("absolute", "self_forcing", 40, START, ABSOLUTE),
+    Training("merged_cache", "self_forcing", 40, START, MERGED),
+    Training("random_context", "self_forcing", 40, START, ("stage.sink_chunks=[0,1]", "stage.window_chunks=[1,2]")),
+    Training("causal_teacher", "causal_teacher", 100, "shipped teacher"),
     Training("causal_teacher_student", "self_forcing", 40, "causal_teacher"),
-    Training("chunk_1_init", "causal_init", 100, "zoo_causal_init", CHUNK_1),
+    Training("chunk_1_init", "causal_init", 100, START, CHUNK_1),
     Training("chunk_1", "self_forcing", 40, "chunk_1_init", CHUNK_1),
     Training("chunk_1_all_the_past", "self_forcing", 40, "chunk_1_init",
              (*CHUNK_1, "stage.sink_chunks=[0]", "stage.window_chunks=[null]")),
 ]  # fmt: skip
+BY_NAME = {training.name: training for training in TRAININGS}
 SHORT = ("model.clip.num_frames=9", "bench.num_clips=64")  # as long as these teachers' clips
 RELEASED = ("bench.release_frame=17",)
 LONG = ("bench.num_frames=129", "bench.num_clips=12", "bench.requery_frames=32")
 TIMED = ("bench.num_chunks=60",)
 WINDOW_2 = "model.rollout.window_chunks=2"
 JUDGED = [
-    Judged("base_teacher", "base_teacher", (*SHORT, *FLOORED)),
-    Judged("offsets", "offsets", SHORT),
-    Judged("rgb_tracks", "rgb_tracks", (*SHORT, *RGB)),
-    Judged("mid_mask", "mid_mask", RELEASED),
-    Judged("no_mid_mask", "no_mid_mask", RELEASED),
     Judged("base_student", "base_student"),
-    Judged("base_window_2", "base_student", (*LONG, WINDOW_2), "long_video"),  # three chunks are within any window
     Judged("base_long", "base_student", LONG, "long_video"),
     Judged("base_latency", "base_student", TIMED, "latency"),
     Judged("no_ode", "no_ode"),
-    Judged("causal_teacher", "causal_teacher_student"),
     Judged("absolute_long", "absolute", (*LONG, *ABSOLUTE), "long_video"),
-    Judged("merged_cache", "merged_cache", MERGED),
-    Judged("random_context", "random_context"),
-    Judged("random_context_window_2", "random_context", (*LONG, WINDOW_2), "long_video"),
+    Judged("mid_mask", "mid_mask", RELEASED),
+    Judged("no_mid_mask", "no_mid_mask", RELEASED),
     Judged("chunk_1", "chunk_1", CHUNK_1),
+    Judged("chunk_1_latency", "chunk_1", (*CHUNK_1, *TIMED), "latency"),
     Judged("chunk_1_long", "chunk_1", (*LONG, *CHUNK_1), "long_video"),  # three chunks of three never roll
     Judged("chunk_1_all_the_past_long", "chunk_1_all_the_past", (*LONG, *CHUNK_1), "long_video"),
-    Judged("chunk_1_latency", "chunk_1", (*CHUNK_1, *TIMED), "latency"),
+    Judged("base_teacher", "base_teacher", (*SHORT, *FLOORED)),
+    Judged("offsets", "offsets", SHORT),
+    Judged("rgb_tracks", "rgb_tracks", (*SHORT, *RGB)),
+    Judged("merged_cache", "merged_cache", MERGED),
+    Judged("causal_teacher", "causal_teacher_student"),
+    Judged("random_context", "random_context"),
+    Judged("base_window_2", "base_student", (*LONG, WINDOW_2), "long_video"),  # three chunks are within any window
+    Judged("random_context_window_2", "random_context", (*LONG, WINDOW_2), "long_video"),
 ]
 JUDGED_CLIPS = ("bench.num_clips=32", "bench.num_floor_clips=1", "bench.num_inference_steps=12",
                 "bench.withhold_tracks=false", "bench.features=null")  # fmt: skip
 
 
-def chain(out: Path, zoo: Path, seed: int) -> list[Step]:
-    """Everything of one seed; ``zoo``: folder of the zoo's runs, with its clips and latents in zoo/data."""
-    folder = out / f"seed_{seed}"
-    by_name = {training.name: training for training in TRAININGS}
-    vae, teacher = f"model.vae.path={zoo / PARTS['vae']}", f"model.teacher={zoo / PARTS['teacher']}"
 
-    def exported(name: str) -> Path:
-        return zoo / ZOO_STARTS[name] if name in ZOO_STARTS else folder / name / "export" / by_name[name].exported
 
-    def train(training: Training) -> Step:
-        where = [f"shards={zoo / 'data/shards'}", f"output_dir={folder / training.name}", f"seed={seed}", vae]
-        if training.exported == "student" and training.stage != "causal_teacher":
-            where.append(teacher)
+class Plan:
+    """The commands of every run; everything is written under ``out``."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.data = out, out / "shared" / "data"
+
+    def prepare(self) -> list[Step]:
+        """Clips of the training split, rendered, tracked, encoded and packed."""
+        where = ("experiment=sprites/data", f"out={self.data}", f"output_dir={self.data / 'run'}")
+        clips = f"source.num_clips={NUM_CLIPS}"
+        vae = f"model.vae.path={ZOO / 'vae'}"
+        return [
+            Step("render, track", ("data", "step=all", *where, clips)),
+            Step("encode", ("data", "step=encode", *where, clips, vae), PROCESSES),
+            Step("pack", ("data", "step=pack", *where, clips, vae)),
+        ]
+
+    def folder(self, training: Training, seed: int) -> Path:
+        """Where the run of a seed is."""
+        return self.out / ("shared" if training.shared else f"seed_{seed}") / training.name
+
+    def weights(self, name: str, seed: int) -> Path:
+        """What the run exported, or the shipped teacher."""
+        if name not in BY_NAME:
+            return TEACHER
+        return self.folder(BY_NAME[name], seed) / "export" / BY_NAME[name].exported
+
+    def train(self, training: Training, seed: int) -> Step:
+        """One training run."""
+        where = [f"shards={self.data / 'shards'}", f"output_dir={self.folder(training, seed)}"]
+        if not training.shared:
+            where.append(f"seed={seed}")
         if training.init_from is not None:
-            where.append(f"stage.init_from={exported(training.init_from)}")
+            where.append(f"stage.init_from={self.weights(training.init_from, seed)}")
         if training.stage == "causal_init":
-            where.append(f"stage.pairs={zoo / 'ode_pairs/pairs'}")
+            where.append(f"stage.pairs={self.out / 'shared/ode_pairs/pairs'}")
         settings = (f"steps={training.steps}", *training.overrides)
         return Step(training.name, ("train", f"experiment=sprites/{training.stage}", *where, *settings), PROCESSES)
 
-    def judge(judged: Judged) -> Step:
-        role = by_name[judged.training].exported
-        weights = (vae, f"model.{role}={exported(judged.training)}", f"seed={seed}")
-        where = f"out={folder / 'judged' / judged.name}"
+    def judge(self, judged: Judged, seed: int) -> Step:
+        """One observation."""
+        role = BY_NAME[judged.training].exported
+        weights = (f"model.{role}={self.weights(judged.training, seed)}", f"seed={seed}")
         clips = (f"bench.roles=[{role}]", *JUDGED_CLIPS) if judged.bench == "eval" else ()
+        where = f"out={self.judged_in(judged, seed)}"
         arguments = ("eval", f"experiment=sprites/{judged.bench}", where, *weights, *clips, *judged.overrides)
         return Step(f"judge {judged.name}", arguments)
 
-    return [*(train(training) for training in TRAININGS), *(judge(judged) for judged in JUDGED)]
+    def judged_in(self, judged: Judged, seed: int) -> Path:
+        """Folder of an observation's results."""
+        return self.out / f"seed_{seed}" / "judged" / judged.name
 
 
-def collect(out: Path, seeds: Sequence[int]) -> dict[str, dict]:
-    """Observation -> the commands that made it and, per seed, one value per clip of each metric."""
-    found: dict[str, dict] = {}
-    for judged in JUDGED:
-        folders = [out / f"seed_{seed}" / "judged" / judged.name for seed in seeds]
-        per_clip = [json.loads((folder / "per_clip.json").read_text()) for folder in folders]
-        meta = json.loads((folders[0] / "meta.json").read_text())
-        training = next(training for training in TRAININGS if training.name == judged.training)
-        found[judged.name] = {
-            "training": {
-                "stage": training.stage, "steps": training.steps, "init_from": training.init_from,
-                "overrides": list(training.overrides),
-            },
-            "evaluation": {"bench": judged.bench, "overrides": list(judged.overrides)},
-            "seeds": list(seeds),
-            "git_commit": meta["git_commit"],
-            "per_clip": [
-                {
-                    key: [None if value is None else round(value, 5) for value in values]
-                    for key, values in one.items()
-                    if key.split(".")[0] in ("teacher", "student") and key.split(".")[-1] in KEPT_METRICS
-                }
-                for one in per_clip
-            ],
-        }  # fmt: skip
-    return found
+def needed(training: Training) -> list[Training]:
+    """The runs that must be there before it, first things first, and itself."""
+    before = [BY_NAME[training.init_from]] if training.init_from in BY_NAME else []
+    pairs = [BY_NAME["ode_pairs"]] if training.stage == "causal_init" else []
+    return list(dict.fromkeys([*pairs, *(run for one in before for run in needed(one)), training]))
+
+
+def missing(stored: Mapping[str, Any], seed: int) -> list[Judged]:
+    """Observations of a seed that the results do not have, or have from other settings."""
+    return [
+        judged for judged in JUDGED
+        if not _is_made_with(stored.get(judged.name), judged) or str(seed) not in stored[judged.name]["seeds"]
+    ]  # fmt: skip
+
+
+def _is_made_with(entry: Mapping[str, Any] | None, judged: Judged) -> bool:
+    settings = judged.described()
+    return entry is not None and all(entry[key] == settings[key] for key in settings)
+
+
+def schedule(plan: Plan, stored: Mapping[str, Any], seed: int) -> list[tuple[Step, Judged | None]]:
+    """What is still to be done for a seed: each run when it is first needed, each observation after its run."""
+    steps: list[tuple[Step, Judged | None]] = []
+    trained: set[str] = set()
+    for judged in missing(stored, seed):
+        if not steps:
+            steps = [(step, None) for step in plan.prepare()]
+        for training in needed(BY_NAME[judged.training]):
+            if training.name not in trained:
+                trained.add(training.name)
+                steps.append((plan.train(training, seed), None))
+        steps.append((plan.judge(judged, seed), judged))
+    return steps
+
+
+def store(result: Path, judged: Judged, seed: int, folder: Path) -> None:
+    """Add an observation of a seed to the results; those of other settings make way."""
+    stored = read_results(result)
+    per_clip = json.loads((folder / "per_clip.json").read_text())
+    seen = {
+        "git_commit": json.loads((folder / "meta.json").read_text())["git_commit"],
+        "per_clip": {
+            key: [None if value is None else round(value, 5) for value in values]
+            for key, values in per_clip.items()
+            if key.split(".")[0] in ("teacher", "student") and key.split(".")[-1] in KEPT_METRICS
+        },
+    }
+    entry = stored.get(judged.name)
+    seeds = entry["seeds"] if entry is not None and _is_made_with(entry, judged) else {}
+    stored[judged.name] = {**judged.described(), "seeds": {**seeds, str(seed): seen}}
+    result.parent.mkdir(parents=True, exist_ok=True)
+    write_json(result, stored)
+
+
+def read_results(result: Path) -> dict[str, Any]:
+    """Observation -> its settings and, by seed, one value per clip of each metric; empty where there is no file."""
+    return json.loads(result.read_text()) if result.is_file() else {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], prog="python -m train.ablations")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "ablations", help="folder of the runs")
-    parser.add_argument("--zoo", type=Path, default=ROOT / "outputs" / "zoo", help="folder of the runs of `make zoo`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="one set of models each")
-    parser.add_argument("--result", type=Path, default=ZOO / "ablations.json", help="file that the claims read")
+    parser.add_argument("--result", type=Path, default=ZOO / "ablations.json",
+                        help="file that the claims read; what it has is not made again, so name another to make all")
     arguments = parser.parse_args()
-    out, zoo = arguments.out.resolve(), arguments.zoo.resolve()
-    if not (zoo / PARTS["student"]).is_dir():
-        parser.error(f"--zoo={zoo} has no {PARTS['student']}; run `make zoo` first, or name the folder of its runs")
+    plan = Plan(arguments.out.resolve())
     for seed in arguments.seeds:
-        print(f"seed {seed}")
-        run_all(chain(out, zoo, seed), out / f"seed_{seed}")
-    arguments.result.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.result, collect(out, arguments.seeds))
-    print(arguments.result)
+        steps = schedule(plan, read_results(arguments.result), seed)
+        print(f"seed {seed}: {len(steps)} steps" if steps else f"seed {seed}: {arguments.result} has everything")
+        for number, (step, judged) in enumerate(steps, start=1):
+            is_shared = judged is None and (step.name not in BY_NAME or BY_NAME[step.name].shared)
+            run(step, number, len(steps), plan.out / ("shared" if is_shared else f"seed_{seed}"))
+            if judged is not None:
+                store(arguments.result, judged, seed, plan.judged_in(judged, seed))
 
 
 if __name__ == "__main__":

@@ -136,6 +136,7 @@ class Observations:
         self.figures: dict[str, dict[str, Any]] = {}
         path = Path(cfg.ablations)
         self.stored: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        self.seeds = common_seeds(self.stored)
 
     def values(self, name: str, key: str) -> list[float]:
         """One value per clip; nan where nothing could be measured. Ablations: the clips of all seeds in turn."""
@@ -175,7 +176,7 @@ class Observations:
             raise NotMeasuredError(
                 f"{self.cfg.ablations} has no ablation '{name}'; make it with `python -m train.ablations`"
             )
-        seeds = self.stored[name]["per_clip"]
+        seeds = [self.stored[name]["seeds"][seed]["per_clip"] for seed in self.seeds]
         keys = set.intersection(*(set(one) for one in seeds))
         return {key: [as_float(value) for one in seeds for value in one[key]] for key in sorted(keys)}
 
@@ -243,6 +244,11 @@ class Observations:
 
         with torch.no_grad():
             return _timed(by_head), _timed(by_vae)
+
+
+def common_seeds(stored: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Seeds that every stored observation has: only their clips can be compared, one by one."""
+    return sorted(set.intersection(*(set(one["seeds"]) for one in stored.values()))) if stored else []
 
 
 def _timed(call) -> list[float]:

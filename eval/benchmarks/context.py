@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,8 @@ from models.diffusion.noise import KeyedNoise
 from models.wan.dit import WanDiT
 from stream.codecs import Codecs
 from stream.dragstream.config import DragConfig
+
+LOG_INTERVAL = 60.0  # seconds between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class Benchmark(Protocol):
 
 @contextmanager
 def progress_bar(total: int, what: str, unit: str = "clip") -> Iterator[tqdm]:
-    """A bar on a terminal, nothing in a log file."""
-    with tqdm(total=total, desc=what, unit=unit, disable=None, leave=False) as bar:
+    """A bar on a terminal, a line every LOG_INTERVAL seconds in a log file."""
+    look: dict[str, Any] = {"leave": False}
+    if not sys.stderr.isatty():
+        line = f"{{desc}}: {{n_fmt}} of {{total_fmt}} {unit}s after {{elapsed}}, {{remaining}} left\n"
+        look = {"mininterval": LOG_INTERVAL, "maxinterval": LOG_INTERVAL, "bar_format": line}
+    with tqdm(total=total, desc=what, unit=unit, **look) as bar:
         yield bar

@@ -11,6 +11,7 @@ from data.config_errors import ConfigError
 from data.sprites import SpritesConfig, render_clip
 from data.trackers import TrackerConfig
 from data.video import write_video
+from eval.benchmarks.context import progress_bar
 from eval.benchmarks.latency import growth
 from eval.benchmarks.long_video import LongVideoConfig
 from eval.clips import sprites_clips
@@ -183,3 +184,12 @@ def test_unknown_fields_of_a_benchmark_are_refused() -> None:
         compose_config("eval", ["bench=latency", "bench.num_chunk=40"])
     settings = build_config(compose_config("eval", ["bench=latency"]), EvalConfig)
     assert settings.out == "outputs/eval/latency"
+
+
+def test_progress_in_a_log_file_is_a_line_now_and_then(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("eval.benchmarks.context.LOG_INTERVAL", 0.0)
+    with progress_bar(2, "drag", "stream") as bar:
+        bar.update()
+        bar.update()
+    lines = capsys.readouterr().err.replace("\r", "").strip().splitlines()
+    assert lines[0].startswith("drag: 0 of 2 streams after") and lines[-1].startswith("drag: 2 of 2 streams after")

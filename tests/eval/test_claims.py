@@ -111,8 +111,10 @@ def test_a_run_is_made_once_and_again_only_where_its_settings_changed(tmp_path, 
 
 def test_ablations_are_read_over_all_seeds_and_absent_ones_are_said(tmp_path):
     path = tmp_path / "ablations.json"
-    stored = {"mine": {"per_clip": [{"teacher.epe_px": [1.0, None]}, {"teacher.epe_px": [3.0, 4.0], "other": [1.0]}]}}
-    path.write_text(json.dumps(stored))
+    seeds = {"0": [1.0, None], "1": [3.0, 4.0], "2": [5.0]}
+    entry = {"seeds": {seed: {"per_clip": {"teacher.epe_px": values}} for seed, values in seeds.items()}}
+    unfinished = {"seeds": {seed: entry["seeds"][seed] for seed in "01"}}
+    path.write_text(json.dumps({"mine": entry, "theirs": unfinished}))  # seed 2 cannot be compared yet
     seen = observations(tmp_path, ablations=str(path))
     values = seen.values("mine", "teacher.epe_px")
     assert values[0] == 1.0 and math.isnan(values[1]) and values[2:] == [3.0, 4.0]

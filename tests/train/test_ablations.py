@@ -1,4 +1,4 @@
-"""Ablations of training: every command composes, runs hand their weights on, results are collected by observation."""
+"""Ablations of training: every command composes, runs hand their weights on, nothing is made twice."""
 
 from __future__ import annotations
 
@@ -9,34 +9,32 @@ import pytest
 
 from data.app import compose_config
 from eval.benchmarks.claim_rows import ROWS, RUNS
-from eval.benchmarks.claims import Observations
+from eval.benchmarks.claims import Observations, common_seeds
 from eval.benchmarks.context import EvalContext
-from train.ablations import JUDGED, TRAININGS, ZOO_STARTS, chain, collect
-from train.zoo import chain as zoo_chain
+from train.ablations import JUDGED, TRAININGS, Plan, read_results, schedule, store
+from train.zoo import ZOO
 
 
-@pytest.mark.parametrize("step", chain(Path("out"), Path("zoo"), seed=1), ids=lambda step: step.name)
+@pytest.mark.parametrize("step", [step for step, _ in schedule(Plan(Path("out")), {}, seed=1)], ids=lambda s: s.name)
 def test_every_command_composes(step):
     app, *overrides = step.arguments
     compose_config(app, list(overrides))
 
 
 def test_runs_use_weights_of_runs_before_them():
-    done: set[str] = set()
-    for training in TRAININGS:
-        assert training.init_from is None or training.init_from in done | set(ZOO_STARTS), training.name
-        done.add(training.name)
-    assert {judged.training for judged in JUDGED} <= done
-    commands = {step.name: " ".join(step.arguments) for step in chain(Path("out"), Path("zoo"), seed=3)}
-    assert "zoo/causal_init/export/student" in commands["base_student"] and "seed=3" in commands["base_student"]
+    steps = schedule(Plan(Path("out")), {}, seed=3)
+    commands = {step.name: " ".join(step.arguments) for step, _ in steps}
+    assert len(commands) == len(steps) == 3 + len(TRAININGS) + len(JUDGED)
+    written: list[str] = []
+    for step, _ in steps:
+        for read in (part.split("=", 1)[1] for part in step.arguments if "init_from=" in part or "pairs=" in part):
+            assert str(ZOO) in read or any(read.startswith(folder) for folder in written), step.name
+        written += [part.split("=", 1)[1] for part in step.arguments if part.startswith("output_dir=")]
+    assert "out/shared/causal_init/export/student" in commands["base_student"] and "seed=3" in commands["base_student"]
     assert "out/seed_3/chunk_1_init/export/student" in commands["chunk_1"]
-    assert "zoo/ode_pairs/pairs" in commands["chunk_1_init"]
-    assert "init_from" not in commands["no_ode"] and "model.teacher=zoo" in commands["no_ode"]
-
-
-def test_the_zoo_has_the_runs_that_variants_start_from():
-    stages = {step.name for step in zoo_chain(Path("zoo"))}
-    assert {where.split("/")[0] for where in ZOO_STARTS.values()} | {"ode_pairs"} <= stages
+    assert "out/shared/ode_pairs/pairs" in commands["chunk_1_init"] and "seed=" not in commands["causal_init"]
+    assert "init_from" not in commands["no_ode"] and f"init_from={ZOO / 'teacher'}" in commands["no_mid_mask"]
+    assert "model.student=out/seed_3/base_student/export/student" in commands["judge base_long"]
 
 
 class Asked(Observations):
@@ -64,15 +62,36 @@ def test_what_the_rows_ask_for_is_measured_by_the_claims_or_made_here():
     assert asked.names - set(RUNS) == {judged.name for judged in JUDGED}
 
 
-def test_results_are_collected_by_observation_and_seed(tmp_path):
-    for seed in (0, 1):
-        for judged in JUDGED:
-            folder = tmp_path / f"seed_{seed}/judged/{judged.name}"
-            folder.mkdir(parents=True)
-            values = {"student.epe_px": [seed + 0.123456, None], "noise_floor.epe_px": [1.0], "student.ssim": [0.5]}
-            (folder / "per_clip.json").write_text(json.dumps(values))
-            (folder / "meta.json").write_text(json.dumps({"git_commit": "abc"}))
-    found = collect(tmp_path, [0, 1])
-    assert set(found) == {judged.name for judged in JUDGED}
-    assert found["chunk_1"]["per_clip"] == [{"student.epe_px": [0.12346, None]}, {"student.epe_px": [1.12346, None]}]
+def _judge(folder: Path, value: float) -> Path:
+    """The files of an observation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"student.epe_px": [value, None], "noise_floor.epe_px": [1.0], "student.ssim": [0.5]}
+    (folder / "per_clip.json").write_text(json.dumps(values))
+    (folder / "meta.json").write_text(json.dumps({"git_commit": "abc"}))
+    return folder
+
+
+def test_what_is_stored_under_the_same_settings_is_not_made_again(tmp_path):
+    result, plan = tmp_path / "zoo" / "ablations.json", Plan(tmp_path / "out")
+    for judged in JUDGED:
+        store(result, judged, 0, _judge(tmp_path / judged.name, 0.123456))
+    by_name = {judged.name: judged for judged in JUDGED}
+    store(result, by_name["no_ode"], 1, _judge(tmp_path / "no_ode", 2.0))
+    found = read_results(result)
+    assert found["no_ode"]["seeds"]["0"] == {"git_commit": "abc", "per_clip": {"student.epe_px": [0.12346, None]}}
+    assert found["no_ode"]["seeds"]["1"]["per_clip"] == {"student.epe_px": [2.0, None]}
     assert found["chunk_1"]["training"]["overrides"] == ["model.rollout.chunk_frames=1"]
+    assert found["chunk_1"]["training"]["init_from"]["stage"] == "causal_init"
+    assert schedule(plan, found, 0) == [] and common_seeds(found) == ["0"]
+
+    names = [step.name for step, _ in schedule(plan, found, 1)]
+    assert "no_ode" not in names and "judge no_ode" not in names and "judge base_long" in names
+    del found["chunk_1_long"]
+    found["merged_cache"]["training"]["steps"] = 7  # other settings
+    assert [step.name for step, _ in schedule(plan, found, 0)] == [
+        "render, track", "encode", "pack", "ode_pairs", "causal_init", "chunk_1_init", "chunk_1", "judge chunk_1_long",
+        "merged_cache", "judge merged_cache",
+    ]  # fmt: skip
+    result.write_text(json.dumps(found))
+    store(result, by_name["merged_cache"], 1, _judge(tmp_path / "merged_cache", 3.0))
+    assert list(read_results(result)["merged_cache"]["seeds"]) == ["1"]
