@@ -76,6 +76,11 @@ class Table:
             + "\n"
         )
 
+    def as_markdown(self) -> str:
+        """The table for a document."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
 
 @dataclass(frozen=True)
 class Figure:

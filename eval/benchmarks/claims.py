@@ -1,4 +1,4 @@
-"""The findings of the paper, one row each, measured on the sprites world: claims.json and a report.
+"""The findings of the paper, one row each, measured on the sprites world: claims.json, claims.md and a report.
 
 A row compares *observations*. Some are made here, from the weights at hand under other settings of the model (a
 `Run`); they are kept in OUT/runs, and made again only where what they were made with has changed. The others are
@@ -283,8 +283,7 @@ class Claims:
         """Every row wanted; writes claims.json into the run's folder."""
         observations = Observations(context, self.cfg, self.runs)
         findings = [row.find(observations) for row in self.rows]
-        context.out.mkdir(parents=True, exist_ok=True)
-        write_json(context.out / "claims.json", [finding.to_json() for finding in findings])
+        write_findings(context.out, findings)
         results = Results(seed=context.seed)
         for finding in findings:
             results.put(f"row_{finding.row}.verdict", finding.verdict)
@@ -293,7 +292,15 @@ class Claims:
         return Outcome(results, [Section("Findings of the paper", table=table_of(findings))])
 
 
+def write_findings(out: Path, findings: Sequence[Finding]) -> None:
+    """claims.json for programs, claims.md for documents."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "claims.json", [finding.to_json() for finding in findings])
+    (out / "claims.md").write_text(table_of(findings).as_markdown(), encoding="utf-8")
+
+
 def table_of(findings: Sequence[Finding]) -> Table:
+    """A line per finding."""
     lines = [finding.to_json() for finding in findings]
     columns = ["row", "claim", "paper", "ours", "verdict"]
     return Table(columns, [[str(line[column]) for column in columns] for line in lines])

@@ -4,19 +4,22 @@ Figures 6, 7 and 16, tables 1 and 3 to 7 of arXiv 2510.03550, on the drag benchm
 variant changes the settings of `drag` in one way and drags the same streams with the same noise, for several seeds;
 effects are paired differences over scenarios and seeds. A claim of improvement holds where the variant without the
 part is worse beyond its interval; a claim of robustness where the variant is not worse by more than a fifth. No track
-holds anything once the drag has begun, unless `hold_tracks` says so: the paper's student takes none.
+holds anything once the drag has begun, unless `hold_tracks` says so: the paper's student takes none. A seed that is
+finished is kept in OUT/seed_<n>.json and not dragged again.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from data.sprites import SpritesConfig
-from eval.benchmarks.claims import Effect, Finding
+from eval.benchmarks.claims import Effect, Finding, as_float, table_of, write_findings
 from eval.benchmarks.context import EvalContext, Outcome
 from eval.benchmarks.drag import UNTOUCHED, DragBenchConfig, DragBenchmark, Verdict, put_verdicts
 from eval.metrics.interval import Interval, paired_difference
@@ -24,7 +27,7 @@ from eval.report import Section, Table
 from eval.results import Results, write_json
 from stream.dragstream.config import DragConfig
 
-FULL, ROBUST_RATIO = "full", 1.2
+FULL, WITHOUT, ROBUST_RATIO = "full", "I 0", 1.2
 WARM_START = {"warm_rounds": DragConfig.warm_rounds, "step": DragConfig.step, "edit_frames": DragConfig.edit_frames}
 VARIANTS: dict[str, dict[str, Any]] = {
     FULL: {},
@@ -45,9 +48,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "alpha 0.5": {"css_alpha": 0.5},
     "alpha 1.5": {"css_alpha": 1.5},
     "alpha 2": {"css_alpha": 2.0},
-    "I 0": {"iterations": 0, "warm_rounds": 0, "tracks": "release"},
+    WITHOUT: {"iterations": 0, "warm_rounds": 0, "tracks": "release"},
     "I 2": {"iterations": 2},
     "I 3": {"iterations": 3},
+    "one segment": {"segment_ratio": None},
     "without L_rec": {"rec_weight": 0.0},
     "without L_cst": {"cst_weight": 0.0},
     "with tracks": {"tracks": "follow"},
@@ -107,7 +111,7 @@ CLAIMS = (
     Claim("The width of the map hardly matters", "table 5: 24.52, 23.65, 23.50, 24.70 for 0.5, 1, 1.5, 2",
           no_worse=[(f"alpha {alpha}", OBJMC) for alpha in (0.5, 1.5, 2)]),
     Claim("Two iterations already drag", "table 1: 27.67 for I = 2, 90.39 for I = 0",
-          worse=[("I 0", OBJMC), ("I 0", DAI)], no_worse=[("I 2", OBJMC)]),
+          worse=[(WITHOUT, OBJMC), (WITHOUT, DAI)], no_worse=[("I 2", OBJMC)]),
     Claim("Four iterations drag further than three and two", "table 1: 23.05, 24.55, 27.67",
           worse=[("I 2", OBJMC), ("I 3", OBJMC)]),
     Claim("Without L_rec nothing is dragged", "table 3: 90.39, as without a drag", worse=[("without L_rec", OBJMC)]),
@@ -142,15 +146,30 @@ class DragAblation:
             raise ValueError("drag.iterations=0 leaves nothing to ablate; use drag=paper, or set drag.iterations=4")
         found: dict[str, list[Verdict]] = {name: [] for name in self.cfg.variants}
         for seed in range(context.seed, context.seed + self.cfg.num_seeds):
-            for name, verdicts in self._verdicts(replace(context, seed=seed)).items():
+            for name, verdicts in self._of_seed(replace(context, seed=seed)).items():
                 found[name] += verdicts
         results = Results(seed=context.seed)
         for name, verdicts in found.items():
             put_verdicts(results, name.replace(".", ","), verdicts)
+            if WITHOUT in found:
+                results.put(f"{name.replace('.', ',')}.seconds_ratio", _seconds(verdicts) / _seconds(found[WITHOUT]))
         findings = [self.finding(n, claim, found, context.seed) for n, claim in enumerate(CLAIMS, 1)]
-        context.out.mkdir(parents=True, exist_ok=True)
-        write_json(context.out / "claims.json", [finding.to_json() for finding in findings])
+        write_findings(context.out, findings)
         return Outcome(results, self._sections(findings, found))
+
+    def _of_seed(self, context: EvalContext) -> dict[str, list[Verdict]]:
+        """Verdicts by variant; read from OUT/seed_<n>.json where they were made with the same settings."""
+        path = context.out / f"seed_{context.seed}.json"
+        settings = (replace(self.cfg, num_seeds=1), context.drag, context.model_cfg)
+        made_with = [*map(str, settings), str({name: VARIANTS[name] for name in self.cfg.variants})]
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        if kept.get("made_with") == made_with:
+            return {name: [_verdict(figures) for figures in found] for name, found in kept["verdicts"].items()}
+        found = self._verdicts(context)
+        verdicts = {name: [_figures_of(each) for each in one] for name, one in found.items()}
+        context.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"made_with": made_with, "verdicts": verdicts})
+        return found
 
     def _verdicts(self, context: EvalContext) -> dict[str, list[Verdict]]:
         """One seed: verdicts by variant, in the order of the scenarios."""
@@ -182,16 +201,26 @@ class DragAblation:
         return Finding(row, claim.claim, claim.paper, effects)
 
     def _sections(self, findings: Sequence[Finding], found: Mapping[str, Sequence[Verdict]]) -> list[Section]:
-        lines = [finding.to_json() for finding in findings]
-        table = Table(["claim", "paper", "ours", "verdict"],
-                      [[line["claim"], line["paper"], line["ours"], line["verdict"]] for line in lines])  # fmt: skip
-        columns = (OBJMC, DAI, BACKGROUND, "lost_ratio")
+        columns = (OBJMC, DAI, BACKGROUND, "lost_ratio", "seconds")
         rows = [
             [name, *(f"{np.nanmean([getattr(v, column) for v in verdicts]):.3g}" for column in columns)]
             for name, verdicts in found.items()
         ]
         text = f"{self.cfg.num_scenarios} scenarios, {self.cfg.num_seeds} seeds; intervals over scenarios and seeds."
-        return [Section("Claims", text, table), Section("Variants", table=Table(["", *columns], rows))]
+        return [Section("Claims", text, table_of(findings)), Section("Variants", table=Table(["", *columns], rows))]
+
+
+def _figures_of(verdict: Verdict) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in asdict(verdict).items()}
+
+
+def _verdict(figures: Mapping[str, float | None]) -> Verdict:
+    return Verdict(**{name: as_float(value) for name, value in figures.items()})
+
+
+def _seconds(verdicts: Sequence[Verdict]) -> float:
+    """Median of a dragged chunk."""
+    return float(np.nanmedian([verdict.seconds for verdict in verdicts]))
 
 
 Found = Mapping[str, Sequence[Verdict]]

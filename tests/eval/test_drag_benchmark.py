@@ -151,7 +151,7 @@ def test_the_peak_is_what_is_held_at_once() -> None:
     assert peak_bytes(run, torch.device("cpu")) == pytest.approx(6 << 20, rel=0.01)
 
 
-def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path: Path) -> None:
+def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path: Path, monkeypatch) -> None:
     overrides = ["bench=drag_ablation", f"out={tmp_path}", "bench.num_scenarios=2", "bench.num_seeds=2",
                  "bench.variants=[full,without ADSR,without context,I 0,I 2]", "drag.iterations=1",
                  "model.clip.height=32", "model.clip.width=32", "bench.world.min_size=0.4",
@@ -164,8 +164,16 @@ def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path
     assert measured["verdict"] in ("holds", "does not hold", "within noise") and len(measured["interval"]) == 1
     assert by_claim["CSS improves the drag"]["verdict"] == "not measured"
     assert len(by_claim["Two iterations already drag"]["interval"]) == 3
+    assert "| ADSR: without it objects do not arrive |" in (tmp_path / "claims.md").read_text()
     per_clip = json.loads((tmp_path / "per_clip.json").read_text())
     assert len(per_clip["full.objmc_px"]) == 4  # scenarios times seeds
+    assert json.loads((tmp_path / "metrics.json").read_text())["I 0.seconds_ratio"] == 1.0
+
+    monkeypatch.setattr("eval.benchmarks.drag.DragBenchmark.stream", None)  # finished seeds are not dragged again
+    assert main(compose_config("eval", [*tiny_weights.overrides, *overrides])) == 0
+    assert json.loads((tmp_path / "per_clip.json").read_text()) == per_clip
+    with pytest.raises(TypeError):
+        main(compose_config("eval", [*tiny_weights.overrides, *overrides, "drag.lr=0.3"]))
 
 
 def test_a_profile_that_optimises_nothing_has_nothing_to_ablate(tiny_weights, tmp_path: Path) -> None:

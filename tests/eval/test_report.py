@@ -129,6 +129,10 @@ def test_results_write_flat_keys_with_intervals(tmp_path: Path) -> None:
     assert roles.as_text().splitlines()[1].startswith("epe_px  3 [")
 
 
+def test_a_table_for_a_document() -> None:
+    assert Table(["a", "b"], [["1", "x|y"]]).as_markdown() == "| a | b |\n| --- | --- |\n| 1 | x\\|y |\n"
+
+
 def test_a_ragged_table_is_refused() -> None:
     with pytest.raises(ValueError, match="2 columns"):
         Table(["a", "b"], [["1"]])
