@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from data.app import CONF_DIR, build_config, compose_config
 from data.sprites import SpritesConfig
 from data.trackers import TrackerConfig, build_tracker, grid_queries
 from eval.benchmarks.context import EvalContext, Outcome, progress_bar
+from eval.benchmarks.drag_pictures import SHEET_TEXT, drag_sheet, handle_at, pick_shown, with_handles
 from eval.benchmarks.drag_runs import DraggedChunks, Replay, Run, pasted
 from eval.benchmarks.drag_scenarios import DragScenario, labelled_scenarios, sprites_scenarios
 from eval.metrics.detectors import load_i3d, load_inception, load_sprites_detector
@@ -37,7 +37,7 @@ from eval.metrics.drag import (
     psnr_outside,
 )
 from eval.metrics.frechet import frechet_distance
-from eval.report import Section, Table, contact_sheet, video_side_by_side
+from eval.report import Section, Table, video_side_by_side
 from eval.results import Results
 from models.condition import FRAMES_PER_LATENT
 from models.motion.tracks import Tracks
@@ -47,7 +47,7 @@ from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Handle, Pose
 from stream.dragstream.editor import DragEditor
 from stream.dragstream.features import FeatureReader
-from stream.dragstream.geometry import moved, moved_mask
+from stream.dragstream.geometry import moved
 from stream.provenance import peak_bytes
 from stream.session import StreamSession
 
@@ -278,17 +278,13 @@ class DragBenchmark:
         self, context: EvalContext, results: Results, scenarios: Sequence[DragScenario],
         runs: Mapping[str, Sequence[Run]], verdicts: Mapping[str, Sequence[Verdict]],
     ) -> list[Section]:  # fmt: skip
-        step = max(1, len(scenarios) // max(1, self.cfg.num_shown))
-        shown = list(range(0, len(scenarios), step))[: self.cfg.num_shown]
-        drawn = [{name: with_handles(found[n]) for name, found in runs.items()} for n in shown]
+        shown = pick_shown(scenarios, self.cfg.num_shown)
         videos = [
-            video_side_by_side(columns, context.model_cfg.clip.fps, f"{scenarios[n].key}: {scenarios[n].prompt}")
-            for n, columns in zip(shown, drawn)
-        ]
-        sheets = [
-            contact_sheet({name: columns[name] for name in (NO_DRAG, OURS)}, caption=scenarios[n].key)
-            for n, columns in zip(shown, drawn)
-        ]
+            video_side_by_side({name: with_handles(found[n]) for name, found in runs.items()},
+                               context.model_cfg.clip.fps, f"{scenarios[n].key}: {scenarios[n].prompt}")
+            for n in shown
+        ]  # fmt: skip
+        sheets = [drag_sheet({name: runs[name][n] for name in (NO_DRAG, OURS)}, scenarios[n].key) for n in shown]
         text = (
             f"{len(scenarios)} scenarios; every method goes on from the same state with the same noise. White: the "
             "handle's outline at its target."
@@ -297,7 +293,7 @@ class DragBenchmark:
             Section("Drags", text, results.by_role()),
             Section("By kind of drag", table=by_kind(scenarios, verdicts)),
             Section("Further figures", "\n".join(results.notes()), results.others()),
-            Section("Before and after", figures=sheets),
+            Section("Before and after", SHEET_TEXT, figures=sheets),
             Section("Streams", videos=videos),
         ]
 
@@ -343,25 +339,8 @@ def write_scenarios(
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def with_handles(run: Run) -> np.ndarray:
-    """The run's frames with the outline of each handle where it should be, while it is dragged."""
-    frames = run.frames.copy()
-    for dragged in run.drags:
-        for frame, poses in dragged.poses:
-            for handle, pose in zip(dragged.drag.handles, poses):
-                mask = (_moved_mask(handle, pose) >= 0.5).astype(np.uint8)
-                outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-                cv2.drawContours(frames[dragged.first_frame + frame], outlines, -1, (255, 255, 255), 1)
-    return frames
-
-
-def _moved_mask(handle: Handle, pose: Pose) -> np.ndarray:
-    height, width = handle.mask.shape
-    return moved_mask(torch.from_numpy(handle.mask), pose, handle.center, height, width).numpy()
-
-
 def _is_seen(handle: Handle, pose: Pose) -> bool:
-    return bool(_moved_mask(handle, pose).sum() >= MIN_SEEN * handle.mask.sum())
+    return bool(handle_at(handle, pose).sum() >= MIN_SEEN * handle.mask.sum())
 
 
 def _moved(points: np.ndarray, pose: Pose, center: tuple[float, float]) -> np.ndarray:

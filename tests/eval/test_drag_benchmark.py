@@ -12,6 +12,7 @@ import torch
 
 from data.app import compose_config
 from data.sprites import SpritesConfig
+from eval.benchmarks.drag_pictures import pick_shown
 from eval.benchmarks.drag_runs import DraggedChunks, Run, pasted
 from eval.benchmarks.drag_scenarios import COMBINATIONS, labelled_scenarios, moved_to, sprites_scenarios
 from eval.run import main
@@ -149,6 +150,14 @@ def test_the_peak_is_what_is_held_at_once() -> None:
         del pair
 
     assert peak_bytes(run, torch.device("cpu")) == pytest.approx(6 << 20, rel=0.01)
+
+
+def test_every_operation_is_shown_before_a_second_of_its_kind() -> None:
+    scenarios = sprites_scenarios(WORLD, GEOMETRY, chunk_frames=3, count=204, seed=0)
+    shown = [scenarios[n] for n in pick_shown(scenarios, 12)]
+    assert len({(each.mode, each.kind) for each in shown[:6]}) == 6
+    assert {each.variant for each in shown} == {each.variant for each in scenarios}
+    assert pick_shown(scenarios[:3], 12) == [0, 2, 1] and pick_shown(scenarios, 0) == []
 
 
 def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path: Path, monkeypatch) -> None:
