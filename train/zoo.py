@@ -60,9 +60,8 @@ def chain(out: Path) -> list[Step]:
         train("teacher_short", vae),
         train("teacher", vae, f"stage.init_from={out / 'teacher_short/export/teacher'}"),
         train("teacher_stage2", vae, f"stage.init_from={out / 'teacher/export/teacher'}"),
-        train("ode_pairs", vae, teacher),
-        train("causal_init", vae, teacher, f"stage.pairs={out / 'ode_pairs/pairs'}"),
-        train("self_forcing", vae, teacher, f"stage.init_from={out / 'causal_init/export/student'}"),
+        train("causal_teacher", vae, f"stage.init_from={out / PARTS['teacher']}"),
+        train("self_forcing", vae, teacher, f"stage.init_from={out / 'causal_teacher/export/student'}"),
     ]
 
 
