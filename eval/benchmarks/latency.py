@@ -20,6 +20,7 @@ import torch
 from eval.benchmarks.context import EvalContext, Outcome, progress_bar
 from eval.report import Section, line_figure
 from eval.results import Results
+from models.condition import FRAMES_PER_LATENT
 from models.motion.tracks import Tracks
 from stream.session import ChunkTiming, StreamSession
 
@@ -57,12 +58,14 @@ class Latency:
         codecs, clip = context.codecs, context.model_cfg.clip
         student = context.load("student")
         started = codecs.clock()
+        num_latents = self.cfg.num_chunks * context.model_cfg.rollout.chunk_frames
         session = StreamSession(
             student,
             codecs,
             first_frame=np.full((clip.height, clip.width, 3), 127, np.uint8),
             prompt="",
             tracks=_still_grid(context),
+            num_frames=1 + FRAMES_PER_LATENT * (num_latents - 1),  # a growing window needs a cache for all of them
             seed=context.seed,
         )
         opened = codecs.clock() - started

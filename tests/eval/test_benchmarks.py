@@ -146,6 +146,11 @@ def test_segments_cover_every_frame_once() -> None:
         assert min(span.stop - span.start for span in spans) >= 2
 
 
+def test_latency_of_a_growing_window(tiny_weights, tmp_path: Path) -> None:
+    metrics = _run(tiny_weights, tmp_path, "bench=latency", "bench.num_chunks=30", "model.rollout.window_chunks=null")
+    assert metrics["num_chunks"] == 30
+
+
 def test_latency_reports_and_its_ratio_sees_growth(tiny_weights, tmp_path: Path) -> None:
     metrics = _run(tiny_weights, tmp_path, "bench=latency", "bench.num_chunks=32")
     assert metrics["student.chunk_seconds_p50"] <= metrics["student.chunk_seconds_p95"]
