@@ -4,7 +4,8 @@ Every variant is a training run of the zoo's recipe with a few overrides and a f
 weights or from a causal start made of them here, judged on held-out clips as soon as it is trained. What is seen goes
 straight into one file (models/zoo/sprites/ablations.json) that `python -m eval bench=claims` reads, with the settings
 that made it; what that file has under the same settings is not made again. Killed and started again, it goes on.
-Left out: what the comparison means (eval/benchmarks/claim_rows.py).
+Left out: what the comparison means (eval/benchmarks/claim_rows.py), and whether the shipped weights have changed since
+an observation was stored: after `make zoo` name another --result.
 """
 
 from __future__ import annotations
@@ -117,8 +118,6 @@ JUDGED = [
 ]
 JUDGED_CLIPS = ("bench.num_clips=32", "bench.num_floor_clips=1", "bench.num_inference_steps=12",
                 "bench.withhold_tracks=false", "bench.features=null")  # fmt: skip
-
-
 
 
 class Plan:

@@ -280,7 +280,7 @@ class Claims:
         self.rows = [row for row in ROWS if not cfg.rows or row.number in cfg.rows]
 
     def run(self, context: EvalContext) -> Outcome:
-        """Every row wanted; writes claims.json into the run's folder."""
+        """Every row wanted; writes claims.json and claims.md into the run's folder."""
         observations = Observations(context, self.cfg, self.runs)
         findings = [row.find(observations) for row in self.rows]
         write_findings(context.out, findings)
