@@ -219,7 +219,9 @@ class VideoWriter:
         self._av = av
         self._container = av.open(str(self.partial), "w", format="mp4")
         self._stream = self._container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        self._stream.options = {"crf": str(crf), "preset": preset}
+        # x264's macroblock tree reads memory that nobody wrote when frames are small: the same frames became
+        # other bytes from one run to the next. Without it the file depends on its frames only.
+        self._stream.options = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0"}
         self._stream.thread_count = 1
         self._stream.pix_fmt = "yuv420p"
         self.num_frames = 0

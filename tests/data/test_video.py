@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,8 @@ from data.video import (
     write_video,
 )
 from models.condition import ClipGeometry
+
+REPO = Path(__file__).parents[2]
 
 BEAR = Path(__file__).parents[3] / "shared/data/clips/bear.mp4"
 
@@ -128,6 +133,22 @@ def test_file_appears_only_when_closed(tmp_path):
         writer.write(moving_bar()[0])
         assert not (tmp_path / "a.mp4").exists()
     assert probe_video(tmp_path / "a.mp4").num_frames == 1
+
+
+WRITE_ONE = """
+import sys
+from data.sprites import SpritesConfig, render_clip
+from data.video import write_video
+write_video(sys.argv[1], render_clip(SpritesConfig(), 3).frames, 16, crf=8)
+"""
+
+
+def test_the_file_depends_on_the_frames_only_and_not_on_what_memory_held(tmp_path):
+    files = [tmp_path / f"{fill}.mp4" for fill in (33, 200)]
+    for path in files:  # glibc fills fresh memory with this byte
+        environment = {**os.environ, "MALLOC_PERTURB_": path.stem}
+        subprocess.run([sys.executable, "-c", WRITE_ONE, path], check=True, cwd=REPO, env=environment)
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_tracks_are_drawn_where_visible_and_fade():
