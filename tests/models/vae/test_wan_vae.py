@@ -142,13 +142,57 @@ def test_whole_clip_calls_have_the_gradient_of_single_calls():
     assert error < 1e-5
 
 
-def test_channels_last_changes_rounding_only(tmp_path):
-    vae, pixels = make("sprites")
-    before = vae.encode(pixels)
+@pytest.mark.parametrize("name", CASES)
+def test_channels_last_changes_rounding_only(name, tmp_path):
+    vae, pixels = make(name)
+    names, latents = list(vae.state_dict()), vae.encode(pixels)
+    expected = _streamed(vae, latents)
     vae.use_channels_last()
-    torch.testing.assert_close(vae.encode(pixels), before, atol=1e-5, rtol=0)
+    assert list(vae.state_dict()) == names
+    torch.testing.assert_close(vae.encode(pixels), latents, atol=1e-5, rtol=0)
+    for found, reference in zip(_streamed(vae, latents), expected, strict=True):
+        torch.testing.assert_close(found, reference, atol=2e-5, rtol=0)
     vae.save(tmp_path / "vae")
-    torch.testing.assert_close(WanVae.from_folder(tmp_path / "vae").encode(pixels), before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(WanVae.from_folder(tmp_path / "vae").encode(pixels), latents, atol=1e-5, rtol=0)
+
+
+def _streamed(vae: WanVae, latents: torch.Tensor) -> list[torch.Tensor]:
+    """Chunks of one latent, of all but two, and of one: each leaves another number of frames in the caches."""
+    stream = vae.streaming()
+    return [stream.push(part) for part in latents.tensor_split([1, latents.shape[2] - 1], dim=2)]
+
+
+def test_channels_last_has_the_same_gradients():
+    gradients = []
+    for channels_last in (False, True):
+        vae, pixels = make("sprites", latents_per_call=None)
+        if channels_last:
+            vae.use_channels_last()
+        vae.reconstruct(vae.posterior(pixels).mode()).square().mean().backward()
+        gradients.append(torch.cat([p.grad.contiguous().flatten() for p in vae.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["wan_2_2", "sprites"])
+def test_channels_last_stays_from_one_convolution_to_the_next(name):
+    vae, _ = make(name, latents_per_call=None)
+    vae.bfloat16().use_channels_last()
+    converted: list[tuple[int, ...]] = []
+
+    def look(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        layout = torch.channels_last_3d if inputs[0].ndim == 5 else torch.channels_last
+        if not inputs[0].is_contiguous(memory_format=layout):
+            converted.append(tuple(inputs[0].shape))
+
+    decoder, stride = vae.autoencoder.decoder, vae.spatial_stride
+    latents = torch.randn(1, vae.latent_channels, 4, 32 // stride, 48 // stride)
+    stream = vae.streaming()
+    stream.push(latents[:, :, :1])
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d) and module is not decoder.conv_in:
+            module.register_forward_pre_hook(look)
+    stream.push(latents[:, :, 1:])
+    assert converted == []
 
 
 def test_measured_normalisation_gives_unit_statistics_and_survives_the_file(tmp_path):

@@ -1,0 +1,123 @@
+"""The layers of the Wan VAE that move data, with channels last: on a CPU convolutions then need no reordering.
+
+Each class is diffusers' with the same parameters, the same feature cache and the same result, except for rounding;
+only the layout that its result has in memory, and the number of copies on the way there, differ. diffusers pads,
+resamples and shuffles in a layout with channels first, so that every convolution begins with a conversion.
+Left out: the norm (channel_norm.py), and GPUs, on which this was not measured.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    AvgDown3D,
+    DupUp3D,
+    WanCausalConv3d,
+    WanResample,
+    WanUpsample,
+)
+from einops import rearrange
+from torch import Tensor, nn
+
+KEPT_FRAMES = 2  # that a causal convolution over three frames needs of the chunk before
+FIRST_CALL = "Rep"  # diffusers' mark in a cache slot: the first call skipped temporal upsampling
+FeatureCache = list[Tensor | str | None]
+
+
+class CausalConv(WanCausalConv3d):
+    """Pads in space within the convolution, and in time with the cached frames or zeros, in one copy."""
+
+    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        columns, _, rows, _, before, _ = self._padding
+        x = x.contiguous(memory_format=torch.channels_last_3d)  # copies what comes from outside
+        if before:
+            cached = [] if cache_x is None else [cache_x]
+            missing = before - sum(part.shape[2] for part in cached)
+            x = torch.cat([*cached, x], dim=2) if cached else x
+            x = F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x
+        return F.conv3d(x, self.weight, self.bias, self.stride, (0, rows, columns))
+
+
+class Upsample(WanUpsample):
+    """Repeats pixels, which is exact in any precision; diffusers does it in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.Upsample.forward(self, x)
+
+
+class Resample(WanResample):
+    """Temporal upsampling as one shuffle of the channels that the convolution doubled."""
+
+    def forward(self, x: Tensor, feat_cache: FeatureCache | None = None, feat_idx: list[int] = [0]) -> Tensor:  # noqa: B006 (diffusers' signature: a position shared by all layers)
+        if self.mode != "upsample3d" or feat_cache is None:
+            return super().forward(x, feat_cache, feat_idx)
+        slot, feat_idx[0] = feat_idx[0], feat_idx[0] + 1
+        before = feat_cache[slot]
+        if before is None:
+            feat_cache[slot] = FIRST_CALL
+        else:
+            history = None if before == FIRST_CALL else before
+            feat_cache[slot] = _last_frames(x, history)
+            doubled = self.time_conv(x, history)
+            x = _channels_second(rearrange(_channels_last(doubled), "b t h w (two c) -> b (t two) h w c", two=2))
+        batch, _, num_frames = x.shape[:3]
+        x = self.resample(x.transpose(1, 2).flatten(0, 1))
+        return x.unflatten(0, (batch, num_frames)).transpose(1, 2)
+
+
+class UpShortcut(DupUp3D):
+    """Every cell repeated to a block of frames, rows and columns."""
+
+    def forward(self, x: Tensor, first_chunk: bool = False) -> Tensor:
+        repeated = _channels_last(x).repeat_interleave(self.repeats, dim=-1)
+        blocks = rearrange(
+            repeated, "b t h w (c ft fh fw) -> b (t ft) (h fh) (w fw) c",
+            c=self.out_channels, ft=self.factor_t, fh=self.factor_s, fw=self.factor_s,
+        )  # fmt: skip
+        return _channels_second(blocks[:, self.factor_t - 1 :] if first_chunk else blocks)
+
+
+class DownShortcut(AvgDown3D):
+    """The mean over blocks of frames, rows and columns, in groups of channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.factor_t, 0))
+        blocks = rearrange(
+            _channels_last(x), "b (t ft) (h fh) (w fw) c -> b t h w (c ft fh fw)",
+            ft=self.factor_t, fh=self.factor_s, fw=self.factor_s,
+        )  # fmt: skip
+        return _channels_second(blocks.unflatten(-1, (self.out_channels, self.group_size)).mean(-1))
+
+
+REPLACED: dict[type[nn.Module], type[nn.Module]] = {
+    WanCausalConv3d: CausalConv, WanUpsample: Upsample, WanResample: Resample, DupUp3D: UpShortcut,
+    AvgDown3D: DownShortcut,
+}  # fmt: skip
+
+
+def use_channels_last(network: nn.Module) -> None:
+    """Give every layer of diffusers its class above, and lay out the weights of convolutions channels last."""
+    for module in network.modules():
+        if (faster := REPLACED.get(type(module))) is not None:
+            module.__class__ = faster  # adds no state: parameters, names and hooks stay
+        if isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+
+
+def _last_frames(x: Tensor, before: Tensor | None) -> Tensor:
+    """The frames that the next call needs: those of x, with earlier ones or zeros in front where x has too few."""
+    last = x[:, :, -KEPT_FRAMES:].clone()
+    if last.shape[2] == KEPT_FRAMES:
+        return last
+    return torch.cat([torch.zeros_like(last) if before is None else before[:, :, -1:], last], dim=2)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1)
+
+
+def _channels_second(x: Tensor) -> Tensor:
+    return x.movedim(-1, 1)
