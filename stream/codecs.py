@@ -54,9 +54,10 @@ class Codecs:
         self.device = torch.device(device)
         where = (self.device, model_cfg.torch_dtype)
         self.vae = vae.eval().requires_grad_(False).to(*where)
+        self.decoder = self.vae if tiny_vae is None else tiny_vae.eval().requires_grad_(False).to(*where)
         if self.device.type == "cpu":
             self.vae.use_channels_last()
-        self.decoder = self.vae if tiny_vae is None else tiny_vae.eval().requires_grad_(False).to(*where)
+            self.decoder.use_channels_last()
         self.text_encoder = (
             text_encoder.to(self.device) if isinstance(text_encoder, nn.Module) else text_encoder
         )

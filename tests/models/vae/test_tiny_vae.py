@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from models.vae.latent_space import LatentSpace
-from models.vae.tiny_vae import MemoryBlock, TimeGrow, TimePool, TinyVae, TinyVaeConfig
+from models.vae.tiny_vae import Grow, MemoryBlock, TimePool, TinyVae, TinyVaeConfig
 
 WAN_LATENTS = Path(__file__).parents[4] / "shared" / "data" / "wan_latents.safetensors"
 SMALL = TinyVaeConfig(decoder_widths=[24, 16, 12, 8], encoder_width=12)
@@ -40,8 +40,8 @@ def one_step(layers: list, frame: torch.Tensor, memory: dict, index: int = 0) ->
             memory[index] = waiting
             return []
         frames = [layer.conv(torch.cat(waiting, 1))]
-    elif isinstance(layer, TimeGrow):
-        frames = list(layer.conv(frame).chunk(layer.stride, dim=1))
+    elif isinstance(layer, Grow):  # in the published order: pixels repeated first
+        frames = list(layer.conv(frame.repeat_interleave(2, -1).repeat_interleave(2, -2)).chunk(layer.stride, dim=1))
     else:
         frames = [layer(frame)]
     return [out for each in frames for out in one_step(layers, each, memory, index + 1)]
@@ -63,6 +63,16 @@ def sequential_encode(vae: TinyVae, pixels: torch.Tensor) -> torch.Tensor:
     return torch.stack(
         [out for patch in patches for out in one_step(list(vae.encoder), patch, memory)], dim=2
     )
+
+
+@pytest.mark.parametrize("cfg", [SMALL, SMALL_SHUFFLED], ids=["p1", "p2"])
+def test_channels_last_changes_rounding_only(cfg):
+    vae = make(cfg)
+    latents = torch.randn(2, cfg.latent_channels, 5, 3, 4, generator=torch.Generator().manual_seed(0))
+    expected = vae.decode(latents)
+    stream = vae.use_channels_last().streaming()
+    found = torch.cat([stream.push(part) for part in latents.tensor_split([1, 3], dim=2)], dim=2)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("cfg", [SMALL, SMALL_SHUFFLED, TinyVaeConfig.sprites()], ids=["p1", "p2", "sprites"])
