@@ -63,6 +63,7 @@ class Judged:
         return {"training": BY_NAME[self.training].described(), "evaluation": evaluation}
 
 
+AS_PUBLISHED = ("model.rollout.merged_cache=false",)  # of every run: a cache pass of its own
 FLOORED = ("model.dit.track_offsets=false",)  # as the paper has it
 RGB = ("model.dit.track_encoding=rgb", *FLOORED)
 ABSOLUTE = ("model.rollout.positions=absolute",)
@@ -156,7 +157,7 @@ class Plan:
             where.append(f"stage.init_from={self.weights(training.init_from, seed)}")
         if training.stage == "causal_init":
             where.append(f"stage.pairs={self.out / 'shared/ode_pairs/pairs'}")
-        settings = (f"steps={training.steps}", *training.overrides)
+        settings = (f"steps={training.steps}", *AS_PUBLISHED, *training.overrides)
         return Step(training.name, ("train", f"experiment=sprites/{training.stage}", *where, *settings), PROCESSES)
 
     def judge(self, judged: Judged, seed: int) -> Step:
@@ -165,7 +166,8 @@ class Plan:
         weights = (f"model.{role}={self.weights(judged.training, seed)}", f"seed={seed}")
         clips = (f"bench.roles=[{role}]", *JUDGED_CLIPS) if judged.bench == "eval" else ()
         where = f"out={self.judged_in(judged, seed)}"
-        arguments = ("eval", f"experiment=sprites/{judged.bench}", where, *weights, *clips, *judged.overrides)
+        settings = (*clips, *AS_PUBLISHED, *judged.overrides)
+        arguments = ("eval", f"experiment=sprites/{judged.bench}", where, *weights, *settings)
         return Step(f"judge {judged.name}", arguments)
 
     def judged_in(self, judged: Judged, seed: int) -> Path:

@@ -37,6 +37,7 @@ RUNS = {
     "latency": Run("latency"),
     "latency_growing": Run("latency", rollout={"window_chunks": None}),
     "latency_tiny": Run("latency", tiny=True),
+    "latency_own_pass": Run("latency", rollout={"merged_cache": False}),
     "latency_merged": Run("latency", rollout={"merged_cache": True}),
 }
 
@@ -162,7 +163,7 @@ def _withheld(seen: Observations) -> list[Effect]:
 
 def _merged(seen: Observations) -> list[Effect]:
     base, merged = (seen.values(name, "student.epe_px") for name in ("base_student", "merged_cache"))
-    slow, fast = (seen.values(name, "student.denoise_seconds") for name in ("latency", "latency_merged"))
+    slow, fast = (seen.values(f"latency_{name}", "student.denoise_seconds") for name in ("own_pass", "merged"))
     return [
         seen.effect("1.1 x EPE with its own cache pass minus merged (px)", _margin(base, merged, 1.1)),
         seen.effect("denoising time, own pass over merged, minus 1", _ratio_margin(slow, fast, 1.0)),
