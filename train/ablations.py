@@ -94,14 +94,15 @@ BY_NAME = {training.name: training for training in TRAININGS}
 SHORT = ("model.clip.num_frames=9", "bench.num_clips=64")  # as long as these teachers' clips
 RELEASED = ("bench.release_frame=17",)
 LONG = ("bench.num_frames=129", "bench.num_clips=12", "bench.requery_frames=32")
+LONGER = ("bench.num_frames=481", "bench.num_clips=12", "bench.requery_frames=32")  # fifteen times as long as a clip
 TIMED = ("bench.num_chunks=60",)
 WINDOW_2 = "model.rollout.window_chunks=2"
 JUDGED = [
     Judged("base_student", "base_student"),
-    Judged("base_long", "base_student", LONG, "long_video"),
     Judged("base_latency", "base_student", TIMED, "latency"),
     Judged("no_ode", "no_ode"),
-    Judged("absolute_long", "absolute", (*LONG, *ABSOLUTE), "long_video"),
+    Judged("base_longer", "base_student", LONGER, "long_video"),
+    Judged("absolute_longer", "absolute", (*LONGER, *ABSOLUTE), "long_video"),
     Judged("mid_mask", "mid_mask", RELEASED),
     Judged("no_mid_mask", "no_mid_mask", RELEASED),
     Judged("chunk_1", "chunk_1", CHUNK_1),

@@ -34,7 +34,7 @@ def test_runs_use_weights_of_runs_before_them():
     assert "out/seed_3/chunk_1_init/export/student" in commands["chunk_1"]
     assert "out/shared/ode_pairs/pairs" in commands["chunk_1_init"] and "seed=" not in commands["causal_init"]
     assert "init_from" not in commands["no_ode"] and f"init_from={ZOO / 'teacher'}" in commands["no_mid_mask"]
-    assert "model.student=out/seed_3/base_student/export/student" in commands["judge base_long"]
+    assert "model.student=out/seed_3/base_student/export/student" in commands["judge base_longer"]
 
 
 class Asked(Observations):
@@ -85,7 +85,7 @@ def test_what_is_stored_under_the_same_settings_is_not_made_again(tmp_path):
     assert schedule(plan, found, 0) == [] and common_seeds(found) == ["0"]
 
     names = [step.name for step, _ in schedule(plan, found, 1)]
-    assert "no_ode" not in names and "judge no_ode" not in names and "judge base_long" in names
+    assert "no_ode" not in names and "judge no_ode" not in names and "judge base_longer" in names
     del found["chunk_1_long"]
     found["merged_cache"]["training"]["steps"] = 7  # other settings
     assert [step.name for step, _ in schedule(plan, found, 0)] == [
