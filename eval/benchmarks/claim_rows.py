@@ -15,7 +15,7 @@ from eval.benchmarks.claims import Effect, Finding, NotMeasuredError, Observatio
 
 TEACHER, STUDENT = {"roles": ["teacher"]}, {"roles": ["student"]}
 PAPER_TEACHER = {**TEACHER, "num_inference_steps": 50, "num_clips": 16}
-VERY_LONG = {"num_frames": 1001, "num_clips": 6, "window_frames": 100}
+VERY_LONG = {"num_frames": 1001, "num_clips": 4, "window_frames": 100}
 
 RUNS = {
     "joint": Run("motion_transfer", TEACHER),

@@ -56,7 +56,7 @@ class ClaimsConfig:
     num_clips: int = 64  # of a motion transfer
     batch_size: int = 16
     num_inference_steps: int = 25  # of the teacher
-    num_long_clips: int = 16  # of a stream of 241 frames
+    num_long_clips: int = 8  # of a stream of 241 frames
     num_chunks: int = 80  # of a timed stream
     num_workers: int = 0  # processes that judge
     features: str | None = None  # folder of the sprites feature network: text accuracy; null: unavailable
