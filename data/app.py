@@ -10,6 +10,7 @@ Left out: what a configuration means. `build_config` returns the plain dataclass
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib
 import logging
@@ -37,6 +38,8 @@ CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 REPO_DIR = CONF_DIR.parent
 EXIT_CONFIG = 2  # exit code of a refused configuration
 _ADDED_FIELDS = ("_target_", "name")
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt, in glibc's malloc.h
+KEPT_BYTES = 1 << 30  # of freed memory at the top of the heap
 
 # why a schema could not be registered ("stage/teacher" -> error): told only if that file is asked for
 _schema_failures: dict[str, Exception] = {}
@@ -188,6 +191,7 @@ def run_app(config_name: str, main: Callable[[DictConfig], int | None]) -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(config_name))
         sys.exit(0)
+    keep_freed_memory()
     register_schemas()
     overrides = [arg for arg in sys.argv[1:] if arg.startswith("~") or ("=" in arg and arg[0] != "-")]
     options = [arg for arg in sys.argv[1:] if arg not in overrides]
@@ -212,6 +216,19 @@ def run_app(config_name: str, main: Callable[[DictConfig], int | None]) -> None:
         line = explain(error, CONF_DIR, _schema_failures, lambda: _known_keys(config_name, overrides))
         print(f"error: {line}", file=sys.stderr)
         sys.exit(EXIT_CONFIG)
+
+
+def keep_freed_memory() -> bool:
+    """Let this process reuse its freed buffers instead of returning them to the system; whether that could be set.
+
+    glibc maps every big buffer afresh, and the kernel clears its pages again: on a CPU that took a third of the time
+    of generating a batch of clips. Other C libraries are left as they are.
+    """
+    library = ctypes.CDLL(None if os.name == "posix" else "msvcrt")
+    if not hasattr(library, "mallopt"):
+        return False
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: KEPT_BYTES, M_TOP_PAD: KEPT_BYTES // 16}
+    return all(library.mallopt(name, value) for name, value in settings.items())
 
 
 def _hydra_settings(config_name: str) -> list[str]:

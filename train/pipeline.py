@@ -22,9 +22,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REFRESH_SECONDS = 0.5
 PROCESSES = min(2, os.cpu_count() or 1)  # of a training stage; two on one thread each beat one on two by far
-KEEP_FREED_MEMORY = {  # glibc: reuse the big buffers of a step instead of returning them to the system
-    "MALLOC_TOP_PAD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824",
-}  # fmt: skip
 LINE_WIDTH = 110  # characters of the progress line
 
 
@@ -48,7 +45,7 @@ class Step:
     def environment(self) -> dict[str, str]:
         """The cores are shared among the processes."""
         threads = max(1, (os.cpu_count() or 1) // self.processes)
-        return {**os.environ, **KEEP_FREED_MEMORY, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
 
 def run_all(steps: Sequence[Step], out: Path) -> list[tuple[str, float]]:
