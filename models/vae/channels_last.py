@@ -1,4 +1,4 @@
-"""The layers of the Wan VAE that move data, with channels last: on a CPU convolutions then need no reordering.
+"""The layers of the Wan VAE with channels last: on a CPU convolutions then need no reordering.
 
 Each class is diffusers' with the same parameters, the same feature cache and the same result, except for rounding;
 only the layout that its result has in memory, and the number of copies on the way there, differ. diffusers pads,
@@ -28,7 +28,7 @@ FeatureCache = list[Tensor | str | None]
 
 
 class CausalConv(WanCausalConv3d):
-    """Pads in space within the convolution, and in time with the cached frames or zeros, in one copy."""
+    """Pads in space within the convolution, and in time with the cached frames or zeros."""
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         columns, _, rows, _, before, _ = self._padding
