@@ -53,7 +53,7 @@ class Norm(ChannelNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
-        features, gamma = _channels_last(x), self.gamma.flatten()
+        features, gamma = _channels_last(x), self.gamma.flatten().to(x.dtype)  # float32 beside bfloat16 under autocast
         return _channels_second(F.rms_norm(features, (channels,), gamma, SMALLEST_SQUARE / channels))
 
 
