@@ -97,6 +97,11 @@ def judge_clip(
     )
 
 
+def worker_pool(num_workers: int) -> ProcessPoolExecutor | None:
+    """Processes that share the judging; None: this one does it."""
+    return ProcessPoolExecutor(num_workers, get_context("spawn"), _one_thread) if num_workers else None
+
+
 def _one_thread() -> None:
     """A worker is one of several that share the cores."""
     torch.set_num_threads(1)
@@ -118,9 +123,7 @@ class Judge:
         self.tracker = tracker
         self.registration = registration
         self.lpips = lpips
-        self.pool: ProcessPoolExecutor | None = None
-        if num_workers:
-            self.pool = ProcessPoolExecutor(num_workers, get_context("spawn"), _one_thread)
+        self.pool = worker_pool(num_workers)
 
     def first(self, count: int) -> Judge:
         """The same judge, for the first ``count`` clips."""

@@ -93,10 +93,10 @@ TRAININGS = [
 BY_NAME = {training.name: training for training in TRAININGS}
 SHORT = ("model.clip.num_frames=9", "bench.num_clips=64")  # as long as these teachers' clips
 RELEASED = ("bench.release_frame=17",)
-LONG = ("bench.num_frames=129", "bench.num_clips=12", "bench.requery_frames=32")
-LONGER = ("bench.num_frames=481", "bench.num_clips=12", "bench.requery_frames=32")  # fifteen times as long as a clip
+LONG = ("bench.num_clips=24", "bench.requery_frames=32", "bench.num_floor_clips=1")  # of 241 frames, as the paper's
+LONGER = (*LONG, "bench.num_frames=481")  # fifteen times as long as a clip
 TIMED = ("bench.num_chunks=60",)
-WINDOW_2 = "model.rollout.window_chunks=2"
+WINDOW_2, WINDOW_3 = "model.rollout.window_chunks=2", "model.rollout.window_chunks=3"
 JUDGED = [
     Judged("base_student", "base_student"),
     Judged("base_latency", "base_student", TIMED, "latency"),
@@ -105,7 +105,7 @@ JUDGED = [
     Judged("absolute_longer", "absolute", (*LONGER, *ABSOLUTE), "long_video"),
     Judged("mid_mask", "mid_mask", RELEASED),
     Judged("no_mid_mask", "no_mid_mask", RELEASED),
-    Judged("chunk_1", "chunk_1", CHUNK_1),
+    Judged("base_long", "base_student", LONG, "long_video"),
     Judged("chunk_1_latency", "chunk_1", (*CHUNK_1, *TIMED), "latency"),
     Judged("chunk_1_long", "chunk_1", (*LONG, *CHUNK_1), "long_video"),  # three chunks of three never roll
     Judged("chunk_1_all_the_past_long", "chunk_1_all_the_past", (*LONG, *CHUNK_1), "long_video"),
@@ -115,8 +115,10 @@ JUDGED = [
     Judged("merged_cache", "merged_cache", MERGED),
     Judged("causal_teacher", "causal_teacher_student"),
     Judged("random_context", "random_context"),
-    Judged("base_window_2", "base_student", (*LONG, WINDOW_2), "long_video"),  # three chunks are within any window
-    Judged("random_context_window_2", "random_context", (*LONG, WINDOW_2), "long_video"),
+    Judged("base_long_window_2", "base_student", (*LONG, WINDOW_2), "long_video"),
+    Judged("random_context_long", "random_context", LONG, "long_video"),
+    Judged("random_context_long_window_2", "random_context", (*LONG, WINDOW_2), "long_video"),
+    Judged("random_context_long_window_3", "random_context", (*LONG, WINDOW_3), "long_video"),
 ]
 JUDGED_CLIPS = ("bench.num_clips=32", "bench.num_floor_clips=1", "bench.num_inference_steps=12",
                 "bench.withhold_tracks=false", "bench.features=null")  # fmt: skip
@@ -212,8 +214,9 @@ def schedule(plan: Plan, stored: Mapping[str, Any], seed: int) -> list[tuple[Ste
 
 
 def store(result: Path, judged: Judged, seed: int, folder: Path) -> None:
-    """Add an observation of a seed to the results; those of other settings make way."""
-    stored = read_results(result)
+    """Add an observation of a seed to the results; those of other settings or names make way."""
+    names = {each.name for each in JUDGED}
+    stored = {name: entry for name, entry in read_results(result).items() if name in names}
     per_clip = json.loads((folder / "per_clip.json").read_text())
     seen = {
         "git_commit": json.loads((folder / "meta.json").read_text())["git_commit"],

@@ -56,7 +56,7 @@ class ClaimsConfig:
     num_clips: int = 64  # of a motion transfer
     batch_size: int = 16
     num_inference_steps: int = 25  # of the teacher
-    num_long_clips: int = 8  # of a stream of 241 frames
+    num_long_clips: int = 32  # of a stream of 241 frames
     num_chunks: int = 80  # of a timed stream
     num_workers: int = 0  # processes that judge
     features: str | None = None  # folder of the sprites feature network: text accuracy; null: unavailable
@@ -217,7 +217,8 @@ class Observations:
         if bench == "latency":
             return {"num_chunks": cfg.num_chunks}
         if bench == "long_video":
-            return {**world, "num_clips": cfg.num_long_clips}
+            judging = {"num_floor_clips": 1, "num_workers": cfg.num_workers}
+            return {**world, **judging, "num_clips": cfg.num_long_clips}
         return {
             **world, "num_clips": cfg.num_clips, "batch_size": cfg.batch_size, "num_floor_clips": 1,
             "num_inference_steps": cfg.num_inference_steps, "num_workers": cfg.num_workers,

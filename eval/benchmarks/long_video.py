@@ -11,7 +11,10 @@ truth's own is given beside it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from data.trackers import TrackerConfig, build_tracker
 from eval.benchmarks.context import EvalContext, Outcome, progress_bar
 from eval.benchmarks.motion_transfer import draw_clip
 from eval.clips import EvalClip, sprites_clips
+from eval.judge import worker_pool
 from eval.metrics.drift import drift, frame_saturation, latent_moments, window_means
 from eval.metrics.epe import endpoint_error
 from eval.metrics.registration import RegistrationConfig, register_sprites
@@ -40,6 +44,8 @@ class LongVideoConfig:
 
     num_frames: int = 241  # frames streamed; any length
     num_clips: int = 4
+    num_floor_clips: int = 4  # clips on which the tracker's own error is measured, at most num_clips
+    num_workers: int = 0  # processes that judge; 0: this one
     split: str = "test"  # which seeds of the sprites world
     requery_frames: int = 48  # a fresh grid of tracks every so many frames; 0: one grid at frame 0
     window_frames: int = 48  # span of one figure over time
@@ -51,11 +57,11 @@ class LongVideoConfig:
     num_shown: int = 2  # clips shown in the report
 
     def __post_init__(self) -> None:
-        if self.num_frames < 2 or self.num_clips < 1 or self.window_frames < 1:
-            raise ValueError(
-                f"num_frames={self.num_frames} must be at least 2, num_clips={self.num_clips} and "
-                f"window_frames={self.window_frames} at least 1"
-            )
+        if self.num_frames < 2:
+            raise ValueError(f"num_frames={self.num_frames} must be at least 2")
+        for name in ("num_clips", "num_floor_clips", "window_frames"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name}={vars(self)[name]} must be at least 1")
         if self.requery_frames < 0 or self.requery_frames == 1:
             raise ValueError(f"requery_frames={self.requery_frames} must be 0 (one grid) or at least 2")
 
@@ -72,6 +78,15 @@ class _Course:
 
     error_px: Tensor  # [T]
     saturation: Tensor  # [T]
+
+
+def _course(cfg: LongVideoConfig, segments: list[Tracks], frames: np.ndarray) -> _Course:
+    errors = []
+    for span, tracks in zip(cfg.segments(), segments, strict=True):
+        found, _ = build_tracker(cfg.tracker).track(frames[span], tracks.points[0, 0].numpy())
+        predicted = torch.from_numpy(np.asarray(found, dtype=np.float32))[None]
+        errors.append(endpoint_error(predicted, tracks.points, tracks.visibility).per_frame_px[0])
+    return _Course(torch.cat(errors), frame_saturation(torch.from_numpy(frames[: cfg.num_frames])))
 
 
 class LongVideo:
@@ -93,10 +108,12 @@ class LongVideo:
                 frames, latents = self._stream(context, student, clip, segments, bar.update)
                 videos.append(frames)
                 moments.append(latent_moments(latents))
-        courses = {
-            "student": [self._course(c, s, v) for c, s, v in zip(clips, tracks, videos, strict=True)],
-            "noise_floor": [self._course(c, s, c.frames) for c, s in zip(clips, tracks, strict=True)],
-        }
+        floor = clips[: cfg.num_floor_clips]
+        with progress_bar(len(clips) + len(floor), "judge") as bar:
+            courses = {
+                "student": self._courses(tracks, videos, bar.update),
+                "noise_floor": self._courses(tracks[: len(floor)], [clip.frames for clip in floor], bar.update),
+            }
         for name, found in courses.items():
             self._put_course(results, name, found)
         self._put_registration(results, clips, videos)
@@ -148,14 +165,15 @@ class LongVideo:
             progress(len(chunk))
         return np.concatenate(frames), torch.cat(latents, dim=1)
 
-    def _course(self, clip: EvalClip, segments: list[Tracks], frames: np.ndarray) -> _Course:
-        errors = []
-        for span, tracks in zip(self.cfg.segments(), segments, strict=True):
-            tracker = build_tracker(self.cfg.tracker)
-            found, _ = tracker.track(frames[span], tracks.points[0, 0].numpy())
-            predicted = torch.from_numpy(np.asarray(found, dtype=np.float32))[None]
-            errors.append(endpoint_error(predicted, tracks.points, tracks.visibility).per_frame_px[0])
-        return _Course(torch.cat(errors), frame_saturation(torch.from_numpy(frames[: self.cfg.num_frames])))
+    def _courses(
+        self, tracks: list[list[Tracks]], videos: list[np.ndarray], progress: Callable[[int], None]
+    ) -> list[_Course]:
+        follow, found = partial(_course, self.cfg), []
+        with worker_pool(self.cfg.num_workers) or nullcontext() as pool:
+            for course in (map if pool is None else pool.map)(follow, tracks, videos):
+                found.append(course)
+                progress(1)
+        return found
 
     def _put_course(self, results: Results, name: str, courses: list[_Course]) -> None:
         results.add(f"{name}.epe_px", [float(course.error_px.nanmean()) for course in courses])

@@ -54,7 +54,7 @@ class MotionTransferConfig(SamplingConfig):
     tracker: TrackerConfig = field(default_factory=TrackerConfig)  # the first judge
     registration: RegistrationConfig = field(default_factory=RegistrationConfig)  # the second judge
     lpips_weights: str | None = None  # folder with the two LPIPS files; null: reported as unavailable
-    features: str | None = None  # folder of the sprites feature network, for text accuracy; null: without
+    features: str | None = None  # folder of the sprites feature network: text accuracy, lpips_sprites; null: without
     num_floor_clips: int = 32  # clips on which the tracker's own error is measured, at most num_clips
     num_workers: int = 0  # processes that judge; 0: this one
     num_shown: int = 4  # clips shown in the report
@@ -95,6 +95,7 @@ class MotionTransfer:
         if network is not None:
             for name, frames in videos.items():
                 results.add(f"{name}.text_accuracy", text_accuracy(network, clips, frames))
+                results.add(f"{name}.lpips_sprites", perceptual_distances(network, clips, frames))
         if {"teacher", "student"} <= set(verdicts):
             results.add_difference(
                 "student.epe_over_teacher_px", verdicts["student"].epe_px, verdicts["teacher"].epe_px
@@ -214,6 +215,12 @@ def text_accuracy(network: SpritesNetwork, clips: Sequence[EvalClip], frames: np
             logits = network(to_pixels(frames[part]))["end_colors"]
         found += event_accuracy(logits, [clip.caption for clip in clips[part]])
     return found
+
+
+def perceptual_distances(network: SpritesNetwork, clips: Sequence[EvalClip], frames: np.ndarray) -> list[float]:
+    """Per clip the distance from the ground truth in the features of the sprites network."""
+    pairs = ((to_pixels(video[None]), to_pixels(clip.frames[None])) for video, clip in zip(frames, clips, strict=True))
+    return [float(network.perceptual_distance(*pair)) for pair in pairs]
 
 
 def round_trip(codecs: Codecs, clips: Sequence[EvalClip]) -> list[np.ndarray]:

@@ -2,7 +2,8 @@
 
 It answers what no tracker can: whether an event that only the caption tells ("then the disc turns yellow") has
 happened in a generated clip (`event_accuracy`). Its features are those of Fréchet distances on this world, per
-clip and per frame, as I3D's and Inception's are on films; their numbers do not compare.
+clip and per frame, as I3D's and Inception's are on films, and of a perceptual distance as AlexNet's are in LPIPS;
+their numbers do not compare.
 
 Each frame passes three halvings on its own, then time and space are convolved in turn. An event falls into the
 middle half of a clip (data/sprites.py), so the first and the last quarter show the colours before and after it:
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -195,6 +196,26 @@ class SpritesNetwork(nn.Module):
     def frame_features(self, video: Tensor) -> Tensor:
         """Video as of `features` -> [B, T, D'], each frame seen on its own."""
         return reduce(self._cells(video), "b d t h w -> b t d", "mean")
+
+    @torch.no_grad()
+    def perceptual_distance(self, videos: Tensor, references: Tensor) -> Tensor:
+        """As LPIPS (Zhang et al. 2018, eq. 1) in this network's features of single frames: two videos as of
+        `features` -> [B], 0 for equal ones.
+
+        Features of each layer at unit length, squared difference, mean over cells, sum over layers; no channel is
+        weighted, for there are no human judgements of this world. Frame 0 is given to a model, and left out.
+        """
+        totals = []
+        for ours, theirs in zip(videos, references, strict=True):
+            pairs = zip(self._layers(ours[None, :, 1:]), self._layers(theirs[None, :, 1:]), strict=True)
+            totals.append(sum((F.normalize(a) - F.normalize(b)).square().sum(1).mean() for a, b in pairs))
+        return torch.stack(totals)
+
+    def _layers(self, video: Tensor) -> Iterator[Tensor]:  # [1, 3, T, H, W] -> [T, D, h, w] for each
+        x = self.conv_in(rearrange(_as_floats(video).to(self.conv_in.weight.dtype), "1 c t h w -> t c h w"))
+        for layer in self.frame_part:
+            x = layer(x)
+            yield x
 
     def _cells(self, video: Tensor) -> Tensor:  # [B, 3, T, H, W] -> [B, D', T, H/8, W/8]
         frames = rearrange(_as_floats(video).to(self.conv_in.weight.dtype), "b c t h w -> (b t) c h w")

@@ -135,7 +135,14 @@ def test_long_video_follows_error_and_drift(tiny_weights, tmp_path: Path) -> Non
         assert metrics[f"student.{key}"] > 0
     assert metrics["noise_floor.saturation_drift"] < metrics["student.saturation_drift"] + 1
     assert (tmp_path / "a" / "report.html").read_text().count("<img") == 3
-    once = _run(tiny_weights, tmp_path / "b", "bench.requery_frames=0", *common)
+    shared = ["bench.num_workers=1", "bench.num_floor_clips=1"]
+    again = _run(tiny_weights, tmp_path / "b", "bench.requery_frames=13", *common, *shared)
+    assert again["student.epe_px"] == metrics["student.epe_px"]
+    per_clip = json.loads((tmp_path / "b" / "per_clip.json").read_text())
+    assert {name: len(per_clip[f"{name}.saturation_drift"]) for name in ("student", "noise_floor")} == {
+        "student": 2, "noise_floor": 1,
+    }  # fmt: skip
+    once = _run(tiny_weights, tmp_path / "c", "bench.requery_frames=0", *common)
     assert once["student.epe_px"] != metrics["student.epe_px"]
 
 

@@ -38,6 +38,19 @@ def video(frames: int = 9, height: int = 32, width: int = 40, clips: int = 2) ->
     return torch.randint(256, (clips, 3, frames, height, width), generator=rng, dtype=torch.uint8)
 
 
+def test_the_perceptual_distance_is_of_frames_and_leaves_out_the_first(network):
+    clips = video()
+    first_changed, last_changed = clips.clone(), clips.clone()
+    first_changed[:, :, 0] = 0
+    last_changed[1, :, -1] = 0
+    assert network.perceptual_distance(clips, first_changed).tolist() == [0.0, 0.0]
+    same, other = network.perceptual_distance(clips, last_changed).tolist()
+    assert same == 0.0 and other > 0.0
+    far = network.perceptual_distance(clips, clips.flip(2))
+    assert (far > other).all()
+    torch.testing.assert_close(network.perceptual_distance(clips[:1], clips.flip(2)[:1]), far[:1])
+
+
 def color_name(rgb: np.ndarray) -> str:
     return min(COLORS, key=lambda name: float(np.abs(rgb - np.array(COLORS[name])).max()))
 

@@ -80,8 +80,8 @@ def test_what_is_stored_under_the_same_settings_is_not_made_again(tmp_path):
     found = read_results(result)
     assert found["no_ode"]["seeds"]["0"] == {"git_commit": "abc", "per_clip": {"student.epe_px": [0.12346, None]}}
     assert found["no_ode"]["seeds"]["1"]["per_clip"] == {"student.epe_px": [2.0, None]}
-    assert found["chunk_1"]["training"]["overrides"] == ["model.rollout.chunk_frames=1"]
-    assert found["chunk_1"]["training"]["init_from"]["stage"] == "causal_init"
+    assert found["chunk_1_long"]["training"]["overrides"] == ["model.rollout.chunk_frames=1"]
+    assert found["chunk_1_long"]["training"]["init_from"]["stage"] == "causal_init"
     assert schedule(plan, found, 0) == [] and common_seeds(found) == ["0"]
 
     names = [step.name for step, _ in schedule(plan, found, 1)]
@@ -92,6 +92,6 @@ def test_what_is_stored_under_the_same_settings_is_not_made_again(tmp_path):
         "render, track", "encode", "pack", "ode_pairs", "causal_init", "chunk_1_init", "chunk_1", "judge chunk_1_long",
         "merged_cache", "judge merged_cache",
     ]  # fmt: skip
-    result.write_text(json.dumps(found))
+    result.write_text(json.dumps({**found, "of_old": found["no_ode"]}))  # an observation that there is no more
     store(result, by_name["merged_cache"], 1, _judge(tmp_path / "merged_cache", 3.0))
-    assert list(read_results(result)["merged_cache"]["seeds"]) == ["1"]
+    assert list(read_results(result)["merged_cache"]["seeds"]) == ["1"] and "of_old" not in read_results(result)
