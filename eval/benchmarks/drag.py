@@ -44,7 +44,7 @@ from models.motion.tracks import Tracks
 from models.wan.dit import WanDiT
 from stream.codecs import to_pixels
 from stream.dragstream.config import DragConfig
-from stream.dragstream.drag import Handle, Pose
+from stream.dragstream.drag import Handle, Point, Pose
 from stream.dragstream.editor import DragEditor
 from stream.dragstream.features import FeatureReader
 from stream.dragstream.geometry import moved
@@ -58,6 +58,8 @@ MIN_SEEN = 0.5  # share of a handle that must be in the frame at its target to b
 WARM_CHUNKS = 4  # before memory is measured: the cache is full
 LOST_CORRELATION = 0.5  # a region found with less is not there
 DAI_RADIUS = 20  # cells; smaller where the patch would not fit
+DAI_RADII = (1, 5, 10, 20)  # of GoodDrag's script; patches are cropped
+DAI_KEYS = [f"dai_{of}{radius}" for of in ("latent", "rgb") for radius in ("", *(f"_r{r}" for r in DAI_RADII))]
 
 
 @dataclass
@@ -96,10 +98,18 @@ class Verdict:
     objmc_px: float  # of the mean of the points; per point where a handle turns, which moves no mean
     objmc_per_point_px: float
     lost_ratio: float
-    dai_latent: float
+    dai_latent: float  # of the largest patch that lies in the frame
     dai_rgb: float
     background_psnr_db: float
     seconds: float  # of a dragged chunk, median
+    dai_latent_r1: float
+    dai_latent_r5: float
+    dai_latent_r10: float
+    dai_latent_r20: float
+    dai_rgb_r1: float
+    dai_rgb_r5: float
+    dai_rgb_r10: float
+    dai_rgb_r20: float
 
 
 class DragBenchmark:
@@ -188,12 +198,13 @@ class DragBenchmark:
             if ours.drag.editable is not None
         ]
         seconds = [value for dragged in run.drags for value in dragged.seconds] or [float("nan")]
-        mean, per_point, lost, latent, rgb = (_mean(values) for values in zip(*found))
-        return Verdict(mean, per_point, lost, latent, rgb, _mean(outside), float(np.median(seconds)))
+        figures = {key: _mean(one[key] for one in found) for key in found[0]}
+        return Verdict(**figures, background_psnr_db=_mean(outside), seconds=float(np.median(seconds)))
 
-    def _judge_drag(self, dragged: DraggedChunks) -> tuple[float, float, float, float, float]:
+    def _judge_drag(self, dragged: DraggedChunks) -> dict[str, float]:
+        """The figures of a `Verdict` that are those of one drag."""
         size = dragged.before.shape[0], dragged.before.shape[1]
-        distances, lost, latent, rgb = [], [], [], []
+        distances, lost, accuracies = [], [], []
         for index, handle in enumerate(dragged.drag.handles):
             seen = [(frame, poses[index]) for frame, poses in dragged.poses if _is_seen(handle, poses[index])]
             if not seen:
@@ -203,12 +214,19 @@ class DragBenchmark:
             distances.append((found.per_point_px if handle.is_rotation else found.displacement_px, found.per_point_px))
             lost += [float(value < LOST_CORRELATION) for value in correlations]
             for frame, pose in seen:
-                target = (handle.point[0] + pose.dx, handle.point[1] + pose.dy)
-                latent.append(_dai(dragged.before_latent, dragged.latents[:, _latent_of(frame, dragged)], handle.point,
-                                   target, size))  # fmt: skip
-                rgb.append(_dai(_unit(dragged.before), _unit(dragged.frames[frame]), handle.point, target, size))
-        mean, per_point = (_mean(values) for values in zip(*distances)) if distances else (float("nan"), float("nan"))
-        return mean, per_point, _mean(lost), _mean(latent), _mean(rgb)
+                target = _moved(np.array(handle.point), pose, handle.center).tolist()
+                after = dragged.latents[:, _latent_of(frame, dragged)]
+                accuracies.append(
+                    _accuracies("dai_latent", dragged.before_latent, after, handle.point, target, size)
+                    | _accuracies("dai_rgb", _unit(dragged.before), _unit(dragged.frames[frame]), handle.point, target,
+                                  size)
+                )  # fmt: skip
+        return {
+            "objmc_px": _mean(mean for mean, _ in distances),
+            "objmc_per_point_px": _mean(per_point for _, per_point in distances),
+            "lost_ratio": _mean(lost),
+            **{key: _mean(one[key] for one in accuracies) for key in DAI_KEYS},
+        }
 
     def _follow(self, dragged: DraggedChunks, handle: Handle, frames: list[int]) -> tuple[np.ndarray, list[float]]:
         """Points of the handle in the frame dragged in and in the judged ones: [1 + T, N, 2], and how sure."""
@@ -230,7 +248,7 @@ class DragBenchmark:
     def _put_ratios(self, results: Results) -> None:
         """Each method's figures over those of the stream without a drag."""
         for role in (OURS, *self.cfg.baselines, IDEAL):
-            for key in ("objmc", "dai_latent", "dai_rgb", *(() if role == IDEAL else ("seconds",))):
+            for key in ("objmc", *DAI_KEYS, *(() if role == IDEAL else ("seconds",))):
                 name_of = f"{key}_px" if key == "objmc" else key
                 ours, plain = results.values[f"{role}.{name_of}"], results.values[f"{NO_DRAG}.{name_of}"]
                 results.put(f"{role}.{key}_ratio", _ratio(ours, plain))
@@ -361,10 +379,13 @@ def _unit(frame: np.ndarray) -> Tensor:
     return torch.from_numpy(frame).permute(2, 0, 1).float() / 255
 
 
-def _dai(before: Tensor, after: Tensor, start: tuple[float, float], target: tuple[float, float],
-         size: tuple[int, int]) -> float:  # fmt: skip
-    radius = largest_radius(start, target, (before.shape[-2], before.shape[-1]), size, DAI_RADIUS)
-    return dragging_accuracy(before, after, start, target, radius, size)
+def _accuracies(
+    name: str, before: Tensor, after: Tensor, start: Point, target: Point, size: tuple[int, int]
+) -> dict[str, float]:
+    """DAI of the largest patch that fits, and of each radius, as figures of a `Verdict`."""
+    radii = {name: largest_radius(start, target, (before.shape[-2], before.shape[-1]), size, DAI_RADIUS)}
+    radii |= {f"{name}_r{radius}": radius for radius in DAI_RADII}
+    return {key: dragging_accuracy(before, after, start, target, radius, size) for key, radius in radii.items()}
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -20,7 +20,7 @@ import torch
 from data.sprites import SpritesClip, SpritesConfig, render_clip, split_seed
 from models.condition import ClipGeometry
 from stream.dragstream.drag import Drag, Handle, Point, Pose
-from stream.dragstream.geometry import bounding_box, moved_mask, swept_region
+from stream.dragstream.geometry import bounding_box, moved, moved_mask, swept_region
 from stream.dragstream.labels import DragLabel
 from stream.track_source import load_first_frame
 
@@ -133,7 +133,8 @@ def _handle(mask: np.ndarray, kind: str, mode: str, frames: int, rng: np.random.
     if kind == "rotation":
         limits = (20.0, 45.0) if mode == "edit" else (40.0, 90.0)
         degrees = rng.uniform(*limits) * rng.choice([-1, 1])
-        return Handle(mask, center, _ramp(Pose(degrees=float(degrees)), frames), center)
+        arm = _centroid(_edge(mask, rng.uniform(0, 2 * np.pi)))  # where the user pulls: the middle would not move
+        return Handle(mask, arm, _ramp(Pose(degrees=float(degrees)), frames), center)
     limits = (0.08, 0.19) if mode == "edit" else (0.16, 0.31)  # of the height
     region, target = mask, Pose()
     for _ in range(TRIES):
@@ -218,8 +219,11 @@ def moved_to(drag: Drag, poses: Sequence[Pose]) -> Drag:
         assert box is not None, "a handle in the frame has a box"
         middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
         there = (moved_mask(mask, pose, middle, *handle.mask.shape) >= 0.5).numpy()
-        there = there if there.sum() >= MIN_MASK_PX // 4 else handle.mask  # it is gone: grab where it was
-        handles.append(replace(handle, mask=there, point=_centroid(there), center=_centroid(there)))
+        if there.sum() < MIN_MASK_PX // 4:  # it is gone: grab where it was
+            there, pose = handle.mask, Pose()
+        x, y = moved(torch.tensor(handle.point), pose, middle).tolist()
+        point = min(max(x, 0.0), there.shape[1] - 1.0), min(max(y, 0.0), there.shape[0] - 1.0)
+        handles.append(replace(handle, mask=there, point=point, center=_centroid(there)))
     return _with_editable(replace(drag, handles=tuple(handles)))
 
 

@@ -12,6 +12,7 @@ import torch
 
 from data.app import compose_config
 from data.sprites import SpritesConfig
+from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict
 from eval.benchmarks.drag_pictures import pick_shown
 from eval.benchmarks.drag_runs import DraggedChunks, Run, pasted
 from eval.benchmarks.drag_scenarios import COMBINATIONS, labelled_scenarios, moved_to, sprites_scenarios
@@ -60,6 +61,29 @@ def test_a_drag_follows_its_object() -> None:
     assert placed.mask[16:26, 28:38].all() and placed.mask.sum() == 100 and placed.point == (33, 21)
     gone = moved_to(drag, [Pose(dx=100)]).handles[0]
     np.testing.assert_array_equal(gone.mask, mask)
+
+
+def test_a_turned_handle_is_judged_where_its_point_has_gone() -> None:
+    """A perfect rotation of something that looks the same at every angle but for its surroundings."""
+    rows, cols = np.mgrid[:64, :64] + 0.5
+    mask = (abs(cols - 32) < 20) & (abs(rows - 32) < 4)  # a bar
+    before = np.full((64, 64, 3), 40, np.uint8)
+    before[mask] = 220
+    drag = Drag("edit", (Handle(mask, (48.0, 32.0), (Pose(degrees=90.0),), (32.0, 32.0)),))
+    found = {}
+    for name, frame in (("turned", before.transpose(1, 0, 2).copy()), ("still", before)):
+        dragged = DraggedChunks(drag, before, torch.zeros(2, 16, 16), frame[None], torch.zeros(2, 1, 16, 16), 0, [1.0])
+        run = Run(frame[None], [dragged], [])
+        found[name] = DragBenchmark(DragBenchConfig()).judge(run, run)
+    assert found["turned"].dai_rgb_r1 == 0.0 < found["still"].dai_rgb_r1
+    assert found["turned"].dai_rgb_r5 < found["still"].dai_rgb_r5
+
+
+def test_a_rotation_is_pulled_at_a_point_beside_its_middle() -> None:
+    turning = [s for s in scenarios(24) if s.kind == "rotation"]
+    for scenario in turning:
+        for handle in scenario.events[0].drag.handles:
+            assert np.hypot(*np.subtract(handle.point, handle.center)) > 2
 
 
 def test_a_pasted_region_is_where_it_should_be_and_no_longer_where_it_was() -> None:
@@ -135,8 +159,6 @@ def test_the_benchmark_takes_official_labels(tiny_weights, tmp_path: Path) -> No
 
 
 def test_an_unknown_method_names_the_known_ones() -> None:
-    from eval.benchmarks.drag import DragBenchConfig
-
     with pytest.raises(ValueError, match="baselines has 'magic'; conf/drag has compat, dragvideo, marionette"):
         DragBenchConfig(baselines=["magic"])
 
@@ -192,12 +214,12 @@ def test_a_profile_that_optimises_nothing_has_nothing_to_ablate(tiny_weights, tm
 
 
 def test_a_claim_holds_where_its_interval_lies_above_zero() -> None:
-    from eval.benchmarks.drag import Verdict
     from eval.benchmarks.drag_ablation import CLAIMS, DragAblation, DragAblationConfig
 
     def verdicts(objmc: float) -> list[Verdict]:
         noise = np.random.default_rng(0).normal(size=30)
-        return [Verdict(objmc + 0.1 * x, 0, 0, 0, 0, 30.0, 1.0) for x in noise]
+        figures = dict.fromkeys(Verdict.__dataclass_fields__, 1.0)
+        return [Verdict(**figures | {"objmc_px": objmc + 0.1 * x}) for x in noise]
 
     bench, claim = DragAblation(DragAblationConfig()), CLAIMS[0]
     for without, verdict in ((8.0, "holds"), (2.0, "does not hold"), (4.0, "within noise")):
