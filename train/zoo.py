@@ -31,7 +31,7 @@ PARTS = {  # name in the zoo -> the stage that makes it and the module it export
     "vae": "vae_whole/export/vae",
     "tiny_vae": "tiny_vae/export/tiny_vae",
     "features": "features/export/features",
-    "teacher": "teacher_stage2/export/teacher",
+    "teacher": "teacher_stage2_again/export/teacher",
     "student": "self_forcing/export/student",
 }
 
@@ -45,9 +45,10 @@ def chain(out: Path) -> list[Step]:
         where = (f"out={data}", f"output_dir={data / 'run'}")
         return Step(name, ("data", f"step={step}", "experiment=sprites/data", *where, *overrides), processes)
 
-    def train(stage: str, *overrides: str) -> Step:
-        where = (f"shards={data / 'shards'}", f"output_dir={out / stage}")
-        return Step(stage, ("train", f"experiment=sprites/{stage}", *where, *overrides), PROCESSES)
+    def train(stage: str, *overrides: str, name: str = "") -> Step:
+        name = name or stage
+        where = (f"shards={data / 'shards'}", f"output_dir={out / name}")
+        return Step(name, ("train", f"experiment=sprites/{stage}", *where, *overrides), PROCESSES)
 
     return [
         prepare("render, track", "all"),
@@ -60,9 +61,11 @@ def chain(out: Path) -> list[Step]:
         train("teacher_short", vae),
         train("teacher", vae, f"stage.init_from={out / 'teacher_short/export/teacher'}"),
         train("teacher_stage2", vae, f"stage.init_from={out / 'teacher/export/teacher'}"),
+        train("teacher_stage2", vae, f"stage.init_from={out / 'teacher_stage2/export/teacher'}", "steps=1500",
+              name="teacher_stage2_again"),
         train("causal_teacher", vae, f"stage.init_from={out / PARTS['teacher']}"),
         train("self_forcing", vae, teacher, f"stage.init_from={out / 'causal_teacher/export/student'}"),
-    ]
+    ]  # fmt: skip
 
 
 def judge(out: Path) -> list[Step]:
