@@ -199,7 +199,9 @@ class Observations:
         return results.per_clip
 
     def _settings(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self.cfg).items() if name not in ("rows", "ablations")}
+        """Settings that the figures of a run depend on."""
+        left_out = ("rows", "ablations", "num_workers")
+        return {name: value for name, value in asdict(self.cfg).items() if name not in left_out}
 
     def _run(self, run: Run) -> Results:
         """The figures of one run."""
