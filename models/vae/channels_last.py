@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanResample,
     WanUpsample,
 )
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from models.vae.channel_norm import SMALLEST_SQUARE, ChannelNorm
@@ -49,12 +49,23 @@ class Upsample(WanUpsample):
 
 
 class Norm(ChannelNorm):
-    """The norm over channels is then over the last dimension, for which there is a kernel."""
+    """The norm over channels is then over the last dimension.
+
+    torch's own goes over all features eight times on a CPU, and they do not fit its caches; without gradients it
+    is done frame by frame, in place.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        channels = x.shape[1]
-        features, gamma = _channels_last(x), self.gamma.flatten().to(x.dtype)  # float32 beside bfloat16 under autocast
-        return _channels_second(F.rms_norm(features, (channels,), gamma, SMALLEST_SQUARE / channels))
+        channels, features = x.shape[1], _channels_last(x)
+        if torch.is_grad_enabled():
+            gamma = self.gamma.flatten().to(x.dtype)  # float32 beside bfloat16 under autocast
+            return _channels_second(F.rms_norm(features, (channels,), gamma, SMALLEST_SQUARE / channels))
+        normalised, gamma = torch.empty_like(features), self.gamma.flatten().float() * channels**0.5
+        for before, after in zip(features.unbind(1), normalised.unbind(1)):
+            frame = before.to(torch.float32, copy=True)
+            length = torch.linalg.vector_norm(frame, dim=-1, keepdim=True).clamp_(min=SMALLEST_SQUARE**0.5)
+            after.copy_(frame.div_(length).mul_(gamma))
+        return _channels_second(normalised)
 
 
 class Resample(WanResample):
@@ -81,11 +92,14 @@ class UpShortcut(DupUp3D):
     """Every cell repeated to a block of frames, rows and columns."""
 
     def forward(self, x: Tensor, first_chunk: bool = False) -> Tensor:
-        repeated = _channels_last(x).repeat_interleave(self.repeats, dim=-1)
-        blocks = rearrange(
-            repeated, "b t h w (c ft fh fw) -> b (t ft) (h fh) (w fw) c",
-            c=self.out_channels, ft=self.factor_t, fh=self.factor_s, fw=self.factor_s,
-        )  # fmt: skip
+        sizes = {"ft": self.factor_t, "fh": self.factor_s, "fw": self.factor_s}
+        if self.in_channels == self.out_channels:
+            blocks = repeat(_channels_last(x), "b t h w c -> b (t ft) (h fh) (w fw) c", **sizes)
+        else:
+            repeated = _channels_last(x).repeat_interleave(self.repeats, dim=-1)
+            blocks = rearrange(
+                repeated, "b t h w (c ft fh fw) -> b (t ft) (h fh) (w fw) c", c=self.out_channels, **sizes
+            )
         return _channels_second(blocks[:, self.factor_t - 1 :] if first_chunk else blocks)
 
 

@@ -109,8 +109,9 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """LayerNorm(x) * scale + shift in float32. x [B, F, S, D]; shift, scale [B or 1, F or 1, D]."""
     width = x.shape[-1:]
-    if scale.numel() == x.shape[-1] and x.dtype == scale.dtype:
-        # One timestep for all tokens (streaming): the modulation is the norm's own affine, one kernel less.
+    if scale.numel() == x.shape[-1] and (x.dtype == scale.dtype or x.device.type == "cpu"):
+        # One timestep for all tokens (streaming): the modulation is the norm's own affine, one kernel less. Only
+        # the CPU's kernel takes a float32 affine for bfloat16 tokens.
         return F.layer_norm(x, width, scale.reshape(width), shift.reshape(width), eps)
     return torch.addcmul(shift.unsqueeze(2), F.layer_norm(x, width, None, None, eps), scale.unsqueeze(2))
 
