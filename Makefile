@@ -32,6 +32,7 @@ ablations: install
 
 check: install
 	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
 	$(RUN)/lint-imports
 	$(RUN)/mypy
 

@@ -100,13 +100,9 @@ def _schema_node(config: type, target: str, name: str) -> type:
     have = {field.name for field in dataclasses.fields(config)}
     defaults = {"_target_": target, "name": name}
     added = [
-        (key, str, dataclasses.field(default=defaults[key], kw_only=True))
-        for key in _ADDED_FIELDS
-        if key not in have
+        (key, str, dataclasses.field(default=defaults[key], kw_only=True)) for key in _ADDED_FIELDS if key not in have
     ]
-    return dataclasses.make_dataclass(
-        config.__name__, added, bases=(config,), namespace={"__post_init__": _unchecked}
-    )
+    return dataclasses.make_dataclass(config.__name__, added, bases=(config,), namespace={"__post_init__": _unchecked})
 
 
 def _unchecked(self: Any) -> None:
@@ -124,9 +120,7 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
         refuse_added_keys(cfg)
         return cfg
     except (HydraException, OmegaConfBaseException) as error:
-        raise explain(
-            error, CONF_DIR, _schema_failures, lambda: _known_keys(config_name, overrides)
-        ) from error
+        raise explain(error, CONF_DIR, _schema_failures, lambda: _known_keys(config_name, overrides)) from error
 
 
 def _known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:

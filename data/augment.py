@@ -55,9 +55,7 @@ def sparse_object_subset(
     return _keep(tracks, keep)
 
 
-def _moves_with_one(
-    points: Tensor, visibility: Tensor, height: int, radius: float, rng: torch.Generator
-) -> Tensor:
+def _moves_with_one(points: Tensor, visibility: Tensor, height: int, radius: float, rng: torch.Generator) -> Tensor:
     """Indices of the tracks near one track drawn in proportion to its motion: points [T, N, 2] -> [M], M
     >= 1.
     """

@@ -45,9 +45,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         moved: dict[str, Any] = {
-            name: value.to(device)
-            for name, value in vars(self).items()
-            if isinstance(value, (Tensor, Tracks))
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, (Tensor, Tracks))
         }
         return replace(self, **moved)
 
@@ -82,9 +80,7 @@ def _stack(name: str, values: list[Tensor | None], keys: list[str]) -> Tensor | 
     _require_all(name, len(present), len(values))
     shapes = {tuple(value.shape): key for value, key in zip(present, keys)}
     if len(shapes) > 1:
-        raise ValueError(
-            f"{name} shapes differ within a batch: {shapes}; prepare all clips with one model.clip"
-        )
+        raise ValueError(f"{name} shapes differ within a batch: {shapes}; prepare all clips with one model.clip")
     return torch.stack(present)
 
 

@@ -98,9 +98,7 @@ def _unknown_field(name: str, known: list[str], where: str = "") -> ConfigError:
     groups = {key[:dot] for key in known for dot in range(len(key)) if key[dot] == "."}
     known = [*known, *sorted(groups)]
     close = [choice for choice in nearest(name, known) if choice != name]
-    hint = (
-        f"did you mean {' or '.join(repr(c) for c in close)}?" if close else "--cfg job prints the valid ones"
-    )
+    hint = f"did you mean {' or '.join(repr(c) for c in close)}?" if close else "--cfg job prints the valid ones"
     return ConfigError(f"no field '{name}'{where}; {hint}")
 
 
@@ -111,9 +109,7 @@ def _missing_choice(
     file = wanted.removesuffix("_schema")
     if file in schema_failures:
         cause = schema_failures[file]
-        return ConfigError(
-            f"conf/{file}.yaml: its _target_ cannot be imported: {type(cause).__name__}: {cause}"
-        )
+        return ConfigError(f"conf/{file}.yaml: its _target_ cannot be imported: {type(cause).__name__}: {cause}")
     group, _, name = wanted.rpartition("/")
     choices = sorted(path.stem for path in (conf_dir / group).glob("*.yaml"))
     if not choices:

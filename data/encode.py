@@ -71,9 +71,7 @@ def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     encoders = build_encoders(cfg, model)
     mine = keys[rank::world]
-    stamps = {
-        key: stamp(encoders.fingerprints, cfg.dtype, marker(out, "render", key)["stamp"]) for key in mine
-    }
+    stamps = {key: stamp(encoders.fingerprints, cfg.dtype, marker(out, "render", key)["stamp"]) for key in mine}
     pending = [key for key in mine if marker(out, "encode", key).get("stamp") != stamps[key]]
     log.info("encode: %d of %d clips to do", len(pending), len(mine))
     (out / "encoded").mkdir(exist_ok=True)
@@ -135,13 +133,7 @@ def fingerprint(path: str | None, *settings: str | int) -> str:
     """Hash of settings and of the files at a path: their names, sizes, first and last MiB."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     root = Path(path) if path else None
-    files = (
-        sorted(p for p in root.rglob("*") if p.is_file())
-        if root and root.is_dir()
-        else [root]
-        if root
-        else []
-    )
+    files = sorted(p for p in root.rglob("*") if p.is_file()) if root and root.is_dir() else [root] if root else []
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())

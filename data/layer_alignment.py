@@ -25,6 +25,10 @@ MAX_STEP_PX = 3.0  # a layer followed on lies this close to where it was expecte
 SEARCH_PX = 5.0  # per frame since the layer was seen: how far off the expected place it is looked for
 SEARCH_TURN = 0.2  # rad per frame
 SEARCH_FRAMES = 4  # the search grows no more after these
+SOFT_PX = 2.0  # deviation of the blur under which a smeared body still has its colours
+SOFT_COLOR = 0.1  # rms colour difference (of 1) below which a blurred pixel matches
+SOFT_SUPPORT = 0.5  # share, beyond chance, to believe a place found by blurred colours
+SOFT_PIXELS = 120  # of a layer, used for that
 
 
 @dataclass
@@ -33,6 +37,10 @@ class Layer:
     a: np.ndarray  # [T] complex, rotation and scale since frame 0
     b: np.ndarray  # [T] complex, shift
     support: np.ndarray  # [T] share of pixels that match, beyond chance; 1 where tracks carried the fit
+
+    def at(self, frames: np.ndarray) -> Layer:
+        """The same in some of the frames."""
+        return replace(self, a=self.a[frames], b=self.b[frames], support=self.support[frames])
 
 
 def align_layer(colors: np.ndarray, images: np.ndarray, all_starts: np.ndarray, layer: Layer) -> Layer:
@@ -59,16 +67,17 @@ class Target:
     pixels: np.ndarray  # [S] complex
     gray: np.ndarray  # [S]
     color: np.ndarray  # [S, 3]
+    soft: np.ndarray  # [S, 3] colours of the blurred frame
     contrast: float
     chance: float  # share of pixels that match when the layer is out of place
     tint: np.ndarray  # [3] colour shift in the last frame that showed the layer
 
     @classmethod
     def of(cls, color: np.ndarray, image: np.ndarray, pixels: np.ndarray) -> Target:
-        gray, color = sample(image, pixels), sample(color, pixels)
+        gray, color, soft = (sample(values, pixels) for values in (image, color, _softened(color)))
         moved = np.roll(color, len(color) // 2, axis=0)
         chance = float((np.sqrt(((color - moved) ** 2).mean(1)) < MATCH_COLOR).mean())
-        return cls(pixels, gray, color, max(float(gray.std()), 0.02), chance, np.zeros(3))
+        return cls(pixels, gray, color, soft, max(float(gray.std()), 0.02), chance, np.zeros(3))
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,32 @@ def _best_alignment(
     for found in _aligned(color, stacked, target, _search_around(image, target, expected[0], gap)):
         if found.support > max(FIND_SUPPORT, best.support):
             best = found
-    return best if best.support > 0 else hidden
+    return best if best.support > 0 else _by_soft_colors(color, target, expected[0], gap) or hidden
+
+
+def _softened(color: np.ndarray) -> np.ndarray:
+    import cv2
+
+    return cv2.GaussianBlur(color, (0, 0), SOFT_PX)
+
+
+def _by_soft_colors(color: np.ndarray, target: Target, guess: tuple[complex, complex], gap: int) -> Alignment | None:
+    """The shift of an expected motion at which blurred colours match best: a body whose pattern is smeared is still
+    of its colours. None where there is no such place, or where most places are.
+    """
+    a, b = guess
+    reach = np.arange(-SEARCH_PX * gap, SEARCH_PX * gap + 1)
+    shifts = (reach[:, None] + 1j * reach[None]).reshape(-1)
+    few = slice(None, None, 1 + len(target.pixels) // SOFT_PIXELS)
+    values = sample(_softened(color), shifts[:, None] + (a * target.pixels[few] + b))
+    near = np.sqrt(((values - target.soft[few] - target.tint) ** 2).mean(-1)) < SOFT_COLOR  # nan is not
+    share = near.mean(1)
+    chance = share.min()
+    support = float((share.max() - chance) / (1 - chance + 1e-6))
+    if support < SOFT_SUPPORT:
+        return None
+    weight = np.maximum(share - 0.9 * share.max(), 0)
+    return Alignment(a, b + (weight * shifts).sum() / weight.sum(), support, target.tint)
 
 
 def _search_around(
@@ -227,9 +261,7 @@ def tukey(residual: np.ndarray, width: float | np.ndarray) -> np.ndarray:
     return np.maximum(1 - (residual / width) ** 2, 0) ** 2 + 1e-6
 
 
-def gain_and_bias(
-    now: np.ndarray, wanted: np.ndarray, weight: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def gain_and_bias(now: np.ndarray, wanted: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weighted lines wanted = gain * now + bias over the last axis, gain in 0.7 .. 1.4: [..., P] -> [..., 1]."""
     share = weight / np.maximum(weight.sum(-1, keepdims=True), 1e-9)
     mean_now, mean_wanted = ((share * v).sum(-1, keepdims=True) for v in (now, wanted))

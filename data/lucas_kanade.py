@@ -76,9 +76,7 @@ class LucasKanadeTracker:
             gray = cv2.resize(gray, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
         return cv2.copyMakeBorder(gray, BORDER_PX, BORDER_PX, BORDER_PX, BORDER_PX, cv2.BORDER_REPLICATE)
 
-    def _step(
-        self, before: np.ndarray, after: np.ndarray, points: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _step(self, before: np.ndarray, after: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         import cv2
 
         scale, offset = self.cfg.upsample, np.float32(BORDER_PX - 0.5)  # OpenCV's pixel centres are integers

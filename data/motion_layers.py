@@ -24,9 +24,12 @@ EXPLAINED_SCORE = 2.0  # log-likelihood beyond which a point needs no layer of i
 MIN_POINTS = 5  # tracks that make a layer
 MIN_PATCH = 8  # untracked neighbours that may make one
 PATCH_GAP = 1.6  # spacings between neighbours of a patch
+SPARE_LAYERS = 2  # found beyond those asked for, of which the largest stay
 FIT_PX = 0.7  # a track follows a layer's motion if it is this close
 SEEDS = 60  # hypotheses per layer
-EARLY = slice(0, 6)  # frames in which a layer must explain the points it claims, frame 0 included
+EARLY_FRAMES = 6  # in which a layer must explain the points it claims, frame 0 included
+AWAY_PX = 2.0  # a track of the still layer that is further from its start …
+MIN_LEFT_FRAMES = 3  # … in so many frames is of a body that rested
 REFINEMENTS = 1  # rounds of assigning points and aligning the layers again
 STILL_SHARE = 0.6  # of the frames in which a point must look as in frame 0 to count as still
 COVERED_SHARE = 0.35  # the same where something may stand before it for a while
@@ -38,6 +41,8 @@ SAME_MOTION_SHARE = 0.35  # … in more than this share of the frames are one
 NEAR = 2.0  # spacings from a layer's own points within which others join it freely
 FAR_COST = 2.0  # score lost per spacing beyond
 MAX_FAR_COST = 20.0
+NEIGHBOURS_SAY = 60.0  # score gained where all neighbours are of the same layer
+SMOOTHINGS = 3  # rounds
 SIZE_PRIOR = 2.0  # weight of the log share of the points that a layer has
 SAME_COLOR = 0.025  # rms colour difference (of 1) at which a pixel counts as the same
 LOOSE_COLOR = 0.1  # the same in a blurred or flickering video, at most
@@ -75,9 +80,7 @@ def _gray(frame: np.ndarray) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------ grouping
-def fit_motion(
-    start: np.ndarray, now: np.ndarray, weight: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def fit_motion(start: np.ndarray, now: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Least-squares z' = a z + b per frame: start [N], now [T, N], weight [T, N] -> a, b [T], enough
     points [T].
     """
@@ -92,19 +95,25 @@ def fit_motion(
 def find_layers(
     colors: np.ndarray, images: np.ndarray, z: np.ndarray, alive: np.ndarray, max_layers: int
 ) -> list[Layer]:
-    """Greedy: take the motion that most track-frames follow, align it, give it all points it explains,
-    repeat.
+    """Greedy: take the motion that most track-frames follow, align it, give it all points it explains, repeat. Bodies
+    that rest at first come after those that move, and patches that nothing explains last.
     """
     still = _still_layer(colors, images, z[0])
     layers = [] if still is None else [still]
     free = np.ones(z.shape[1], bool)
+    rested, telling = np.zeros_like(free), np.ones_like(alive)
     if still is not None:
         free[still.members] = False
+        rested[still.members] = _leaves(z[:, still.members], alive[:, still.members])
     grouped, patched = free.copy(), free.copy()  # not yet tried
     for _ in range(3 * max_layers):
-        if len(layers) == max_layers:
+        if len(layers) == max_layers + SPARE_LAYERS:
             break
-        layer = _largest_group(z, alive, free & grouped)
+        layer = _largest_group(z, alive, free & grouped, telling)
+        if layer is None and rested.any():
+            free, grouped, telling = free | rested, grouped | rested, _away(z)
+            rested = np.zeros_like(free)
+            layer = _largest_group(z, alive, free & grouped, telling)
         if layer is not None:
             grouped[layer.members] = False
         else:
@@ -114,18 +123,27 @@ def find_layers(
             if layer is None:
                 break
             patched[layer.members] = False
-        early = align_layer(colors[EARLY], images[EARLY], z[0], layer)
-        claimed = np.flatnonzero(free & _explained_early(residuals(colors[EARLY], z[0], early)))
+        shown = _first_moving_frames(layer, z[0])
+        early = align_layer(colors[shown], images[shown], z[0], layer.at(shown))
+        claimed = np.flatnonzero(free & _explained(residuals(colors[shown], z[0], early)))
         if len(claimed) < MIN_POINTS:
             continue
-        if not _seen_well(align_layer(colors[EARLY], images[EARLY], z[0], replace(early, members=claimed))):
+        if not _seen_well(align_layer(colors[shown], images[shown], z[0], replace(early, members=claimed))):
             continue
         layer = align_layer(colors, images, z[0], layer)
         layer = align_layer(colors, images, z[0], replace(layer, members=claimed))
         if not any(_same_motion(layer, other, z[0]) for other in layers):
             layers.append(layer)
             free[claimed] = False
-    return layers
+    return _largest(layers, colors, z[0], max_layers)
+
+
+def _largest(layers: list[Layer], colors: np.ndarray, start: np.ndarray, count: int) -> list[Layer]:
+    """The layers that explain most points: a few tracks that slid the same way are no body."""
+    if len(layers) <= count:
+        return layers
+    points = np.bincount(assign(colors, start, layers)[0], minlength=len(layers))
+    return [layers[k] for k in sorted(np.argsort(-points)[:count])]
 
 
 def _still_layer(colors: np.ndarray, images: np.ndarray, start: np.ndarray) -> Layer | None:
@@ -147,6 +165,25 @@ def _still_layer(colors: np.ndarray, images: np.ndarray, start: np.ndarray) -> L
     return slow if found < SLOW_GAIN * rest else layer
 
 
+def _leaves(z: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """Tracks of the still layer that leave their place while they are followed: bodies at rest that move later on."""
+    return (_leading(alive) & _away(z)).sum(0) >= MIN_LEFT_FRAMES
+
+
+def _away(z: np.ndarray) -> np.ndarray:
+    """Where a track is not at its start: [T, N]."""
+    return np.abs(z - z[0]) > AWAY_PX
+
+
+def _first_moving_frames(layer: Layer, start: np.ndarray) -> np.ndarray:
+    """Frame 0 and the first ones in which the layer has moved, by which its points are told from others."""
+    own = start[layer.members]
+    away = np.abs((layer.a - 1)[:, None] * own + layer.b[:, None]).mean(1) > SAME_MOTION_PX
+    moved = np.flatnonzero(away & (layer.support > 0))
+    first = moved[0] if len(moved) else 1
+    return np.array([0, *range(first, min(first + EARLY_FRAMES - 1, len(layer.a)))])
+
+
 def _is_still(layer: Layer) -> bool:
     return bool((layer.a == 1).all() and (layer.b == 0).all())
 
@@ -157,9 +194,12 @@ def _seen_well(layer: Layer) -> bool:
 
 
 def _same_motion(layer: Layer, other: Layer, start: np.ndarray) -> bool:
+    """In the frames that tell: those in which one of them is away from where it started."""
     own = start[layer.members]
-    gap = np.abs((layer.a - other.a)[1:, None] * own + (layer.b - other.b)[1:, None]).mean(1)
-    return bool((gap < SAME_MOTION_PX).mean() > SAME_MOTION_SHARE)
+    place, other_place = (each.a[1:, None] * own + each.b[1:, None] for each in (layer, other))
+    away = np.maximum(*(np.abs(each - own).mean(1) for each in (place, other_place))) > SAME_MOTION_PX
+    near = np.abs(place - other_place).mean(1) < SAME_MOTION_PX
+    return bool((near[away] if away.any() else near).mean() > SAME_MOTION_SHARE)
 
 
 def _distinct(layers: list[Layer], start: np.ndarray) -> list[Layer]:
@@ -171,21 +211,21 @@ def _distinct(layers: list[Layer], start: np.ndarray) -> list[Layer]:
     return kept
 
 
-def _explained_early(residual: np.ndarray) -> np.ndarray:
-    """Points whose pixel the layer predicts in most of the first frames: residual [T, N] -> [N]."""
-    first = residual[EARLY][1:]
+def _explained(residual: np.ndarray) -> np.ndarray:
+    """Points whose pixel the layer predicts in most frames: residual [T, N] -> [N]."""
+    first = residual[1:]
     seen = np.isfinite(first)
     return (first < 2 * SAME_COLOR).sum(0) >= np.maximum(0.6 * seen.sum(0), 2)
 
 
-def _largest_group(z: np.ndarray, alive: np.ndarray, free: np.ndarray) -> Layer | None:
+def _largest_group(z: np.ndarray, alive: np.ndarray, free: np.ndarray, telling: np.ndarray) -> Layer | None:
     candidates = np.flatnonzero(free & alive[: min(4, len(z))].all(0))
     if len(candidates) < MIN_POINTS:
         return None
     seeds = candidates[np.linspace(0, len(candidates) - 1, min(SEEDS, len(candidates))).astype(int)]
     usable = np.zeros_like(free)
     usable[candidates] = True
-    grown = [_grow(z, alive, usable, seed) for seed in seeds]
+    grown = [_grow(z, alive, usable, telling, seed) for seed in seeds]
     return max(grown, key=lambda item: item[1])[0]
 
 
@@ -208,7 +248,9 @@ def _unexplained_patch(z: np.ndarray, free: np.ndarray) -> Layer | None:
     return Layer(members, np.ones(len(z), complex), np.zeros(len(z), complex), unknown)
 
 
-def _grow(z: np.ndarray, alive: np.ndarray, free: np.ndarray, seed: int) -> tuple[Layer | None, float]:
+def _grow(
+    z: np.ndarray, alive: np.ndarray, free: np.ndarray, telling: np.ndarray, seed: int
+) -> tuple[Layer | None, float]:
     """Fit the tracks around a seed, then again all free tracks that follow the fit."""
     distance = np.where(free, np.abs(z[0] - z[0, seed]), np.inf)
     members = np.argsort(distance)[:5]
@@ -218,11 +260,12 @@ def _grow(z: np.ndarray, alive: np.ndarray, free: np.ndarray, seed: int) -> tupl
         a, b, held = fit_motion(z[0, members], z[:, members], weight)
         close = np.abs(a[:, None] * z[0] + b[:, None] - z) < FIT_PX
         run = _leading(alive & (close | ~held[:, None]))
-        follows = free & (run.sum(0) >= np.minimum(_leading(alive).sum(0), max(6, len(z) // 4)))
+        enough = np.minimum((_leading(alive) & telling).sum(0), max(6, len(z) // 4))
+        follows = free & ((run & telling).sum(0) >= enough)
         members = np.flatnonzero(follows)
         if len(members) < MIN_POINTS:
             return None, 0.0
-    return Layer(members, a, b, held.astype(float)), float(run[:, members].sum())
+    return Layer(members, a, b, held.astype(float)), float((run & telling)[:, members].sum())
 
 
 def _leading(flags: np.ndarray) -> np.ndarray:
@@ -231,9 +274,7 @@ def _leading(flags: np.ndarray) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------ assignment
-def assign(
-    colors: np.ndarray, start: np.ndarray, layers: list[Layer]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def assign(colors: np.ndarray, start: np.ndarray, layers: list[Layer]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The layer that explains each point's pixel best over the clip [N], its score [N], the residuals [K, T,
     N].
 
@@ -251,7 +292,20 @@ def assign(
         distance = np.abs(start[:, None] - start[layer.members]).min(1) / spacing(start)
         score[k] -= np.clip(FAR_COST * (distance - NEAR), 0, MAX_FAR_COST)
         score[k] += SIZE_PRIOR * np.log(len(layer.members) / len(start))
-    return score.argmax(0), score.max(0), residual
+    return _smoothed(score, start), score.max(0), residual
+
+
+def _smoothed(score: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """The best layer of each point, where neighbours speak for theirs: score [K, N] -> [N]. A Potts prior, by iterated
+    conditional modes (Besag 1986).
+    """
+    near = np.abs(start[:, None] - start) < PATCH_GAP * spacing(start)
+    np.fill_diagonal(near, False)
+    weight = NEIGHBOURS_SAY * near / np.maximum(near.sum(1, keepdims=True), 1)
+    owner = score.argmax(0)
+    for _ in range(SMOOTHINGS):
+        owner = (score + np.stack([weight @ (owner == k) for k in range(len(score))])).argmax(0)
+    return owner
 
 
 def _color_spread(residual: np.ndarray, layers: list[Layer]) -> np.ndarray:
@@ -262,9 +316,7 @@ def _color_spread(residual: np.ndarray, layers: list[Layer]) -> np.ndarray:
     return np.clip(typical.min(0), SAME_COLOR, LOOSE_COLOR)[:, None]
 
 
-def _covered_by_others(
-    size: tuple[int, int], start: np.ndarray, layers: list[Layer], match: np.ndarray
-) -> np.ndarray:
+def _covered_by_others(size: tuple[int, int], start: np.ndarray, layers: list[Layer], match: np.ndarray) -> np.ndarray:
     """Whether layer k's place for point n at t lies among matching points of other layers: [K, T, N]."""
     import cv2
 

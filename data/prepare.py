@@ -155,9 +155,7 @@ def read_sidecar(out: Path, key: str) -> dict[str, Any]:
 
 
 def _source_settings(job: Job) -> dict[str, Any]:
-    return {
-        name: value for name, value in asdict(job.source.cfg).items() if name in ("crf", "world", "aspect")
-    }
+    return {name: value for name, value in asdict(job.source.cfg).items() if name in ("crf", "world", "aspect")}
 
 
 def _file_state(path: str | None) -> tuple[int, int] | None:

@@ -84,14 +84,10 @@ class ShardIndex:
     def load(cls, folder: str | Path) -> ShardIndex:
         path = Path(folder) / INDEX_NAME
         if not path.is_file():
-            raise FileNotFoundError(
-                f"no {INDEX_NAME} in {folder}; make it with `python -m data step=pack out=…`"
-            )
+            raise FileNotFoundError(f"no {INDEX_NAME} in {folder}; make it with `python -m data step=pack out=…`")
         content = json.loads(path.read_text())
         if content.get("version") != INDEX_VERSION:
-            raise ShardError(
-                f"{path}: version {content.get('version')} must be {INDEX_VERSION}; run step=pack again"
-            )
+            raise ShardError(f"{path}: version {content.get('version')} must be {INDEX_VERSION}; run step=pack again")
         samples = [
             SampleEntry(s["key"], s["shard"], {k: (v[0], v[1]) for k, v in s["parts"].items()})
             for s in content["samples"]
@@ -99,9 +95,7 @@ class ShardIndex:
         geometry = ClipGeometry(**content["geometry"])
         return cls(geometry, content["shards"], samples, content["text_len"], content["fingerprints"])
 
-    def require(
-        self, fields: Sequence[str], geometry: ClipGeometry | None, fingerprints: dict[str, str]
-    ) -> None:
+    def require(self, fields: Sequence[str], geometry: ClipGeometry | None, fingerprints: dict[str, str]) -> None:
         """Refuse, before training, data that lacks a field or was made for another model.
 
         Only the fingerprints that both sides state are compared. Raises ShardError.
@@ -112,13 +106,10 @@ class ShardIndex:
         missing = [name for name in fields if name not in self.fields]
         if missing:
             raise ShardError(
-                f"fields={missing} are not in these shards (they hold {self.fields}); "
-                "run step=encode and step=pack"
+                f"fields={missing} are not in these shards (they hold {self.fields}); run step=encode and step=pack"
             )
         if geometry is not None and geometry != self.geometry:
-            raise ShardError(
-                f"shards hold {self.geometry}, model.clip is {geometry}; prepare the data for this model"
-            )
+            raise ShardError(f"shards hold {self.geometry}, model.clip is {geometry}; prepare the data for this model")
         for name in sorted(set(fingerprints) & set(self.fingerprints)):
             if fingerprints[name] != self.fingerprints[name]:
                 raise ShardError(
@@ -276,9 +267,7 @@ class ShardDataset(Dataset):
         for shard in self.index.shards:
             path = self.folder / shard
             if not path.is_file():
-                raise ShardError(
-                    f"{shard}: listed in {INDEX_NAME} but absent from {self.folder}; run step=pack again"
-                )
+                raise ShardError(f"{shard}: listed in {INDEX_NAME} but absent from {self.folder}; run step=pack again")
             sizes.append(path.stat().st_size)
         for entry in self.index.samples:
             for suffix, (offset, size) in entry.parts.items():

@@ -89,9 +89,7 @@ class SpritesSource:
     def render(self, item: SourceItem, geometry: ClipGeometry, target: Path) -> dict[str, Any]:
         world = self.cfg.world
         if (world.height, world.width, world.num_frames, world.fps) != _size(geometry):
-            raise ValueError(
-                f"source.world {_world_size(world)} must be model.clip {_size(geometry)} (h, w, T, fps)"
-            )
+            raise ValueError(f"source.world {_world_size(world)} must be model.clip {_size(geometry)} (h, w, T, fps)")
         clip = render_clip(world, item.seed or 0)
         write_video(target, clip.frames, geometry.fps, self.cfg.crf)
         return {"seed": item.seed, "sprites": asdict(world)}
@@ -138,13 +136,9 @@ class FolderSource:
 
     def items(self) -> Iterator[SourceItem]:
         table = _caption_table(Path(self.cfg.captions)) if self.cfg.captions else {}
-        paths = sorted(
-            p for p in self.folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()
-        )
+        paths = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
         if not paths:
-            raise FileNotFoundError(
-                f"source.path={self.folder} holds no videos ({', '.join(VIDEO_SUFFIXES)})"
-            )
+            raise FileNotFoundError(f"source.path={self.folder} holds no videos ({', '.join(VIDEO_SUFFIXES)})")
         seen: set[str] = set()
         bare = 0
         for path in paths:
@@ -154,9 +148,7 @@ class FolderSource:
             bare += caption is None
             yield SourceItem(key, caption or self.cfg.default_caption, relative.as_posix(), path=str(path))
         if bare:
-            log.warning(
-                "%d of %d clips have no caption; using %r", bare, len(paths), self.cfg.default_caption
-            )
+            log.warning("%d of %d clips have no caption; using %r", bare, len(paths), self.cfg.default_caption)
 
     def render(self, item: SourceItem, geometry: ClipGeometry, target: Path) -> dict[str, Any]:
         return _render_video(item, geometry, target, self.cfg.crf)
@@ -241,9 +233,7 @@ class OpenVidSource:
 
     def __init__(self, cfg: Config) -> None:
         if not cfg.manifest:
-            raise ValueError(
-                "source.manifest is empty; set it to data/train/OpenVid-1M.csv of nkp37/OpenVid-1M"
-            )
+            raise ValueError("source.manifest is empty; set it to data/train/OpenVid-1M.csv of nkp37/OpenVid-1M")
         self.cfg = cfg
         self.folder = _required_folder(cfg.path)
 
@@ -264,9 +254,7 @@ class OpenVidSource:
         if abs(aspect / self.cfg.aspect - 1) > self.cfg.aspect_tolerance:
             raise VideoError(f"aspect {info.width}x{info.height} = {aspect:.3f} is not {self.cfg.aspect:.3f}")
         if info.num_frames < self.cfg.min_frames:
-            raise VideoError(
-                f"{info.num_frames} frames are fewer than source.min_frames={self.cfg.min_frames}"
-            )
+            raise VideoError(f"{info.num_frames} frames are fewer than source.min_frames={self.cfg.min_frames}")
         return _render_video(item, geometry, target, self.cfg.crf)
 
     def write_manifest(self, folder: Path) -> None:
@@ -302,10 +290,7 @@ class VidPromSource:
         """(uuid, prompt) of the rows that pass."""
         count = 0
         for row in _rows(Path(self.cfg.manifest), ("uuid", "prompt", *NSFW_COLUMNS)):
-            if (
-                any(float(row[name] or 1) >= self.cfg.max_nsfw for name in NSFW_COLUMNS)
-                or not row["prompt"].strip()
-            ):
+            if any(float(row[name] or 1) >= self.cfg.max_nsfw for name in NSFW_COLUMNS) or not row["prompt"].strip():
                 continue
             if self.cfg.max_prompts is not None and count >= self.cfg.max_prompts:
                 return

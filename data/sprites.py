@@ -91,9 +91,7 @@ class SpritesConfig:
             raise ValueError(f"background={self.background!r} must be one of {BACKGROUNDS}")
         for low, high in (("min_size", "max_size"), ("min_speed", "max_speed")):
             if not 0 < getattr(self, low) <= getattr(self, high):
-                raise ValueError(
-                    f"{low}={getattr(self, low)} must be > 0 and <= {high}={getattr(self, high)}"
-                )
+                raise ValueError(f"{low}={getattr(self, low)} must be > 0 and <= {high}={getattr(self, high)}")
         if self.leave_margin < -0.45:
             raise ValueError(f"leave_margin={self.leave_margin} must be >= -0.45, to leave a path some room")
         if not 0 <= self.rest_ratio <= 1:
@@ -111,9 +109,7 @@ class Waves:
 
     @classmethod
     def draw(cls, wavelength_px: float, count: int, rng: np.random.Generator) -> Waves:
-        angle = (
-            np.pi * (np.arange(count) + rng.uniform(0, 1, count)) / count
-        )  # stratified: no aperture problem
+        angle = np.pi * (np.arange(count) + rng.uniform(0, 1, count)) / count  # stratified: no aperture problem
         length = 2 * np.pi / (wavelength_px * rng.uniform(0.9, 1.7, count))
         vectors = np.stack([length * np.cos(angle), length * np.sin(angle)], axis=1)
         return cls(vectors, rng.uniform(0, 2 * np.pi, count))
@@ -254,9 +250,7 @@ class Scene:
         queries = np.asarray(queries, dtype=np.float64).reshape(-1, 3)
         frames, start = queries[:, 0].astype(np.int64), queries[:, 1:]
         if len(frames) and not (frames.min() >= 0 and frames.max() < self.cfg.num_frames):
-            raise ValueError(
-                f"queries frames {frames.min()}..{frames.max()} must lie in 0..{self.cfg.num_frames - 1}"
-            )
+            raise ValueError(f"queries frames {frames.min()}..{frames.max()} must lie in 0..{self.cfg.num_frames - 1}")
         owner, on_rim = self._owners(start, frames)
         points = np.empty((self.cfg.num_frames, len(queries), 2))
         for k, pose in enumerate([self.background.pose, *(s.pose for s in self.sprites)], start=-1):
@@ -318,9 +312,7 @@ def render_scene(scene: Scene) -> SpritesClip:
     masks = top.reshape(1, *size) == np.arange(len(scene.sprites), dtype=np.int8).reshape(-1, 1, 1, 1)
     poses = np.stack(
         [
-            np.concatenate(
-                [s.pose.center, s.pose.angle[:, None], s.pose.scale[:, None], seen[:, None]], axis=1
-            )
+            np.concatenate([s.pose.center, s.pose.angle[:, None], s.pose.scale[:, None], seen[:, None]], axis=1)
             for s, seen in zip(scene.sprites, masks.any(axis=(2, 3)))
         ]
     ).astype(np.float32)
@@ -348,9 +340,7 @@ def simulate(cfg: SpritesConfig, seed: int) -> Scene:
     return _add_event(scene, rng) if has_event else scene
 
 
-def _draw_background(
-    cfg: SpritesConfig, color: str, camera: np.ndarray, rng: np.random.Generator
-) -> Background:
+def _draw_background(cfg: SpritesConfig, color: str, camera: np.ndarray, rng: np.random.Generator) -> Background:
     pans = cfg.background == "panning" or (cfg.background == "mixed" and rng.uniform() < 0.5)
     drift = camera + _drift(cfg, cfg.max_pan_speed if pans else 0.0, rng)
     pose = Pose(drift, np.zeros(cfg.num_frames), np.ones(cfg.num_frames))
@@ -403,9 +393,7 @@ def _num_knots(cfg: SpritesConfig) -> int:
 def _spline(knots: np.ndarray, cfg: SpritesConfig) -> np.ndarray:
     """Uniform Catmull-Rom through knots[1:-1], one knot each KNOT_SECONDS: [K, D] -> [T, D]."""
     times = np.arange(cfg.num_frames) / cfg.fps / KNOT_SECONDS
-    index = (
-        np.minimum(times.astype(np.int64), len(knots) - 4) if len(knots) > 3 else times.astype(np.int64) * 0
-    )
+    index = np.minimum(times.astype(np.int64), len(knots) - 4) if len(knots) > 3 else times.astype(np.int64) * 0
     u = (times - index)[:, None]
     p0, p1, p2, p3 = (knots[np.minimum(index + i, len(knots) - 1)] for i in range(4))
     return p1 + 0.5 * u * (p2 - p0 + u * (2 * p0 - 5 * p1 + 4 * p2 - p3 + u * (3 * (p1 - p2) + p3 - p0)))
@@ -451,9 +439,7 @@ def _draw_pose(
     return Pose(center, _spline(angles, cfg)[clock, 0], scale[clock])
 
 
-def _wander(
-    cfg: SpritesConfig, start: np.ndarray, step: float, count: int, rng: np.random.Generator
-) -> np.ndarray:
+def _wander(cfg: SpritesConfig, start: np.ndarray, step: float, count: int, rng: np.random.Generator) -> np.ndarray:
     """Knots [count, 2] of a random walk with constant step that turns back at `leave_margin` outside."""
     size = np.array([cfg.width, cfg.height])
     heading = rng.uniform(0, 2 * np.pi)

@@ -66,9 +66,7 @@ def build_tracker(cfg: TrackerConfig | str, scene: Scene | None = None) -> Track
     cfg = TrackerConfig(name=cfg) if isinstance(cfg, str) else cfg
     if cfg.name == "exact":
         if scene is None:
-            raise ValueError(
-                "tracker.name=exact needs a sprites clip; use lucas_kanade or cotracker3 for real video"
-            )
+            raise ValueError("tracker.name=exact needs a sprites clip; use lucas_kanade or cotracker3 for real video")
         return ExactTracker(scene)
     if cfg.name == "lucas_kanade":
         return LucasKanadeTracker(
@@ -94,8 +92,7 @@ class ExactTracker:
         cfg = self.scene.cfg
         if frames.shape[:3] != (cfg.num_frames, cfg.height, cfg.width):
             raise ValueError(
-                f"frames {frames.shape[:3]} must be {(cfg.num_frames, cfg.height, cfg.width)} (T, H, W), "
-                "the scene's"
+                f"frames {frames.shape[:3]} must be {(cfg.num_frames, cfg.height, cfg.width)} (T, H, W), the scene's"
             )
         at_start = np.concatenate([np.zeros((len(queries), 1)), queries], axis=1)
         return self.scene.track(at_start)
@@ -144,9 +141,7 @@ class CoTracker3:
     def track(self, frames: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
-        video = (
-            torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)[None].float().to(self.device)
-        )
+        video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)[None].float().to(self.device)
         at_start = np.concatenate([np.zeros((len(queries), 1)), queries - 0.5], axis=1)
         query = torch.from_numpy(at_start).float()[None].to(self.device)
         with torch.no_grad():

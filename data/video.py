@@ -294,9 +294,7 @@ def track_colors(points: np.ndarray, height: int, width: int) -> np.ndarray:
     return cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
 
 
-def draw_tracks_on(
-    frames: np.ndarray, points: np.ndarray, visibility: np.ndarray, tail_frames: int = 8
-) -> np.ndarray:
+def draw_tracks_on(frames: np.ndarray, points: np.ndarray, visibility: np.ndarray, tail_frames: int = 8) -> np.ndarray:
     """Draw tracks with fading tails: frames uint8 [T, H, W, 3], points [T, N, 2] px, visibility [T, N] ->
     copy.
 

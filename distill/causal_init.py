@@ -114,9 +114,7 @@ class CausalInit:
         index = draw_indices(self.noise, numbers, context.step, num_frames // chunk_frames, len(self.sigmas))
         index = index.repeat_interleave(chunk_frames, dim=1).to(self.device)  # [B, F]
         noisy_latents, sigma = select_states(states, index), self.sigmas[index]
-        mask = draw_mask(
-            self.noise, context.step, self.cfg.sink_chunks, self.cfg.window_chunks, chunk_frames
-        )
+        mask = draw_mask(self.noise, context.step, self.cfg.sink_chunks, self.cfg.window_chunks, chunk_frames)
         x0 = self.student.predict_x0(noisy_latents, sigma, condition, attention=mask)
 
         counted = (sigma > 0) & self.student.generated_frames(condition, num_frames).to(self.device)
@@ -167,9 +165,7 @@ class CausalInit:
         condition = stack_condition(pairs, self.store.null_prompt_embeds, self.model_cfg)
         return stack_states(pairs).to(self.device), condition.to(self.device)
 
-    def _metrics(
-        self, error: Tensor, index: Tensor, counted: Tensor, x0: Tensor, target: Tensor
-    ) -> dict[str, Tensor]:
+    def _metrics(self, error: Tensor, index: Tensor, counted: Tensor, x0: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Loss per step of the student's list; visibility of the seams between chunks (1 = the teacher's)."""
         metrics = {"loss": masked_mean(error, counted).detach()}
         for step in range(len(self.sigmas) - 1):
@@ -183,13 +179,10 @@ class CausalInit:
         return metrics
 
 
-def draw_indices(
-    noise: KeyedNoise, numbers: Sequence[int], step: int, num_chunks: int, num_states: int
-) -> Tensor:
+def draw_indices(noise: KeyedNoise, numbers: Sequence[int], step: int, num_chunks: int, num_states: int) -> Tensor:
     """State of each chunk, [B, num_chunks] long, uniform on 0..num_states-1 (the last is the clean end)."""
     draws = [
-        [noise.integers(num_states, "state", step, number, chunk) for chunk in range(num_chunks)]
-        for number in numbers
+        [noise.integers(num_states, "state", step, number, chunk) for chunk in range(num_chunks)] for number in numbers
     ]
     return torch.tensor(draws)
 

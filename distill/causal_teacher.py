@@ -62,9 +62,7 @@ class CausalTeacher(Teacher):
         x0 = self.encoder.latents(batch)
         condition = self.training_condition(batch, x0, context.step)
         sigma = self.draw_chunk_sigma(batch.sample_ids, context.step, x0.shape[2]).to(x0.device)  # [B, F]
-        eps = self.noise.normal(
-            x0.shape[1:], batch.sample_ids, TEACHER, "noise", context.step, device=x0.device
-        )
+        eps = self.noise.normal(x0.shape[1:], batch.sample_ids, TEACHER, "noise", context.step, device=x0.device)
         choices = (self.cfg.sink_chunks, self.cfg.window_chunks)
         mask = draw_mask(self.noise, context.step, *choices, self.model_cfg.rollout.chunk_frames)
 

@@ -52,9 +52,7 @@ def dmd_gradient(x0: Tensor, x0_real: Tensor, x0_fake: Tensor, generated: Tensor
     Raises ValueError if no frame was generated.
     """
     if not bool(generated.any()):
-        raise ValueError(
-            f"generated={generated.tolist()} must mark at least one frame; use a longer clip"
-        )
+        raise ValueError(f"generated={generated.tolist()} must mark at least one frame; use a longer clip")
     mask = generated.to(x0.device).view(1, 1, -1, 1, 1)
     x0, x0_real, x0_fake = x0.detach().float(), x0_real.detach().float(), x0_fake.detach().float()
     normaliser = generated_mean((x0 - x0_real).abs(), generated)

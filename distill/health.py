@@ -67,8 +67,9 @@ def check_health(metrics: Mapping[str, float], thresholds: HealthThresholds) -> 
 
 def smooth(past: dict[str, float], metrics: Mapping[str, float], weight: float) -> dict[str, float]:
     """Exponential running mean per measure; a measure seen for the first time starts at its value."""
-    merged = {name: weight * past[name] + (1 - weight) * value if name in past else value
-              for name, value in metrics.items()}
+    merged = {
+        name: weight * past[name] + (1 - weight) * value if name in past else value for name, value in metrics.items()
+    }
     return past | merged
 
 

@@ -70,9 +70,7 @@ class OdePairs:
         self.guidance = Guidance(context.model_cfg.guidance)
         self.teacher = load_frozen_teacher(context.model_cfg, context.device)
         self.encoder = ClipEncoder(context.model_cfg, context.device)
-        self.store = PairStore.create(
-            context.output_dir / FOLDER, self._recipe(), self.encoder.null_prompt_embeds
-        )
+        self.store = PairStore.create(context.output_dir / FOLDER, self._recipe(), self.encoder.null_prompt_embeds)
         missing = len(self.store.missing())
         log.info("%d of %d pairs are left to make in %s", missing, self.store.num_pairs, self.store.folder)
 

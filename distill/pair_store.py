@@ -52,9 +52,7 @@ class PairStore:
         self.recipe = dict(recipe)
 
     @classmethod
-    def create(
-        cls, folder: str | Path, recipe: Mapping[str, object], null_prompt_embeds: Tensor
-    ) -> PairStore:
+    def create(cls, folder: str | Path, recipe: Mapping[str, object], null_prompt_embeds: Tensor) -> PairStore:
         """Opens the folder for writing; every rank may call it.
 
         recipe: JSON values, num_pairs among them. A pair does not depend on how many there are, so another
@@ -126,9 +124,7 @@ def stack_states(pairs: Sequence[OdePair]) -> Tensor:
     return torch.stack([pair.states.float() for pair in pairs])  # autocast on the CPU cannot stack float16
 
 
-def stack_condition(
-    pairs: Sequence[OdePair], null_prompt_embeds: Tensor, model_cfg: ModelConfig
-) -> Condition:
+def stack_condition(pairs: Sequence[OdePair], null_prompt_embeds: Tensor, model_cfg: ModelConfig) -> Condition:
     """The condition the teacher saw for these pairs."""
     height, width = model_cfg.clip.height, model_cfg.clip.width
     tracks = None

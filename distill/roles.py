@@ -47,9 +47,7 @@ def load_student(model_cfg: ModelConfig, init_from: str | None) -> WanDiT:
     """The student to start from: ``init_from`` (an export of causal_init), else a copy of the teacher."""
     if init_from:
         return load_dit(init_from, expected=model_cfg.dit)
-    log.warning(
-        "stage.init_from is empty: the student starts as the teacher, which has never seen causal attention"
-    )
+    log.warning("stage.init_from is empty: the student starts as the teacher, which has never seen causal attention")
     return copy_of_teacher(model_cfg)
 
 

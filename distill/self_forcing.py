@@ -180,9 +180,7 @@ class SelfForcing:
 
     def roll_out(self, batch: Batch, context: StepContext) -> Clip:
         """The student generates the clip as when streaming, each chunk stopped at this step's exit."""
-        condition, _ = draw_condition(
-            self.encoder, batch, self.noise, batch.sample_ids, context.step, self.limits
-        )
+        condition, _ = draw_condition(self.encoder, batch, self.noise, batch.sample_ids, context.step, self.limits)
         key = (context.update, context.step)
         cfg = draw_rollout(self.noise, self.model_cfg.rollout, self._contexts(self.model_cfg.rollout), *key)
         channels, _, height, width = self.model_cfg.latent_shape
@@ -257,9 +255,7 @@ class SelfForcing:
         return [(sink, window) for sink in sinks for window in windows]
 
     # ------------------------------------------------------------------------------------------ health
-    def _student_metrics(
-        self, clip: Clip, gradient: DmdGradient, context: StepContext
-    ) -> dict[str, float | Tensor]:
+    def _student_metrics(self, clip: Clip, gradient: DmdGradient, context: StepContext) -> dict[str, float | Tensor]:
         chunk_frames = self.model_cfg.rollout.chunk_frames
         metrics: dict[str, float | Tensor] = {
             "loss": dmd_loss(clip.x0.detach(), gradient.direction, clip.generated),

@@ -56,9 +56,7 @@ class Verdict:
             self._add_likeness(results, prefix)
         if self.registration is not None:
             for name in ("position_px", "angle_deg", "correlation", "lost_ratio"):
-                results.add(
-                    f"{prefix}.registration_{name}", [vars(found)[name] for found in self.registration]
-                )
+                results.add(f"{prefix}.registration_{name}", [vars(found)[name] for found in self.registration])
 
     def _add_likeness(self, results: Results, prefix: str) -> None:
         results.add(f"{prefix}.psnr_db", self.psnr_db)

@@ -58,9 +58,7 @@ class Table:
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row) != len(self.columns):
-                raise ValueError(
-                    f"row {list(row)} has {len(row)} entries; the table has {len(self.columns)} columns"
-                )
+                raise ValueError(f"row {list(row)} has {len(row)} entries; the table has {len(self.columns)} columns")
 
     def as_text(self) -> str:
         """The table for a terminal, columns aligned; empty without rows."""
@@ -141,9 +139,7 @@ def video_side_by_side(columns: Mapping[str, np.ndarray], fps: float, caption: s
     if len(sizes) > 1:
         raise ValueError(f"clips of sizes {sorted(sizes)} cannot stand side by side; resize them to one size")
     longest = max(len(clip) for clip in columns.values())
-    padded = [
-        np.concatenate([clip, np.repeat(clip[-1:], longest - len(clip), axis=0)]) for clip in columns.values()
-    ]
+    padded = [np.concatenate([clip, np.repeat(clip[-1:], longest - len(clip), axis=0)]) for clip in columns.values()]
     large = [enlarge(clip)[0] for clip in padded]
     gap = np.full((longest, large[0].shape[1], GAP_PX, 3), 128, dtype=np.uint8)
     parts = [part for clip in large for part in (clip, gap)][:-1]
@@ -220,9 +216,7 @@ def line_figure(
     return Figure(_data_uri("image/svg+xml", stream.getvalue().encode()), caption)
 
 
-def curves_from_log(
-    path: str | Path, keys: Sequence[str], *, x_key: str = "step", caption: str = ""
-) -> Figure:
+def curves_from_log(path: str | Path, keys: Sequence[str], *, x_key: str = "step", caption: str = "") -> Figure:
     """Curves of a `metrics.jsonl` (one JSON object a line); lines that lack a key leave it out there."""
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     lines = {}
@@ -262,9 +256,7 @@ def _section_html(section: Section) -> str:
 
 def _table_html(table: Table) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
-    )
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 

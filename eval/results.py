@@ -53,16 +53,12 @@ class Results:
     def others(self) -> Table:
         """Every figure that is not in `by_role`."""
         shared = {f"{role}.{metric}" for role in self._roles() for metric in self._shared(role)}
-        rows = [
-            [key, self._cell(key)] for key in self.values if key not in shared and not self._is_bound(key)
-        ]
+        rows = [[key, self._cell(key)] for key in self.values if key not in shared and not self._is_bound(key)]
         return Table(["", f"value, with its {self.level:.0%} interval over clips"], rows)
 
     def notes(self) -> list[str]:
         """What could not be measured and how to get it, each once."""
-        texts = [
-            f"{key.split('.')[-1]}: {value}" for key, value in self.values.items() if isinstance(value, str)
-        ]
+        texts = [f"{key.split('.')[-1]}: {value}" for key, value in self.values.items() if isinstance(value, str)]
         return list(dict.fromkeys(texts))
 
     def write(self, folder: Path, config: dict[str, Any]) -> None:
@@ -104,8 +100,7 @@ class Results:
         return [
             metric
             for metric in found
-            if not self._is_bound(f"{role}.{metric}")
-            and any(f"{other}.{metric}" in self.values for other in rest)
+            if not self._is_bound(f"{role}.{metric}") and any(f"{other}.{metric}" in self.values for other in rest)
         ]
 
     def _cell(self, key: str) -> str:

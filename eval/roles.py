@@ -96,9 +96,7 @@ def load_dit_role(model_cfg: ModelConfig, role: str, device: torch.device | str)
     return load_role(model_cfg, role).eval().requires_grad_(False).to(device, model_cfg.torch_dtype)
 
 
-def _condition(
-    codecs: Codecs, clips: Sequence[EvalClip], with_tracks: bool, release_frame: int | None
-) -> Condition:
+def _condition(codecs: Codecs, clips: Sequence[EvalClip], with_tracks: bool, release_frame: int | None) -> Condition:
     tracks = stack_tracks(clips)
     condition = codecs.condition(
         codecs.encode_prompts([clip.caption for clip in clips]),

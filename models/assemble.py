@@ -55,9 +55,7 @@ class ModelConfig:
     text: TextConfig = field(default_factory=TextConfig)
     clip_encoder: str | None = None  # folder of the CLIP image encoder; needed where dit.clip_dim is set
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    guidance: dict[str, float] = field(
-        default_factory=dict
-    )  # weight of text and motion guidance; empty: none
+    guidance: dict[str, float] = field(default_factory=dict)  # weight of text and motion guidance; empty: none
     teacher: str | None = None  # folder of the trained teacher, or a published checkpoint
     student: str | None = None  # folder of the distilled student
     dtype: str = "float32"  # of frozen weights: float32 | bfloat16
@@ -135,8 +133,7 @@ def _check_rollout(cfg: ModelConfig) -> None:
 def _check_channels(cfg: ModelConfig) -> None:
     if cfg.dit.latent_channels != cfg.vae.z_dim:
         raise ValueError(
-            f"model.dit.latent_channels={cfg.dit.latent_channels} must be the VAE's z_dim={cfg.vae.z_dim}; "
-            "change one"
+            f"model.dit.latent_channels={cfg.dit.latent_channels} must be the VAE's z_dim={cfg.vae.z_dim}; change one"
         )
     if cfg.dit.track_encoding == "rgb" and cfg.dit.track_channels not in (0, cfg.vae.z_dim):
         raise ValueError(
@@ -176,9 +173,7 @@ def build_vae(cfg: ModelConfig, seed: int | None = None) -> WanVae:
     if seed is not None:
         return WanVae.from_config(cfg.vae, seed)
     if cfg.vae.path is None:
-        raise ValueError(
-            "model.vae.path is not set; train a VAE with `python -m train stage=vae` and pass its folder"
-        )
+        raise ValueError("model.vae.path is not set; train a VAE with `python -m train stage=vae` and pass its folder")
     return WanVae.from_folder(cfg.vae.path, expected=cfg.vae)
 
 
@@ -202,9 +197,7 @@ def build_text_encoder(cfg: ModelConfig) -> TextEncoder:
     elif cfg.text.kind == "hashed":
         encoder = HashedEncoder(cfg.dit.text_len)
     elif cfg.text.path is None:
-        raise ValueError(
-            "model.text.path is not set; pass a folder with text_encoder/ and tokenizer/ of a Wan model"
-        )
+        raise ValueError("model.text.path is not set; pass a folder with text_encoder/ and tokenizer/ of a Wan model")
     else:
         encoder = Umt5Encoder(cfg.text.path, cfg.dit.text_len, cfg.text.null_caption, cfg.torch_dtype)
     if encoder.text_dim != cfg.dit.text_dim:

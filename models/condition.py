@@ -67,9 +67,7 @@ class Condition:
             field = "prompt_embeds" if name == "text" else "track_map"
             part = self._part(field)
             if part is None:
-                raise ValueError(
-                    "cannot drop 'motion': there is no track_map; set the motion guidance weight to 0"
-                )
+                raise ValueError("cannot drop 'motion': there is no track_map; set the motion guidance weight to 0")
             null = self.null_prompt_embeds.expand_as(part) if name == "text" else torch.zeros_like(part)
             if where is not None:
                 null = torch.where(where.to(part.device).view(-1, *[1] * (part.ndim - 1)), null, part)
@@ -103,9 +101,7 @@ class Condition:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
         moved: dict[str, Any] = {
-            name: part.to(device=device, dtype=dtype)
-            for name, part in vars(self).items()
-            if isinstance(part, Tensor)
+            name: part.to(device=device, dtype=dtype) for name, part in vars(self).items() if isinstance(part, Tensor)
         }
         return replace(self, **moved)
 
@@ -126,8 +122,7 @@ class Condition:
                 )
         if frames.stop > num_frames:
             raise ValueError(
-                f"latent frames {first}..{first + count - 1} need {frames.stop} track frames; "
-                f"the clip has {num_frames}"
+                f"latent frames {first}..{first + count - 1} need {frames.stop} track frames; the clip has {num_frames}"
             )
         return self.track_map[:, :, frames]
 
@@ -174,9 +169,7 @@ def num_latent_frames(num_frames: int) -> int:
     """Latent frames of a clip; raises ValueError unless num_frames is 1 + 4k."""
     latents = max(1, 1 + (num_frames - 1 + FRAMES_PER_LATENT // 2) // FRAMES_PER_LATENT)
     if num_frames != num_pixel_frames(latents):
-        raise ValueError(
-            f"num_frames={num_frames} must be 1 + 4k; nearest valid: {num_pixel_frames(latents)}"
-        )
+        raise ValueError(f"num_frames={num_frames} must be 1 + 4k; nearest valid: {num_pixel_frames(latents)}")
     return latents
 
 
@@ -201,17 +194,13 @@ def build_condition(
     one cell is seen (training). Raises ValueError where something the architecture needs is absent.
     """
     if dit.clip_dim is not None and clip_embeds is None:
-        raise ValueError(
-            f"clip_embeds=None, but dit.clip_dim={dit.clip_dim}; encode the first frame with CLIP"
-        )
+        raise ValueError(f"clip_embeds=None, but dit.clip_dim={dit.clip_dim}; encode the first frame with CLIP")
     is_latent = dit.track_channels > 0 and dit.track_encoding == "rgb"
     if dit.track_channels == 0:
         track_map = None
     elif is_latent:
         if track_latents is None:
-            raise ValueError(
-                "track_latents=None, but dit.track_encoding is rgb; pass vae.encode(draw_tracks(tracks))"
-            )
+            raise ValueError("track_latents=None, but dit.track_encoding is rgb; pass vae.encode(draw_tracks(tracks))")
         track_map = track_latents
     else:
         if tracks is None:

@@ -78,9 +78,7 @@ def compare(ours: Callable[[], Tensor], other: Callable[[], Tensor], pairs: int)
     """Time both in turn. Each call returns its output; the first calls warm up and are compared."""
     difference = float((ours() - other()).abs().max())
     timed = [(_cpu_seconds(ours), _cpu_seconds(other)) for _ in range(pairs)]
-    return Ratio(
-        statistics.median(a / b for a, b in timed), statistics.median(a for a, _ in timed), difference
-    )
+    return Ratio(statistics.median(a / b for a, b in timed), statistics.median(a for a, _ in timed), difference)
 
 
 def dit_against_diffusers(sizes: Sizes) -> Ratio:
@@ -222,9 +220,7 @@ def main() -> None:
     default = Sizes()
     for name in ("heads", "ffn_dim", "layers", "height", "width", "text_len", "pairs"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=vars(default)[name])
-    parser.add_argument(
-        "--windows", type=int, nargs="*", default=default.windows, help="past chunks in the cache"
-    )
+    parser.add_argument("--windows", type=int, nargs="*", default=default.windows, help="past chunks in the cache")
     arguments = vars(parser.parse_args())
     torch.set_num_threads(1)
     with torch.no_grad():

@@ -58,16 +58,12 @@ class Codecs:
         if self.device.type == "cpu":
             self.vae.use_channels_last()
             self.decoder.use_channels_last()
-        self.text_encoder = (
-            text_encoder.to(self.device) if isinstance(text_encoder, nn.Module) else text_encoder
-        )
+        self.text_encoder = text_encoder.to(self.device) if isinstance(text_encoder, nn.Module) else text_encoder
         self.image_encoder = None if image_encoder is None else image_encoder.to(self.device)
         self._null_prompt = self.text_encoder.null().to(self.device)
 
     @classmethod
-    def load(
-        cls, model_cfg: ModelConfig, *, device: torch.device | str = "cpu", tiny: bool = False
-    ) -> Codecs:
+    def load(cls, model_cfg: ModelConfig, *, device: torch.device | str = "cpu", tiny: bool = False) -> Codecs:
         """Build or load every part the configuration names.
 
         Raises:
@@ -187,9 +183,7 @@ def pick_device(name: str) -> torch.device:
 
 def to_pixels(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """uint8 [B, T, H, W, 3] -> float32 [B, 3, T, H, W] in [-1, 1]."""
-    return (
-        torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
-    )
+    return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 
 def to_frames(pixels: Tensor) -> np.ndarray:

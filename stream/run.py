@@ -45,17 +45,13 @@ ROLES = ("student", "teacher")
 class StreamConfig:
     """What is generated, and where it goes."""
 
-    image: str = (
-        MISSING  # picture file, or a video whose first frame is taken; cropped and resized to model.clip
-    )
+    image: str = MISSING  # picture file, or a video whose first frame is taken; cropped and resized to model.clip
     prompt: str = ""
     tracks: str | None = None  # .npz, .json, or a video whose motion is taken; null: motion unspecified
     tracks_resize: bool = False  # scale a track file of another resolution instead of refusing it
     drags: str | None = None  # DragStream label (.json), or a folder of them: each is applied after its chunk
     ending: str = "hold"  # beyond the last track frame: hold the points, or release them
-    num_frames: int | None = (
-        None  # frames written; null: as many as the tracks have, else model.clip.num_frames
-    )
+    num_frames: int | None = None  # frames written; null: as many as the tracks have, else model.clip.num_frames
     role: str = "student"  # student: streamed, any length | teacher: one clip of model.clip.num_frames
     num_inference_steps: int = 50  # teacher: Euler steps
     decoder: str = "full"  # full | tiny (model.tiny_vae)
@@ -103,14 +99,9 @@ def main(cfg: DictConfig) -> int:
     codecs = Codecs.load(model_cfg, device=device, tiny=settings.decoder == "tiny")
     make = stream_frames if settings.role == "student" else sample_frames
     started = time.perf_counter()
-    write_frames(
-        make(dit, codecs, inputs, settings), Path(settings.out), model_cfg.clip.fps, inputs.num_frames
-    )
+    write_frames(make(dit, codecs, inputs, settings), Path(settings.out), model_cfg.clip.fps, inputs.num_frames)
     seconds = time.perf_counter() - started
-    print(
-        f"{settings.out}: {inputs.num_frames} frames in {seconds:.1f} s, "
-        f"{inputs.num_frames / seconds:.1f} FPS"
-    )
+    print(f"{settings.out}: {inputs.num_frames} frames in {seconds:.1f} s, {inputs.num_frames / seconds:.1f} FPS")
     return 0
 
 
@@ -122,9 +113,7 @@ def read_inputs(settings: StreamConfig, model_cfg: ModelConfig) -> Inputs:
     """
     tracks = None
     if settings.tracks is not None:
-        tracks = load_track_source(
-            settings.tracks, model_cfg, settings.tracker, resize=settings.tracks_resize
-        )
+        tracks = load_track_source(settings.tracks, model_cfg, settings.tracker, resize=settings.tracks_resize)
     clip_frames = model_cfg.clip.num_frames
     if settings.role == "teacher":
         if settings.num_frames not in (None, clip_frames):
@@ -166,9 +155,7 @@ def read_drags(settings: StreamConfig, model_cfg: ModelConfig, num_frames: int) 
     return drags
 
 
-def stream_frames(
-    student: WanDiT, codecs: Codecs, inputs: Inputs, settings: StreamConfig
-) -> Iterator[np.ndarray]:
+def stream_frames(student: WanDiT, codecs: Codecs, inputs: Inputs, settings: StreamConfig) -> Iterator[np.ndarray]:
     """Chunks of frames as the student makes them: uint8 [n, H, W, 3]."""
     session = StreamSession(
         student, codecs, first_frame=inputs.first_frame, prompt=settings.prompt, tracks=inputs.tracks,
@@ -181,9 +168,7 @@ def stream_frames(
         yield chunk
 
 
-def sample_frames(
-    teacher: WanDiT, codecs: Codecs, inputs: Inputs, settings: StreamConfig
-) -> Iterator[np.ndarray]:
+def sample_frames(teacher: WanDiT, codecs: Codecs, inputs: Inputs, settings: StreamConfig) -> Iterator[np.ndarray]:
     """The teacher's whole clip, as one chunk: uint8 [T, H, W, 3]."""
     model_cfg, noise = codecs.model_cfg, KeyedNoise(settings.seed)
     buffer = TrackBuffer(
@@ -201,9 +186,7 @@ def sample_frames(
     )
     guidance = Guidance(model_cfg.guidance)
     log.info("teacher: %d steps, %s", settings.num_inference_steps, guidance.describe())
-    with tqdm(
-        total=settings.num_inference_steps, desc="denoise", unit="step", disable=None, leave=False
-    ) as bar:
+    with tqdm(total=settings.num_inference_steps, desc="denoise", unit="step", disable=None, leave=False) as bar:
         latents = sample_teacher(
             teacher,
             condition,

@@ -138,9 +138,7 @@ class StreamSession:
         clip, noise = codecs.model_cfg.clip, KeyedNoise(seed)
         self.codecs = codecs
         self.num_frames_limit = num_frames
-        self._buffer = TrackBuffer(
-            clip.height, clip.width, ending=ending, rng=noise.generator("track_ids", sample_id)
-        )
+        self._buffer = TrackBuffer(clip.height, clip.width, ending=ending, rng=noise.generator("track_ids", sample_id))
         if tracks is not None:
             self._buffer.push(tracks)
         self._prompt_embeds = codecs.encode_prompts([prompt])

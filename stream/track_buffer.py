@@ -155,9 +155,7 @@ class TrackBuffer:
         if not tracks.ids.any():
             return tracks.with_ids(self._identities[None, : tracks.num_tracks])
         if len(tracks.ids.unique()) < tracks.num_tracks:
-            raise ValueError(
-                "tracks.ids has an identity twice; give each track its own, or all 0 to have them drawn"
-            )
+            raise ValueError("tracks.ids has an identity twice; give each track its own, or all 0 to have them drawn")
         return tracks
 
 
@@ -195,9 +193,7 @@ def _append(earlier: Tracks, later: Tracks) -> Tracks:
     The later push decides the order of columns, because order decides which of two tracks in one cell is
     seen.
     """
-    kept = [
-        n for n, identity in enumerate(earlier.ids[0].tolist()) if identity not in set(later.ids[0].tolist())
-    ]
+    kept = [n for n, identity in enumerate(earlier.ids[0].tolist()) if identity not in set(later.ids[0].tolist())]
     ids = torch.cat([later.ids[0], earlier.ids[0, kept]])
     parts = [_spread(part, ids) for part in (earlier, later)]
     return replace(
@@ -211,9 +207,7 @@ def _append(earlier: Tracks, later: Tracks) -> Tracks:
 def _spread(tracks: Tracks, ids: torch.Tensor) -> Tracks:
     """The same tracks as columns `ids`; absent ones are invisible at (0, 0)."""
     column_of = {identity: n for n, identity in enumerate(tracks.ids[0].tolist())}
-    columns = torch.tensor(
-        [column_of.get(identity, tracks.num_tracks) for identity in ids.tolist()], dtype=torch.long
-    )
+    columns = torch.tensor([column_of.get(identity, tracks.num_tracks) for identity in ids.tolist()], dtype=torch.long)
     return replace(Tracks.pad(tracks, tracks.num_tracks + 1).select(columns), ids=ids[None])
 
 

@@ -28,9 +28,7 @@ TRACK_FILES = (".npz", ".json")
 def query_grid(model_cfg: ModelConfig, tracker: TrackerConfig) -> np.ndarray:  # -> [N, 2] px
     """Points to follow from frame 0: one per latent cell, at most tracker.rows x tracker.cols."""
     rows, cols = model_cfg.latent_size
-    return grid_queries(
-        model_cfg.clip.height, model_cfg.clip.width, min(tracker.rows, rows), min(tracker.cols, cols)
-    )
+    return grid_queries(model_cfg.clip.height, model_cfg.clip.width, min(tracker.rows, rows), min(tracker.cols, cols))
 
 
 def load_first_frame(path: str | Path, clip: ClipGeometry) -> np.ndarray:  # -> uint8 [H, W, 3]
@@ -42,9 +40,7 @@ def load_first_frame(path: str | Path, clip: ClipGeometry) -> np.ndarray:  # -> 
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"image={path}: no such file; give a picture ({', '.join(PICTURES)}) or a video"
-        )
+        raise FileNotFoundError(f"image={path}: no such file; give a picture ({', '.join(PICTURES)}) or a video")
     if path.suffix.lower() not in PICTURES:
         return read_video(path, ClipGeometry(clip.height, clip.width, 1, clip.fps))[0]
     import cv2
@@ -75,8 +71,7 @@ def load_track_source(
     path, clip = Path(path), model_cfg.clip
     if not path.is_file():
         raise FileNotFoundError(
-            f"tracks={path}: no such file; give {' or '.join(TRACK_FILES)}, or a video to take the "
-            "motion from"
+            f"tracks={path}: no such file; give {' or '.join(TRACK_FILES)}, or a video to take the motion from"
         )
     if path.suffix.lower() not in TRACK_FILES:
         return _follow(path, model_cfg, tracker)
@@ -96,7 +91,5 @@ def _follow(path: Path, model_cfg: ModelConfig, tracker: TrackerConfig) -> Track
     clip, info = model_cfg.clip, probe_video(path)
     available = int((info.num_frames - 1) * clip.fps / info.fps + 1e-6)
     geometry = ClipGeometry(clip.height, clip.width, 1 + 4 * (available // 4), clip.fps)
-    points, visibility = build_tracker(tracker).track(
-        read_video(path, geometry), query_grid(model_cfg, tracker)
-    )
+    points, visibility = build_tracker(tracker).track(read_video(path, geometry), query_grid(model_cfg, tracker))
     return Tracks.from_arrays(np.nan_to_num(points), visibility, clip.height, clip.width)

@@ -242,8 +242,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], prog="python -m train.ablations")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "ablations", help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="one set of models each")
-    parser.add_argument("--result", type=Path, default=ZOO / "ablations.json",
-                        help="file that the claims read; what it has is not made again, so name another to make all")
+    parser.add_argument(
+        "--result",
+        type=Path,
+        default=ZOO / "ablations.json",
+        help="file that the claims read; what it has is not made again, so name another to make all",
+    )
     arguments = parser.parse_args()
     plan = Plan(arguments.out.resolve())
     for seed in arguments.seeds:

@@ -100,9 +100,7 @@ class Parallel:
                 whole[name].load_state_dict(state, assign=True)
         yield whole
 
-    def load_modules(
-        self, modules: Mapping[str, nn.Module], states: Mapping[str, Mapping[str, Tensor]]
-    ) -> None:
+    def load_modules(self, modules: Mapping[str, nn.Module], states: Mapping[str, Mapping[str, Tensor]]) -> None:
         for name, module in modules.items():
             fill_state(module.state_dict(), states[name], name)
 
@@ -131,9 +129,7 @@ class Parallel:
         if self.mode == "deepspeed":
             return float(self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm() or 0.0)
         parameters = [p for p in module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(
-            parameters, max_norm or float("inf"), foreach=self.mode != "fsdp"
-        )
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"), foreach=self.mode != "fsdp")
         return float(norm.full_tensor() if self.mode == "fsdp" else norm)
 
     # ------------------------------------------------------------------------------------------ agreement
@@ -179,9 +175,7 @@ class Parallel:
         if self.mode == "deepspeed":
             path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
             if path is None:
-                raise ValueError(
-                    f"{folder} holds no DeepSpeed state; resume in the launch mode that wrote it"
-                )
+                raise ValueError(f"{folder} holds no DeepSpeed state; resume in the launch mode that wrote it")
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -208,9 +202,7 @@ def entry_points(module: nn.Module) -> tuple[str, ...]:
     """Methods besides forward that read parameters, as the class lists them: FSDP must gather weights for
     these too.
     """
-    return next(
-        (vars(cls)["ENTRY_POINTS"] for cls in type(module).__mro__ if "ENTRY_POINTS" in vars(cls)), ()
-    )
+    return next((vars(cls)["ENTRY_POINTS"] for cls in type(module).__mro__ if "ENTRY_POINTS" in vars(cls)), ())
 
 
 def _gather_around_entry_points(module: nn.Module) -> None:

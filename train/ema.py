@@ -65,9 +65,7 @@ class Ema:
         self.updates = updates
         self.values = {}
         if whole:
-            self.values = {
-                name: torch.empty_like(p.detach(), dtype=torch.float32) for name, p in _trainable(module)
-            }
+            self.values = {name: torch.empty_like(p.detach(), dtype=torch.float32) for name, p in _trainable(module)}
             fill_state(self.values, whole, "EMA")
 
     @torch.no_grad()

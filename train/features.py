@@ -131,9 +131,7 @@ class FeatureStage:
         """cfg.soften_ratio of the clips [B, 3, T, H, W], blurred and noisy; the others as they are."""
         clips = []
         for clip, sample in zip(pixels, sample_ids, strict=True):
-            drawn = {
-                what: self.noise.uniform(FEATURES, what, step, sample) for what in ("soften", "shrink", "noise")
-            }
+            drawn = {what: self.noise.uniform(FEATURES, what, step, sample) for what in ("soften", "shrink", "noise")}
             if drawn["soften"] < self.cfg.soften_ratio:
                 clip = blurred(clip, 1 + drawn["shrink"] * (self.cfg.max_shrink - 1))
                 grain = self.noise.normal(clip.shape, [sample], FEATURES, "grain", step, device=clip.device)[0]

@@ -100,10 +100,7 @@ class Monitor:
         if self._wandb is not None:
             import wandb
 
-            sent = {
-                f"validation/{name}": wandb.Video(str(folder / f"{name}.mp4"), format="mp4")
-                for name in videos
-            }
+            sent = {f"validation/{name}": wandb.Video(str(folder / f"{name}.mp4"), format="mp4") for name in videos}
             self._wandb.log(sent, step=step)
         return folder
 
@@ -119,9 +116,7 @@ class Monitor:
             self._beyond[name] = self._beyond.get(name, 0) + 1 if alarm.beyond(metrics[name]) else 0
             if self._beyond[name] >= alarm.patience:
                 limits = f"min={alarm.min}, max={alarm.max}"
-                raised[name] = (
-                    f"alarm: {name}={metrics[name]:.4g} is beyond {limits} ({alarm.patience} records)"
-                )
+                raised[name] = f"alarm: {name}={metrics[name]:.4g} is beyond {limits} ({alarm.patience} records)"
         return raised
 
     def _cut_after(self, step: int) -> None:
@@ -145,9 +140,7 @@ def _start_wandb(cfg: LoggerConfig, output_dir: Path, run_name: str, config: Any
     try:
         import wandb
     except ImportError as error:
-        raise ImportError(
-            "logger=wandb needs the package wandb: pip install wandb, or use logger=jsonl"
-        ) from error
+        raise ImportError("logger=wandb needs the package wandb: pip install wandb, or use logger=jsonl") from error
     id_file = output_dir / "wandb_id"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8])

@@ -39,9 +39,12 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Matrices between hidden features; input and output layers, embeddings, gains and biases are AdamW's."""
     outer = ("patch_embedding", "conv_in", "conv_out", "head", "embed")
-    return parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) > 1 and not any(
-        part.startswith(outer) for part in name.split(".")
-    ) and "modulation" not in name
+    return (
+        parameter.ndim >= 2
+        and min(parameter.shape[0], parameter[0].numel()) > 1
+        and not any(part.startswith(outer) for part in name.split("."))
+        and "modulation" not in name
+    )
 
 
 class Muon(torch.optim.Optimizer):

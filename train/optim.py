@@ -31,9 +31,7 @@ class ModuleOptim:
 
 @dataclass
 class OptimConfig:
-    kind: str = (
-        "adamw"  # adamw | muon (train/muon.py: matrices by Muon, the rest by AdamW; not under sharding)
-    )
+    kind: str = "adamw"  # adamw | muon (train/muon.py: matrices by Muon, the rest by AdamW; not under sharding)
     lr: float = 1e-5  # peak learning rate
     matrix_lr_ratio: float = 10.0  # muon: learning rate of matrices over lr
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -96,9 +94,7 @@ def build_optimizer(module: nn.Module, cfg: OptimConfig, whole: bool) -> torch.o
     nothing to train, or for muon on shards.
     """
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise ValueError(
-            f"{type(module).__name__} has no parameter that requires a gradient; nothing to train"
-        )
+        raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient; nothing to train")
     if cfg.kind == "muon":
         optimizer = _build_muon(module, cfg, whole)
     else:
@@ -116,9 +112,7 @@ def _build_muon(module: nn.Module, cfg: OptimConfig, whole: bool) -> torch.optim
     from train.muon import Muon
 
     if not whole:
-        raise ValueError(
-            "optim.kind=muon needs whole matrices on each process; use optim.kind=adamw with this launch"
-        )
+        raise ValueError("optim.kind=muon needs whole matrices on each process; use optim.kind=adamw with this launch")
     return Muon(
         module.named_parameters(), cfg.lr, matrix_lr_ratio=cfg.matrix_lr_ratio,
         betas=(cfg.betas[0], cfg.betas[1]),

@@ -44,9 +44,7 @@ class SetupContext:
     output_dir: Path
     noise: KeyedNoise  # the only source of randomness of the stage
     validation_batch: Batch | None = None  # fixed held-out clips on the CPU; None: nothing to validate on
-    sample_clips: Callable[[int], Iterator[Batch]] | None = (
-        None  # n training clips, evenly spaced, in micro-batches
-    )
+    sample_clips: Callable[[int], Iterator[Batch]] | None = None  # n training clips, evenly spaced, in micro-batches
 
 
 @dataclass(frozen=True)

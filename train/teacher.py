@@ -44,9 +44,7 @@ TEACHER = "teacher"
 class TeacherConfig:
     """Settings of stage=teacher. Defaults: stage 1 of the paper where it says, else the module's choices."""
 
-    init_from: str | None = (
-        None  # folder or file of a DiT in any known format; null: fresh weights from the seed
-    )
+    init_from: str | None = None  # folder or file of a DiT in any known format; null: fresh weights from the seed
     num_frames: int | None = None  # pixel frames trained on, from a clip's first, 1 + 4k; null: the whole clip
     shift: float = 6.0  # of the noise levels, k
     bell_weighting: bool = True  # w(sigma); false: every level counts the same
@@ -54,30 +52,22 @@ class TeacherConfig:
     motion_dropout: float = 0.1  # probability per sample; zeros at the input of the track head
     mid_mask_probability: float = 0.0  # per chunk but the first; stage 2: 0.2
     freeze_track_head: bool = False  # stage 2: true
-    tracks_min: int = (
-        1000  # tracks shown per sample, drawn uniformly up to tracks_max (or as many as there are)
-    )
+    tracks_min: int = 1000  # tracks shown per sample, drawn uniformly up to tracks_max (or as many as there are)
     tracks_max: int | None = 2500  # null: all
     loss_buckets: int = 5  # intervals of sigma in [0, 1] with a loss of their own in the log
-    validation_steps: int | None = (
-        None  # Euler steps of validation clips; null: model.rollout.num_inference_steps
-    )
+    validation_steps: int | None = None  # Euler steps of validation clips; null: model.rollout.num_inference_steps
 
     def __post_init__(self) -> None:
         for name in ("text_dropout", "motion_dropout", "mid_mask_probability"):
             if not 0 <= vars(self)[name] <= 1:
                 raise ValueError(f"stage.{name}={vars(self)[name]} must be a probability, 0..1")
         if self.tracks_min < 1 or (self.tracks_max is not None and self.tracks_max < self.tracks_min):
-            raise ValueError(
-                f"stage.tracks_min={self.tracks_min} must be >= 1 and <= tracks_max={self.tracks_max}"
-            )
+            raise ValueError(f"stage.tracks_min={self.tracks_min} must be >= 1 and <= tracks_max={self.tracks_max}")
         if self.num_frames is not None and (self.num_frames < 1 or (self.num_frames - 1) % FRAMES_PER_LATENT):
             nearest = 1 + FRAMES_PER_LATENT * max(0, round((self.num_frames - 1) / FRAMES_PER_LATENT))
             raise ValueError(f"stage.num_frames={self.num_frames} must be 1 + 4k; nearest valid: {nearest}")
         if self.shift <= 0 or self.loss_buckets < 1:
-            raise ValueError(
-                f"stage.shift={self.shift} must be > 0 and loss_buckets={self.loss_buckets} >= 1"
-            )
+            raise ValueError(f"stage.shift={self.shift} must be > 0 and loss_buckets={self.loss_buckets} >= 1")
 
 
 class Teacher:
@@ -144,16 +134,12 @@ class Teacher:
         x0 = self.encoder.latents(batch)
         condition = self.training_condition(batch, x0, context.step)
         sigma = self.draw_sigma(batch.sample_ids, context.step).to(x0.device)  # [B]
-        eps = self.noise.normal(
-            x0.shape[1:], batch.sample_ids, TEACHER, "noise", context.step, device=x0.device
-        )
+        eps = self.noise.normal(x0.shape[1:], batch.sample_ids, TEACHER, "noise", context.step, device=x0.device)
 
         per_sample = self.flow_error(x0, eps, sigma, condition)  # [B]
         weight = bell_weight(sigma, self.cfg.shift) if self.cfg.bell_weighting else torch.ones_like(sigma)
         loss = (weight * per_sample).mean()  # eq. A2
-        return StepOutput(
-            loss, bucket_means("loss_sigma", per_sample.detach(), sigma.cpu(), self.cfg.loss_buckets)
-        )
+        return StepOutput(loss, bucket_means("loss_sigma", per_sample.detach(), sigma.cpu(), self.cfg.loss_buckets))
 
     def flow_error(self, x0: Tensor, eps: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """mean |v - (eps - x0)|^2 over channels, space and generated frames (a given clean frame 0 is none)
@@ -182,9 +168,7 @@ class Teacher:
 
     def draw_sigma(self, sample_ids: Sequence[int], step: int) -> Tensor:
         """Noise levels [B] float32, uniform over the 1000 levels of the shifted grid."""
-        index = [
-            self.noise.integers(NUM_TRAIN_TIMESTEPS, TEACHER, "sigma", step, sample) for sample in sample_ids
-        ]
+        index = [self.noise.integers(NUM_TRAIN_TIMESTEPS, TEACHER, "sigma", step, sample) for sample in sample_ids]
         return self.sigmas[index].float()
 
     def draw_mid_mask(self, sample_ids: Sequence[int], step: int, num_frames: int) -> Tensor:
@@ -214,15 +198,10 @@ class Teacher:
             return None
         batch = self.held_out.to(self.encoder.device)
         x0 = self.encoder.latents(batch)
-        condition = self.encoder.condition(
-            batch, x0, fixed_identities(batch.tracks, self.noise, batch.sample_ids)
-        )
+        condition = self.encoder.condition(batch, x0, fixed_identities(batch.tracks, self.noise, batch.sample_ids))
         eps = self.noise.normal(x0.shape[1:], batch.sample_ids, TEACHER, "validation", device=x0.device)
         levels = [(bucket + 0.5) / self.cfg.loss_buckets for bucket in range(self.cfg.loss_buckets)]
-        losses = [
-            self.flow_error(x0, eps, torch.full((batch.size,), s, device=x0.device), condition)
-            for s in levels
-        ]
+        losses = [self.flow_error(x0, eps, torch.full((batch.size,), s, device=x0.device), condition) for s in levels]
         output = ValidationOutput({"loss": float(torch.stack(losses).mean())}, fps=self.model_cfg.clip.fps)
         if self.encoder.can_decode:
             steps = self.cfg.validation_steps or self.model_cfg.rollout.num_inference_steps
@@ -300,9 +279,7 @@ def fixed_identities(tracks: Tracks | None, noise: KeyedNoise, sample_ids: Seque
     """All tracks under identities that depend on the sample only."""
     if tracks is None:
         return None
-    ids = [
-        sample_track_ids(1, tracks.num_tracks, noise.generator(TEACHER, "identities", s)) for s in sample_ids
-    ]
+    ids = [sample_track_ids(1, tracks.num_tracks, noise.generator(TEACHER, "identities", s)) for s in sample_ids]
     return tracks.with_ids(torch.cat(ids))
 
 

@@ -34,11 +34,7 @@ def sample_clips(
 ) -> None:  # fmt: skip
     """Add videos (tracks drawn) and, where the batch has tracks, epe_px to `output`."""
     model_cfg = encoder.model_cfg
-    weights = {
-        name: w
-        for name, w in model_cfg.guidance.items()
-        if name != "motion" or condition.track_map is not None
-    }
+    weights = {name: w for name, w in model_cfg.guidance.items() if name != "motion" or condition.track_map is not None}
     x0 = sample_teacher(
         dit, condition, Guidance(weights), num_inference_steps=num_steps, shift=shift, noise=noise,
         sample_ids=batch.sample_ids, latent_shape=model_cfg.latent_shape,
@@ -50,9 +46,7 @@ def sample_clips(
     for row, frames in enumerate(clips):
         drawn = frames
         if batch.tracks is not None:
-            points, visibility = starting_tracks(
-                batch.tracks, row, model_cfg.clip.height, model_cfg.clip.width
-            )
+            points, visibility = starting_tracks(batch.tracks, row, model_cfg.clip.height, model_cfg.clip.width)
             errors.append(
                 clip_epe_px(
                     frames,

@@ -129,9 +129,7 @@ class Trainer:
         self.optimizers = {name: self._optimizer(name) for name in self.modules}
         self.emas = {n: Ema(s.ema_decay, s.ema_start) for n, s in self.settings.items() if s.ema_decay > 0}
         self.counters = _Counters(updates=dict.fromkeys(self.modules, 0))
-        self.store = checkpoint.CheckpointStore(
-            self.output_dir / "checkpoints", cfg.keep_last, cfg.keep_every
-        )
+        self.store = checkpoint.CheckpointStore(self.output_dir / "checkpoints", cfg.keep_last, cfg.keep_every)
         self.window = MetricWindow()
         self._seconds = {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
 
@@ -152,11 +150,7 @@ class Trainer:
                 bar.update(1)
                 self._log_if_due(started, bar)
                 done = self.counters.step
-                if (
-                    done < self.cfg.steps
-                    and self.cfg.validate_every > 0
-                    and done % self.cfg.validate_every == 0
-                ):
+                if done < self.cfg.steps and self.cfg.validate_every > 0 and done % self.cfg.validate_every == 0:
                     self.validate()
                 preempted = self.parallel.any(signal.received)
                 if preempted or done % self.cfg.checkpoint_every == 0 or done == self.cfg.steps:
@@ -316,9 +310,7 @@ class Trainer:
         self.monitor.log(self.counters.step, {f"validation/{k}": float(v) for k, v in output.metrics.items()})
         folder = self.monitor.log_videos(self.counters.step, output.videos, output.fps)
         told = ", ".join(f"{name} {value:.4g}" for name, value in output.metrics.items())
-        log.info(
-            "validation at step %d: %s%s", self.counters.step, told, f"; videos in {folder}" if folder else ""
-        )
+        log.info("validation at step %d: %s%s", self.counters.step, told, f"; videos in {folder}" if folder else "")
 
     # ------------------------------------------------------------------------------------------ state
     def save(self) -> None:
@@ -397,9 +389,7 @@ class Trainer:
             if identity.get(key) != value
         ]
         if differing:
-            raise ValueError(
-                f"{path} is of another run ({'; '.join(differing)}); choose another name or output_dir"
-            )
+            raise ValueError(f"{path} is of another run ({'; '.join(differing)}); choose another name or output_dir")
 
     def export(self, folder: str | Path = "export") -> None:
         """Write <output_dir>/<folder> with EMA weights where they are on. A collective."""

@@ -43,9 +43,7 @@ class VaeStageConfig:
     num_frames: int | None = None  # random temporal crop of each clip, 1 + 4k; null: whole clips
     edge_weight: float = 0.5  # of the spatial gradient term
     kl_weight: float = 1e-5  # per latent value
-    initial_log_variance: float = (
-        -6.0
-    )  # of the posterior with fresh weights; 0 would drown the first signal in noise
+    initial_log_variance: float = -6.0  # of the posterior with fresh weights; 0 would drown the first signal in noise
     channels_last: bool = True  # memory layout: faster on CPU
     normalisation_clips: int = 64  # training clips that mean and spread of the latents are measured on
 
@@ -129,9 +127,7 @@ class VaeStage:
         if length is None or length == pixels.shape[2]:
             return pixels
         starts = [self.noise.integers(pixels.shape[2] - length + 1, VAE, "crop", step, s) for s in sample_ids]
-        return torch.stack(
-            [clip[:, start : start + length] for clip, start in zip(pixels, starts, strict=True)]
-        )
+        return torch.stack([clip[:, start : start + length] for clip, start in zip(pixels, starts, strict=True)])
 
     def validate(self, step: int) -> ValidationOutput | None:
         """PSNR of held-out clips through the posterior mode; original beside reconstruction."""
@@ -164,9 +160,7 @@ class VaeStage:
 
     def _normalisation_pixels(self, device: torch.device) -> Iterator[Tensor]:
         if self.sample_clips is None:
-            raise ValueError(
-                "the VAE's latents cannot be normalised without training clips: no sample_clips given"
-            )
+            raise ValueError("the VAE's latents cannot be normalised without training clips: no sample_clips given")
         for batch in self.sample_clips(self.cfg.normalisation_clips):
             yield batch.to(device).model_pixels()
 

@@ -327,9 +327,7 @@ def put_verdicts(results: Results, role: str, verdicts: Sequence[Verdict]) -> No
         results.add(f"{role}.{key}", [getattr(verdict, key) for verdict in verdicts])
 
 
-def by_kind(
-    scenarios: Sequence[DragScenario], verdicts: Mapping[str, Sequence[Verdict]]
-) -> Table:
+def by_kind(scenarios: Sequence[DragScenario], verdicts: Mapping[str, Sequence[Verdict]]) -> Table:
     """ObjMC per combination of mode, kind and variant, one column a method."""
     names = list(verdicts)
     groups: dict[tuple[str, str], list[int]] = {}
@@ -344,9 +342,7 @@ def by_kind(
     return Table(["ObjMC px", "scenarios", *names], rows)
 
 
-def write_scenarios(
-    path: Path, scenarios: Sequence[DragScenario], verdicts: Mapping[str, Sequence[Verdict]]
-) -> None:
+def write_scenarios(path: Path, scenarios: Sequence[DragScenario], verdicts: Mapping[str, Sequence[Verdict]]) -> None:
     """Every figure of every scenario, for another table than ours."""
     content = [
         {"key": scenario.key, "prompt": scenario.prompt}

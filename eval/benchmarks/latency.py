@@ -40,8 +40,7 @@ class LatencyConfig:
         least = REFERENCE_CHUNK + SPAN // 2
         if self.num_chunks < least:
             raise ValueError(
-                f"num_chunks={self.num_chunks} must be at least {least}, to compare with chunk "
-                f"{REFERENCE_CHUNK}"
+                f"num_chunks={self.num_chunks} must be at least {least}, to compare with chunk {REFERENCE_CHUNK}"
             )
 
 

@@ -49,9 +49,7 @@ class LongVideoConfig:
     split: str = "test"  # which seeds of the sprites world
     requery_frames: int = 48  # a fresh grid of tracks every so many frames; 0: one grid at frame 0
     window_frames: int = 48  # span of one figure over time
-    world: SpritesConfig = field(
-        default_factory=SpritesConfig
-    )  # the sprites world; frame size comes from model.clip
+    world: SpritesConfig = field(default_factory=SpritesConfig)  # the sprites world; frame size comes from model.clip
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     registration: RegistrationConfig = field(default_factory=RegistrationConfig)
     num_shown: int = 2  # clips shown in the report
@@ -197,9 +195,7 @@ class LongVideo:
                 for clip, video in zip(clips, videos, strict=True)
             ]
             for metric in ("position_px", "angle_deg", "lost_ratio"):
-                results.add(
-                    f"student.registration_{metric}_{name}_window", [vars(one)[metric] for one in found]
-                )
+                results.add(f"student.registration_{metric}_{name}_window", [vars(one)[metric] for one in found])
 
     def _sections(
         self,
@@ -224,9 +220,7 @@ class LongVideo:
         latent_frames = list(range(len(mean)))
         figures = [
             line_figure(error, x_label="frame", y_label="end-point error (px)", caption="Error over time."),
-            line_figure(
-                colour, x_label="frame", y_label="saturation", caption="Colour saturation over time."
-            ),
+            line_figure(colour, x_label="frame", y_label="saturation", caption="Colour saturation over time."),
             line_figure(
                 {"mean": (latent_frames, mean), "std": (latent_frames, std)},
                 x_label="latent frame",

@@ -62,9 +62,7 @@ class MotionTransferConfig(SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_clips < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"num_clips={self.num_clips} and batch_size={self.batch_size} must be at least 1"
-            )
+            raise ValueError(f"num_clips={self.num_clips} and batch_size={self.batch_size} must be at least 1")
         if unknown := [role for role in self.roles if role not in ROLES]:
             raise ValueError(f"roles={list(self.roles)} has {unknown[0]}; roles are {', '.join(ROLES)}")
 
@@ -225,9 +223,7 @@ def perceptual_distances(network: SpritesNetwork, clips: Sequence[EvalClip], fra
 
 def round_trip(codecs: Codecs, clips: Sequence[EvalClip]) -> list[np.ndarray]:
     """The ground truth after VAE encoding and decoding: uint8 [T, H, W, 3] each."""
-    return [
-        codecs.decode(codecs.vae.encode(to_pixels(clip.frames[None], codecs.device)))[0] for clip in clips
-    ]
+    return [codecs.decode(codecs.vae.encode(to_pixels(clip.frames[None], codecs.device)))[0] for clip in clips]
 
 
 def error_over_time(verdicts: Mapping[str, Verdict]) -> Figure:
@@ -253,7 +249,5 @@ def draw_clip(clip: EvalClip, videos: Mapping[str, np.ndarray]) -> dict[str, np.
     rows = {}
     for name, frames in {"ground truth": clip.frames, **videos}.items():
         large, factor = enlarge(frames)
-        rows[name.replace("_", ", tracks ")] = draw_tracks_on(
-            large, points[:, drawn] * factor, visibility[:, drawn]
-        )
+        rows[name.replace("_", ", tracks ")] = draw_tracks_on(large, points[:, drawn] * factor, visibility[:, drawn])
     return rows

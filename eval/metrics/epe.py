@@ -70,17 +70,12 @@ def endpoint_error(predicted_points: Tensor, points: Tensor, visibility: Tensor)
 
 
 def _check_shapes(predicted_points: Tensor, points: Tensor, visibility: Tensor) -> None:
-    if (
-        predicted_points.shape != points.shape
-        or points.shape[:-1] != visibility.shape
-        or points.shape[-1] != 2
-    ):
+    if predicted_points.shape != points.shape or points.shape[:-1] != visibility.shape or points.shape[-1] != 2:
         raise ValueError(
             f"predicted_points {tuple(predicted_points.shape)} and points {tuple(points.shape)} must be "
             f"equal [B, T, N, 2] and visibility {tuple(visibility.shape)} their [B, T, N]"
         )
     if points.shape[1] < 2:
         raise ValueError(
-            f"points has T={points.shape[1]} frame; the end-point error needs at least 2, "
-            "because frame 0 is excluded"
+            f"points has T={points.shape[1]} frame; the end-point error needs at least 2, because frame 0 is excluded"
         )

@@ -17,9 +17,7 @@ PSNR_CEILING_DB = 100.0  # identical frames have infinite PSNR, which no mean su
 
 def frame_psnr(frames: Tensor, reference: Tensor) -> Tensor:  # uint8 [T, H, W, 3] twice -> [T - 1] dB
     """PSNR of frames 1.. in dB, capped at `PSNR_CEILING_DB`."""
-    values = peak_signal_noise_ratio(
-        *_unit_images(frames, reference), data_range=1.0, reduction="none", dim=(1, 2, 3)
-    )
+    values = peak_signal_noise_ratio(*_unit_images(frames, reference), data_range=1.0, reduction="none", dim=(1, 2, 3))
     return values.clamp(max=PSNR_CEILING_DB)
 
 
@@ -39,7 +37,6 @@ def _unit_images(frames: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         )
     if frames.dtype != torch.uint8 or reference.dtype != torch.uint8:
         raise ValueError(
-            f"frames are {frames.dtype} and {reference.dtype}; both must be uint8, so that both "
-            "sides are rounded alike"
+            f"frames are {frames.dtype} and {reference.dtype}; both must be uint8, so that both sides are rounded alike"
         )
     return tuple(video[1:].permute(0, 3, 1, 2).float() / 255.0 for video in (frames, reference))

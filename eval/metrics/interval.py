@@ -30,9 +30,7 @@ class Interval:
         return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, seed: int, level: float = 0.95, resamples: int = 4000
-) -> Interval:
+def bootstrap_interval(values: Sequence[float], *, seed: int, level: float = 0.95, resamples: int = 4000) -> Interval:
     """Mean of `values` over clips with its percentile-bootstrap interval.
 
     Args:
@@ -63,8 +61,7 @@ def paired_difference(
     """
     if len(first) != len(second):
         raise ValueError(
-            f"a paired difference needs the same clips on both sides; got {len(first)} and "
-            f"{len(second)} values"
+            f"a paired difference needs the same clips on both sides; got {len(first)} and {len(second)} values"
         )
     differences = [a - b for a, b in zip(first, second, strict=True)]
     return bootstrap_interval(differences, seed=seed, level=level, resamples=resamples)

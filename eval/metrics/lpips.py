@@ -49,9 +49,7 @@ class Lpips(nn.Module):
     def forward(self, images: Tensor, reference: Tensor) -> Tensor:  # [N, 3, H, W] in [-1, 1] twice -> [N]
         """Distance of each pair, 0 for equal images."""
         total = images.new_zeros(len(images))
-        for head, ours, theirs in zip(
-            self.heads, self._activations(images), self._activations(reference), strict=True
-        ):
+        for head, ours, theirs in zip(self.heads, self._activations(images), self._activations(reference), strict=True):
             total = total + head((ours - theirs) ** 2).mean(dim=(1, 2, 3))
         return total
 

@@ -130,12 +130,8 @@ def _window(frame: np.ndarray, mask: np.ndarray, side: int, search_px: int) -> n
 def _rotate(template: np.ndarray, weight: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
     side = len(weight)
     matrix = cv2.getRotationMatrix2D(((side - 1) / 2, (side - 1) / 2), float(angle), 1.0)
-    turned = cv2.warpAffine(
-        template, matrix, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-    )
-    return turned, (cv2.warpAffine(weight, matrix, (side, side), flags=cv2.INTER_LINEAR) > 0.5).astype(
-        np.float32
-    )
+    turned = cv2.warpAffine(template, matrix, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return turned, (cv2.warpAffine(weight, matrix, (side, side), flags=cv2.INTER_LINEAR) > 0.5).astype(np.float32)
 
 
 def _correlate(window: np.ndarray, templates: np.ndarray, weights: np.ndarray) -> np.ndarray:

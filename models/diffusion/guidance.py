@@ -51,9 +51,7 @@ class Guidance:
 
     def branches(self, condition: Condition) -> list[tuple[float, Condition]]:
         """(coefficient, condition) of each evaluation, the full one first; coefficients sum to 1."""
-        return [
-            (value, condition.drop(name) if name else condition) for name, value in self.coefficients.items()
-        ]
+        return [(value, condition.drop(name) if name else condition) for name, value in self.coefficients.items()]
 
     def __call__(self, predict: Callable[[Condition], Tensor], condition: Condition) -> Tensor:
         """Guided prediction, float32."""
@@ -66,9 +64,7 @@ class Guidance:
         if not self.weights:
             return f"no guidance, equal to plain CFG scale 1, {cost}"
         terms = " + ".join(f"{name} {weight:g}" for name, weight in self.weights.items())
-        negative = ", ".join(
-            f"{w / self.plain_cfg_scale:.3g} without {name}" for name, w in self.weights.items()
-        )
+        negative = ", ".join(f"{w / self.plain_cfg_scale:.3g} without {name}" for name, w in self.weights.items())
         return f"{terms}, equal to plain CFG scale {self.plain_cfg_scale:g} against ({negative}), {cost}"
 
 

@@ -112,15 +112,11 @@ def _prepare_branches(
     return prepared
 
 
-def _check_request(
-    condition: Condition, sample_ids: Sequence[int], keep_steps: Sequence[int], num_steps: int
-) -> None:
+def _check_request(condition: Condition, sample_ids: Sequence[int], keep_steps: Sequence[int], num_steps: int) -> None:
     if len(sample_ids) != condition.batch_size:
         raise ValueError(
             f"sample_ids has {len(sample_ids)} entries; it must have {condition.batch_size}, the batch size"
         )
     for step in keep_steps:
         if not 0 <= step < num_steps:
-            raise ValueError(
-                f"keep_steps has {step}; it must be in 0..{num_steps - 1}, num_inference_steps - 1"
-            )
+            raise ValueError(f"keep_steps has {step}; it must be in 0..{num_steps - 1}, num_inference_steps - 1")

@@ -44,9 +44,7 @@ def track_priorities(tracks: Tracks, rng: torch.Generator | None = None) -> Tens
     return ranks.to(tracks.points.device)
 
 
-def winning_tracks(
-    points: Tensor, visibility: Tensor, ranks: Tensor, height_cells: int, width_cells: int
-) -> Tensor:
+def winning_tracks(points: Tensor, visibility: Tensor, ranks: Tensor, height_cells: int, width_cells: int) -> Tensor:
     """Lowest rank in each cell -> [B, T, height_cells, width_cells] long, N where the cell is empty.
 
     points [B, T, N, 2] in cells (not pixels), visibility [B, T, N] bool, ranks [B, N] long in 0..N-1.
@@ -57,9 +55,7 @@ def winning_tracks(
     seen = visibility & (x >= 0) & (x < width_cells) & (y >= 0) & (y < height_cells)
     cells_per_frame = height_cells * width_cells
     num_cells = batch * num_frames * cells_per_frame
-    frame_start = (
-        torch.arange(batch * num_frames, device=points.device).view(batch, num_frames, 1) * cells_per_frame
-    )
+    frame_start = torch.arange(batch * num_frames, device=points.device).view(batch, num_frames, 1) * cells_per_frame
     cell = torch.where(seen, y * width_cells + x, 0.0).long() + frame_start
     cell = torch.where(seen, cell, num_cells)  # the unseen share one spare bin behind the grid
     winners = torch.full((num_cells + 1,), num_tracks, dtype=torch.long, device=points.device)
@@ -92,9 +88,7 @@ def scatter_tracks(
     ranks = track_priorities(tracks, rng)
     winners = winning_tracks(tracks.points / cell_px, tracks.visibility, ranks, height_cells, width_cells)
     codes = id_encoding(tracks.ids, dim).transpose(1, 2)  # [B, dim, N]
-    codes_by_rank = codes.new_zeros(
-        tracks.batch_size, dim, tracks.num_tracks + 1
-    )  # the last one: an empty cell
+    codes_by_rank = codes.new_zeros(tracks.batch_size, dim, tracks.num_tracks + 1)  # the last one: an empty cell
     codes_by_rank.scatter_(2, ranks[:, None].expand_as(codes), codes)
     features = codes_by_rank.gather(2, winners.flatten(1)[:, None].expand(-1, dim, -1))
     features = features.unflatten(2, winners.shape[1:])

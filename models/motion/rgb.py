@@ -23,9 +23,7 @@ def id_colours(ids: Tensor) -> Tensor:
     """Identity 0..9999 [...] -> saturated colour [..., 3] in [-1, 1]."""
     ids = ids.double()
     hue = ids * GOLDEN_RATIO % 1.0
-    value = (
-        0.6 + 0.4 * (ids * 7919 % NUM_TRACK_IDS) / NUM_TRACK_IDS
-    )  # 7919 is prime to the count: all values differ
+    value = 0.6 + 0.4 * (ids * 7919 % NUM_TRACK_IDS) / NUM_TRACK_IDS  # 7919 is prime to the count: all values differ
     offsets = torch.tensor([0.0, 2.0 / 3.0, 1.0 / 3.0], dtype=torch.float64, device=ids.device)
     wave = ((hue[..., None] + offsets) % 1.0 * 6.0 - 3.0).abs() - 1.0
     return (wave.clamp(0.0, 1.0) * value[..., None] * 2.0 - 1.0).float()

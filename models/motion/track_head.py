@@ -38,9 +38,7 @@ class TrackHead(nn.Module):
             first = track_map[:, :, :1].expand(-1, -1, FRAMES_PER_LATENT - 1, -1, -1)
             track_map = torch.cat([first, track_map], 2)
         elif num_frames % FRAMES_PER_LATENT or num_frames == 0:
-            raise ValueError(
-                f"track map has {num_frames} frames; it must be 1 + 4k (from frame 0) or 4k >= 4 (later)"
-            )
+            raise ValueError(f"track map has {num_frames} frames; it must be 1 + 4k (from frame 0) or 4k >= 4 (later)")
         batch, _, _, height, width = track_map.shape
         frames = rearrange(track_map, "b d (f g) h w -> (b f) (d g) (h w)", g=FRAMES_PER_LATENT)
         hidden = self.activation(_per_frame(self.compress, frames))

@@ -170,9 +170,7 @@ class Tracks:
         path = Path(path)
         points, visibility = self.points[0].cpu().numpy(), self.visibility[0].cpu().numpy()
         if _suffix(path) == ".npz":
-            np.savez_compressed(
-                path, points=points, visibility=visibility, height=self.height, width=self.width
-            )
+            np.savez_compressed(path, points=points, visibility=visibility, height=self.height, width=self.width)
             return
         fields = {"height": self.height, "width": self.width}
         fields |= {"points": points.tolist(), "visibility": visibility.tolist()}
@@ -189,9 +187,7 @@ class Tracks:
             fields = json.loads(path.read_text())
         missing = {"points", "visibility", "height", "width"} - set(fields)
         if missing:
-            raise ValueError(
-                f"{path}: no field {sorted(missing)}; a track file has points, visibility, height, width"
-            )
+            raise ValueError(f"{path}: no field {sorted(missing)}; a track file has points, visibility, height, width")
         points = np.asarray(fields["points"], np.float32).reshape(*np.shape(fields["visibility"]), 2)
         visibility = np.asarray(fields["visibility"], bool)
         return Tracks.from_arrays(points, visibility, int(fields["height"]), int(fields["width"]))
@@ -226,12 +222,9 @@ def _require_equal(items: Sequence[Tracks], operation: str, fields: tuple[str, .
     if not items:
         raise ValueError(f"{operation}: needs at least one Tracks")
     signatures = [
-        {"batch_size": t.batch_size, "num_frames": t.num_frames, "height": t.height, "width": t.width}
-        for t in items
+        {"batch_size": t.batch_size, "num_frames": t.num_frames, "height": t.height, "width": t.width} for t in items
     ]
     for field in fields:
         values = {signature[field] for signature in signatures}
         if len(values) > 1:
-            raise ValueError(
-                f"{operation}: {field} differs between the tracks: {sorted(values)}; it must be equal"
-            )
+            raise ValueError(f"{operation}: {field} differs between the tracks: {sorted(values)}; it must be equal")

@@ -63,6 +63,5 @@ class LatentSpace:
         if differing:
             told = ", ".join(f"{name}: {theirs[name]} instead of {mine[name]}" for name in differing)
             raise ValueError(
-                f"{owner} was made for another latent space ({told}); use the VAE it was made with, or make "
-                "it again"
+                f"{owner} was made for another latent space ({told}); use the VAE it was made with, or make it again"
             )

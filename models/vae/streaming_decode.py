@@ -58,9 +58,7 @@ class _Stream:
 
     def _check(self, chunk: Tensor, name: str) -> tuple[int, ...]:
         if chunk.ndim != 5 or chunk.shape[2] == 0:
-            raise ValueError(
-                f"{name} has shape {tuple(chunk.shape)}; a push takes [B, C, n >= 1, height, width]"
-            )
+            raise ValueError(f"{name} has shape {tuple(chunk.shape)}; a push takes [B, C, n >= 1, height, width]")
         shape = (*chunk.shape[:2], *chunk.shape[3:])
         if self._now.shape is not None and shape != self._now.shape:
             raise ValueError(

@@ -96,9 +96,7 @@ class TinyVaeConfig:
         """The published architecture that decodes a Wan latent space; ValueError for any other space."""
         known = {LatentSpace.wan_2_1(): cls.taew2_1(), LatentSpace.wan_2_2(): cls.taew2_2()}
         if space not in known:
-            raise ValueError(
-                f"no published tiny VAE decodes {space}; train one for this VAE and pass its folder"
-            )
+            raise ValueError(f"no published tiny VAE decodes {space}; train one for this VAE and pass its folder")
         return known[space]
 
 
@@ -208,14 +206,10 @@ class TinyVae(nn.Module):
         """A published file (taew2_1.pth, taew2_2.pth), strictly; its latent space is the caller's word."""
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(
-                f"no tiny VAE at {path}; taew2_1.pth and taew2_2.pth are in madebyollin/taehv"
-            )
+            raise FileNotFoundError(f"no tiny VAE at {path}; taew2_1.pth and taew2_2.pth are in madebyollin/taehv")
         vae = cls(TinyVaeConfig.for_space(latent_space), latent_space)
         is_safe = path.suffix == ".safetensors"
-        vae.load_state_dict(
-            load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        vae.load_state_dict(load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True))
         return vae
 
     @classmethod
@@ -267,13 +261,10 @@ class TinyVae(nn.Module):
         """As ``decode_chunk``, but RGB in [0, 1] that is not clamped; differentiable, for training."""
         if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
             raise ValueError(
-                f"latents have shape {tuple(latents.shape)}; this tiny VAE takes [B, {self.latent_channels}, "
-                "F, h, w]"
+                f"latents have shape {tuple(latents.shape)}; this tiny VAE takes [B, {self.latent_channels}, F, h, w]"
             )
         patches, memory = _run(self.decoder, latents, state)
-        if (
-            state is None
-        ):  # three frames before the first: latent 0 stands for one frame, every other for four
+        if state is None:  # three frames before the first: latent 0 stands for one frame, every other for four
             patches = patches[:, :, TEMPORAL_STRIDE - 1 :]
         patch = self.config.patch_size
         return rearrange(patches, "b (c q r) t h w -> b c t (h q) (w r)", q=patch, r=patch), memory
@@ -291,11 +282,7 @@ class TinyVae(nn.Module):
 
     def approximate_latents(self, pixels: Tensor) -> Tensor:
         """As ``encode``, but differentiable and in the dtype of the weights, for training."""
-        if (
-            pixels.ndim != 5
-            or pixels.shape[1] != 3
-            or any(size % self.spatial_stride for size in pixels.shape[3:])
-        ):
+        if pixels.ndim != 5 or pixels.shape[1] != 3 or any(size % self.spatial_stride for size in pixels.shape[3:]):
             raise ValueError(
                 f"pixels have shape {tuple(pixels.shape)}; this tiny VAE takes [B, 3, T, H, W] with height "
                 f"and width divisible by {self.spatial_stride}"

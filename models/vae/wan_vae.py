@@ -38,31 +38,23 @@ log = logging.getLogger(__name__)
 
 TEMPORAL_STRIDE = 4
 DEAD_CHANNEL_RATIO = 1e-3  # a channel whose std is below this share of the largest carries nothing
-Cache = tuple[
-    Tensor | str | None, ...
-]  # one slot per causal convolution; "Rep" marks a first call, as diffusers does
+Cache = tuple[Tensor | str | None, ...]  # one slot per causal convolution; "Rep" marks a first call, as diffusers does
 
 
 @dataclass
 class VaeConfig:
     """Architecture of a Wan VAE. The defaults are Wan 2.1's."""
 
-    path: str | None = (
-        None  # folder in diffusers format (config.json and weights); None: fresh weights from the seed
-    )
+    path: str | None = None  # folder in diffusers format (config.json and weights); None: fresh weights from the seed
     base_dim: int = 96  # channels of the encoder at full resolution
     decoder_base_dim: int | None = None  # the same of the decoder; None: as the encoder
     z_dim: int = 16  # latent channels
     dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 4])  # channel factor per resolution
     num_res_blocks: int = 2  # per resolution
-    temporal_downsample: list[bool] = field(
-        default_factory=lambda: [False, True, True]
-    )  # per spatial halving
+    temporal_downsample: list[bool] = field(default_factory=lambda: [False, True, True])  # per spatial halving
     is_residual: bool = False  # Wan 2.2: shortcuts around each resolution
     patch_size: int | None = None  # Wan 2.2: pixel unshuffle before the encoder
-    latents_per_call: int | None = (
-        1  # latent frames per network call: memory against speed; None: all at once
-    )
+    latents_per_call: int | None = 1  # latent frames per network call: memory against speed; None: all at once
 
     def __post_init__(self) -> None:
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
@@ -279,15 +271,11 @@ class WanVae(nn.Module):
 
     def _encode_moments(self, pixels: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
         self._check_pixels(pixels, first=state is None)
-        frames = rearrange(
-            pixels.to(self._dtype), "b c t (h q) (w r) -> b (c r q) t h w", q=self._patch, r=self._patch
-        )
+        frames = rearrange(pixels.to(self._dtype), "b c t (h q) (w r) -> b (c r q) t h w", q=self._patch, r=self._patch)
         cache = list(state) if state is not None else [None] * _count_slots(self.autoencoder.encoder)
         calls = self._calls(pixels.shape[2], state is None, frames_per_latent=TEMPORAL_STRIDE)
         parts = [
-            self.autoencoder.quant_conv(
-                self.autoencoder.encoder(frames[:, :, at], feat_cache=cache, feat_idx=[0])
-            )
+            self.autoencoder.quant_conv(self.autoencoder.encoder(frames[:, :, at], feat_cache=cache, feat_idx=[0]))
             for at in calls
         ]
         return torch.cat(parts, dim=2), tuple(cache)
@@ -295,8 +283,7 @@ class WanVae(nn.Module):
     def _decode_raw(self, raw_latents: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
         if raw_latents.ndim != 5 or raw_latents.shape[1] != self.latent_channels:
             raise ValueError(
-                f"latents have shape {tuple(raw_latents.shape)}; this VAE takes [B, {self.latent_channels}, "
-                "F, h, w]"
+                f"latents have shape {tuple(raw_latents.shape)}; this VAE takes [B, {self.latent_channels}, F, h, w]"
             )
         raw_latents = raw_latents.to(self._dtype)
         cache = list(state) if state is not None else [None] * _count_slots(self.autoencoder.decoder)
@@ -304,9 +291,7 @@ class WanVae(nn.Module):
         for index, at in enumerate(self._calls(raw_latents.shape[2], state is None, frames_per_latent=1)):
             features = self.autoencoder.post_quant_conv(raw_latents[:, :, at])
             first = state is None and index == 0
-            parts.append(
-                self.autoencoder.decoder(features, feat_cache=cache, feat_idx=[0], first_chunk=first)
-            )
+            parts.append(self.autoencoder.decoder(features, feat_cache=cache, feat_idx=[0], first_chunk=first))
         patches = torch.cat(parts, dim=2)
         pixels = rearrange(patches, "b (c r q) t h w -> b c t (h q) (w r)", q=self._patch, r=self._patch)
         return pixels, tuple(cache)
@@ -327,9 +312,7 @@ class WanVae(nn.Module):
             rule = "1 + 4k at the start of a video" if first else "4k within a stream"
             raise ValueError(f"num_frames={num_frames} must be {rule}; add or drop frames")
         if height % self.spatial_stride or width % self.spatial_stride:
-            raise ValueError(
-                f"pixels of {height} x {width} must divide by the VAE's stride {self.spatial_stride}"
-            )
+            raise ValueError(f"pixels of {height} x {width} must divide by the VAE's stride {self.spatial_stride}")
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -360,9 +343,7 @@ def _require_architecture(settings: dict[str, object], expected: VaeConfig, fold
     saved["patch_size"] = settings.get("patch_size") or 1
     saved["is_residual"] = bool(settings.get("is_residual"))
     differing = [
-        f"vae.{name}: {saved[name]} saved, {value} asked"
-        for name, value in wanted.items()
-        if saved[name] != value
+        f"vae.{name}: {saved[name]} saved, {value} asked" for name, value in wanted.items() if saved[name] != value
     ]
     if differing:
         raise ValueError(

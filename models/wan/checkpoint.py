@@ -35,9 +35,7 @@ TRACK_HEAD = "track_head."
 NESTED_STATES = ("generator_ema", "generator")  # the first one present is read
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")
-IGNORED_DIFFUSERS_KEYS = re.compile(
-    r"blocks\.\d+\.attn2\.norm_added_q\.weight"
-)  # in old files; no model reads them
+IGNORED_DIFFUSERS_KEYS = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")  # in old files; no model reads them
 
 # official -> diffusers; each stands for a weight and a bias, a norm weight, or one bare parameter
 TOP_NAMES = {
@@ -111,9 +109,7 @@ def to_official(state: Mapping[str, Any], format: str = "auto") -> StateDict:
     return state
 
 
-def load_pretrained(
-    model: WanDiT, path: str | Path, format: str = "auto", grow_inputs: bool = True
-) -> list[str]:
+def load_pretrained(model: WanDiT, path: str | Path, format: str = "auto", grow_inputs: bool = True) -> list[str]:
     """Loads a file or folder of any known format into ``model``; returns the parameters left at their initial
     values.
 
@@ -206,9 +202,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
             state |= load_file(file)
         return state
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no checkpoint at {path}; give a .safetensors or .pt file, or a folder of them"
-        )
+        raise FileNotFoundError(f"no checkpoint at {path}; give a .safetensors or .pt file, or a folder of them")
     if path.suffix == ".safetensors":
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -223,9 +217,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / shard for shard in sorted(set(shards))]
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
-        raise ValueError(
-            f"{folder} holds {len(files)} .safetensors files and no index; give the path of one file"
-        )
+        raise ValueError(f"{folder} holds {len(files)} .safetensors files and no index; give the path of one file")
     return files
 
 
@@ -250,9 +242,7 @@ def _check_weights_config(weights: Path, config: WanConfig) -> None:
     """The weights file names its own config: a crash between the two renames of `save_dit` is noticed."""
     own = _saved_config(weights)
     if own is None:
-        raise ValueError(
-            f"{weights} names no config, so save_dit did not write it; read it with load_pretrained"
-        )
+        raise ValueError(f"{weights} names no config, so save_dit did not write it; read it with load_pretrained")
     if differences := own.architecture_differences(config):
         raise ValueError(
             f"{weights} was saved with another config than {CONFIG_NAME} says (field: weights, json): "
@@ -268,9 +258,7 @@ def _bare_name(name: str) -> str:
     return name
 
 
-def _rename(
-    state: Mapping[str, Tensor], top: dict[str, str], block: dict[str, str], source: str
-) -> StateDict:
+def _rename(state: Mapping[str, Tensor], top: dict[str, str], block: dict[str, str], source: str) -> StateDict:
     renamed, unknown = {}, []
     for name, tensor in state.items():
         new_name = name if name.startswith(TRACK_HEAD) else _translate(name, top, block)
@@ -296,17 +284,13 @@ def _translate(name: str, top: dict[str, str], block: dict[str, str]) -> str | N
     return f"{prefix}{names[module]}.{parameter}"
 
 
-def _check_architecture(
-    state: StateDict, saved: WanConfig | None, config: WanConfig, path: str | Path
-) -> None:
+def _check_architecture(state: StateDict, saved: WanConfig | None, config: WanConfig, path: str | Path) -> None:
     """Sizes that the weights show must be the config's; input channels are checked apart."""
     found = _architecture(state, path)
     if saved is not None:
         found["num_heads"] = saved.num_heads
     expected = config.to_dict()
-    differences = [
-        f"{name}: {value}, {expected[name]}" for name, value in found.items() if value != expected[name]
-    ]
+    differences = [f"{name}: {value}, {expected[name]}" for name, value in found.items() if value != expected[name]]
     if differences:
         raise ValueError(
             f"{path} holds another architecture (field: checkpoint, model): {'; '.join(differences)}; "
@@ -366,9 +350,7 @@ def _grown_inputs(weight: Tensor, layout: InputLayout, config: WanConfig) -> Ten
     for part, width in config.input_layout:
         old = old_columns.pop(part, None)
         if old is not None and old.shape[1] != width:
-            raise ValueError(
-                f"the checkpoint has {old.shape[1]} {part} channels, the model {width}; make them equal"
-            )
+            raise ValueError(f"the checkpoint has {old.shape[1]} {part} channels, the model {width}; make them equal")
         columns.append(weight.new_zeros(weight.shape[0], width, *weight.shape[2:]) if old is None else old)
     if old_columns:
         raise ValueError(

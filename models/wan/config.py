@@ -51,13 +51,9 @@ class WanConfig:
     def __post_init__(self) -> None:
         self.patch_size = [int(size) for size in self.patch_size]
         if self.dim % self.num_heads or self.head_dim % 2:
-            raise ValueError(
-                f"dim={self.dim} must be num_heads={self.num_heads} times an even head_dim; change one"
-            )
+            raise ValueError(f"dim={self.dim} must be num_heads={self.num_heads} times an even head_dim; change one")
         if len(self.patch_size) != 3 or self.patch_size[0] != 1:
-            raise ValueError(
-                f"patch_size={self.patch_size} must be [1, rows, columns], as in every Wan model"
-            )
+            raise ValueError(f"patch_size={self.patch_size} must be [1, rows, columns], as in every Wan model")
         for name, allowed in (
             ("image_conditioning", IMAGE_CONDITIONING),
             ("track_encoding", TRACK_ENCODINGS),
@@ -162,9 +158,7 @@ class WanConfig:
         """Inverse of to_dict; raises ValueError naming unknown fields."""
         known = {item.name for item in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ValueError(
-                f"WanConfig has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}"
-            )
+            raise ValueError(f"WanConfig has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -117,9 +117,7 @@ def model_input(latents: Tensor, condition: PreparedCondition, config: WanConfig
         "noisy": latents,
         "track": condition.track,
         "image": image,
-        "mask": None
-        if image is None
-        else torch.ones_like(image[:, :1, :1]).expand(-1, MASK_CHANNELS, -1, -1, -1),
+        "mask": None if image is None else torch.ones_like(image[:, :1, :1]).expand(-1, MASK_CHANNELS, -1, -1, -1),
     }
     parts = [_padded(known[part], width, latents) for part, width in config.input_layout]
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]

@@ -21,9 +21,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-VOCABULARY_CAPACITY = (
-    128  # slots for words: a DiT keeps its text_dim, and its weights, while the vocabulary grows
-)
+VOCABULARY_CAPACITY = 128  # slots for words: a DiT keeps its text_dim, and its weights, while the vocabulary grows
 
 # The order is part of every trained sprites model. Append; never reorder, rename or remove.
 # fmt: off
@@ -74,8 +72,7 @@ class VocabularyEncoder:
     def __init__(self, text_len: int, vocabulary: Sequence[str] = SPRITES_VOCABULARY) -> None:
         if len(set(vocabulary)) != len(vocabulary) or len(vocabulary) > VOCABULARY_CAPACITY:
             raise ValueError(
-                f"a vocabulary of {len(vocabulary)} words must have no word twice, and at most "
-                f"{VOCABULARY_CAPACITY}"
+                f"a vocabulary of {len(vocabulary)} words must have no word twice, and at most {VOCABULARY_CAPACITY}"
             )
         self.text_len = text_len
         self._index = {word: index for index, word in enumerate(vocabulary)}
@@ -155,12 +152,8 @@ class Umt5Encoder(nn.Module):
 
         super().__init__()
         encoder_folder = _part(Path(path), "text_encoder", "config.json")
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            _part(Path(path), "tokenizer", "tokenizer_config.json")
-        )
-        self.model = (
-            UMT5EncoderModel.from_pretrained(encoder_folder, dtype=dtype).eval().requires_grad_(False)
-        )
+        self.tokenizer = AutoTokenizer.from_pretrained(_part(Path(path), "tokenizer", "tokenizer_config.json"))
+        self.model = UMT5EncoderModel.from_pretrained(encoder_folder, dtype=dtype).eval().requires_grad_(False)
         self.text_len = text_len
         self.text_dim: int = self.model.config.d_model
         self.null_caption = null_caption

@@ -20,6 +20,7 @@ from stream.dragstream.drag import Drag, Point, Pose
 
 SMALLEST_SHARE = 1e-3  # of a cell: less is rounding of the bilinear weights
 
+
 def cell_centers(rows: int, cols: int, size: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
     """Middles of the cells of a grid over a frame of ``size`` (height, width) px: [rows, cols, 2] as (x, y)."""
     height, width = size

@@ -75,13 +75,10 @@ def small_app(tmp_path, monkeypatch):
     )
     for name in ("causal", "rl"):
         (conf / f"{name}.yaml").write_text(
-            f"# The {name} stage.\ndefaults: [{name}_schema, _self_]\n"
-            "_target_: app_stages.Stage\ninit_from: a\n"
+            f"# The {name} stage.\ndefaults: [{name}_schema, _self_]\n_target_: app_stages.Stage\ninit_from: a\n"
         )
     (conf / "broken.yaml").write_text("defaults: [broken_schema, _self_]\n_target_: no_such_module.Stage\n")
-    (conf / "typo.yaml").write_text(
-        "defaults: [typo_schema, _self_]\n_target_: app_stages.Stage\nwindo_chunks: 1\n"
-    )
+    (conf / "typo.yaml").write_text("defaults: [typo_schema, _self_]\n_target_: app_stages.Stage\nwindo_chunks: 1\n")
     (conf / "missing.yaml").write_text("defaults: [missing_schema, _self_]\n_target_: app_stages.Stage\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(app, "CONF_DIR", tmp_path / "conf")
@@ -131,9 +128,7 @@ def test_missing_value_and_dataclass_validation(small_app):
 def _run(folder: Path, *args: str) -> subprocess.CompletedProcess:
     script = folder / "main.py"
     script.write_text(MAIN.format(repo=str(REPO), here=str(folder)))
-    return subprocess.run(
-        [sys.executable, str(script), *args], cwd=folder, capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run([sys.executable, str(script), *args], cwd=folder, capture_output=True, text=True, timeout=60)
 
 
 def test_command_line(small_app):

@@ -58,9 +58,7 @@ def test_sparse_subset_stays_on_one_object(seed):
 
 
 def test_sparse_subset_prefers_what_moves():
-    moving = [
-        int(sparse_object_subset(two_objects(1), rng(s)).visibility[0, :, 20:].any()) for s in range(40)
-    ]
+    moving = [int(sparse_object_subset(two_objects(1), rng(s)).visibility[0, :, 20:].any()) for s in range(40)]
     assert sum(moving) > 30
 
 

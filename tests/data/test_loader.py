@@ -90,9 +90,7 @@ class Numbers(Dataset):
         return 10
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(
-            index, f"clip-{index}", f"caption {index}", latents=torch.full((1, 1, 2, 2), float(index))
-        )
+        return Sample(index, f"clip-{index}", f"caption {index}", latents=torch.full((1, 1, 2, 2), float(index)))
 
 
 def test_loader_state_counts_what_was_handed_out():

@@ -37,9 +37,7 @@ def members(n: int, folder) -> dict[str, bytes]:
 @pytest.fixture
 def shards(tmp_path):
     samples = [(f"clip-{n}", members(n, tmp_path)) for n in range(4)]
-    write_shards(
-        samples, tmp_path / "shards", GEOMETRY, max_shard_bytes=5e3, text_len=6, fingerprints={"vae": "v1"}
-    )
+    write_shards(samples, tmp_path / "shards", GEOMETRY, max_shard_bytes=5e3, text_len=6, fingerprints={"vae": "v1"})
     return tmp_path / "shards", dict(samples)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.layer_alignment import _predicted
+from data.layer_alignment import Target, _by_soft_colors, _predicted
 from data.lucas_kanade import LucasKanadeConfig
-from data.motion_layers import fit_motion
+from data.motion_layers import _smoothed, fit_motion
 from data.sprites import SpritesConfig, render_clip
 from data.trackers import CoTracker3, TrackerConfig, build_tracker, grid_queries
 
@@ -24,9 +24,7 @@ def shifting_noise(num_frames: int = 9, size: int = 64, step=(1.5, -0.75)) -> tu
     waves = rng.uniform(-0.7, 0.7, (12, 2)), rng.uniform(0, 6.3, 12)
     shift = np.arange(num_frames)[:, None] * np.array(step)
     y, x = np.mgrid[:size, :size]
-    frames = [
-        sum(np.cos(k[0] * (x - s[0]) + k[1] * (y - s[1]) + phase) for k, phase in zip(*waves)) for s in shift
-    ]
+    frames = [sum(np.cos(k[0] * (x - s[0]) + k[1] * (y - s[1]) + phase) for k, phase in zip(*waves)) for s in shift]
     gray = np.clip(128 + 25 * np.stack(frames), 0, 255).astype(np.uint8)
     return np.repeat(gray[..., None], 3, axis=-1), shift
 
@@ -101,6 +99,57 @@ def test_a_slow_body_does_not_drag_the_still_ground_along():
     assert np.linalg.norm(points[-1] - queries, axis=-1)[aside].max() < 0.5
     on_body = (np.abs(queries - [14, 24]) < 8).all(-1)
     assert np.abs(points[-1] - queries - [9, 0])[on_body].max() < 1
+
+
+def moving_square(steps, blur: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """A textured square on still ground, shifted by steps [T] px to the right; its pattern is blurred ever more, up to
+    ``blur`` px in the last frame: frames, and the square's corners before it moves.
+    """
+    cv2, rng = pytest.importorskip("cv2"), np.random.default_rng(4)
+
+    def texture(size: int, color: tuple[int, int, int]) -> np.ndarray:
+        noise = cv2.GaussianBlur(rng.standard_normal((size, size)), (0, 0), 2.0)
+        return np.clip(np.array(color) * (1 + 0.5 * (noise / noise.std())[..., None]), 0, 255).astype(np.float32)
+
+    ground, square = texture(64, (60, 80, 110)), texture(20, (180, 70, 60))
+    frames = np.stack([ground] * len(steps))
+    for t, step in enumerate(steps):
+        sigma = blur * t / (len(steps) - 1)
+        smeared = cv2.GaussianBlur(square, (0, 0), sigma) if sigma else square
+        frames[t, 24:44, 8 + step : 28 + step] = smeared
+    return frames.round().astype(np.uint8), np.array([[8, 24], [28, 44]])
+
+
+@pytest.mark.parametrize("blur", [0.0, 2.0])
+def test_a_body_that_rests_at_first_is_followed_when_it_moves(blur):
+    steps = np.concatenate([np.zeros(16, int), np.arange(2, 34, 2)])
+    frames, (low, high) = moving_square(steps, blur)
+    queries = grid_queries(64, 64, 16, 16)
+    points, _ = build_tracker(TrackerConfig(max_layers=2)).track(frames, queries)
+    on_it = ((queries > low + 1) & (queries < high - 1)).all(-1)
+    assert np.abs(points[-1] - queries - [32, 0])[on_it].max() < (0.5 if blur == 0 else 2)
+    beside = ~((queries > low - 3) & (queries < high + 3)).all(-1)
+    assert np.abs(points[-1] - queries)[beside].max() < 0.5
+
+
+def test_a_body_whose_pattern_is_lost_is_found_by_its_colors():
+    """As a small model generates it: the pattern of the start turns into another of the same colours."""
+    frames, _ = moving_square([0, 4, 0])
+    colors = frames.astype(np.float32) / 255
+    colors[2, 24:44, 8:28] = colors[0, 24:44, 36:56]
+    colors[1, 24:44, 12:32] = colors[0, 24:44, 8:28][::-1, ::-1].transpose(1, 0, 2)
+    y, x = np.mgrid[24:44, 8:28]
+    target = Target.of(colors[0], colors[0].mean(-1), (x + 1j * y).reshape(-1))
+    found = _by_soft_colors(colors[1], target, (1.0, 1.0), gap=1)
+    assert found is not None and abs(found.b - 4) < 2.5
+    assert _by_soft_colors(colors[2], target, (1.0, 1.0), gap=1) is None
+
+
+def test_neighbours_outvote_a_point_that_looks_like_another_layer():
+    start = (np.arange(8)[:, None] + 1j * np.arange(8)[None]).reshape(-1) * 4
+    score = np.where(start.real < 14, 10.0, -10.0) * np.array([[1], [-1]])
+    score[:, 9] *= -1
+    assert np.array_equal(_smoothed(score, start), np.where(start.real < 14, 0, 1))
 
 
 def test_a_hidden_layer_turns_about_its_own_center_and_keeps_its_scale():

@@ -132,9 +132,7 @@ def test_self_forcing(model_cfg, tmp_path, reuse_rollout):
 
 def fit_self_forcing(model_cfg, folder: Path, steps: int) -> Trainer:
     torch.set_num_threads(1)  # a sum over two threads has another order
-    trainer = trainer_of(
-        model_cfg, SelfForcing(SelfForcingConfig(student_every=2, **TRACKS)), folder, steps=steps
-    )
+    trainer = trainer_of(model_cfg, SelfForcing(SelfForcingConfig(student_every=2, **TRACKS)), folder, steps=steps)
     trainer.fit()
     return trainer
 

@@ -35,9 +35,7 @@ def _run(tiny_weights, out: Path, *overrides: str) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def clips(tiny_weights):
     cfg, queries = tiny_weights.model_cfg, query_grid(tiny_weights.model_cfg, TrackerConfig())
-    return sprites_clips(
-        SpritesConfig(), cfg.clip, num_clips=3, split="test", queries=queries, noise=KeyedNoise(0)
-    )
+    return sprites_clips(SpritesConfig(), cfg.clip, num_clips=3, split="test", queries=queries, noise=KeyedNoise(0))
 
 
 def test_motion_transfer_writes_every_figure(tiny_weights, tmp_path: Path, capsys) -> None:
@@ -71,9 +69,7 @@ def test_motion_transfer_writes_every_figure(tiny_weights, tmp_path: Path, capsy
 def test_a_run_is_reproducible_and_a_guidance_is_obeyed(tiny_weights, tmp_path: Path) -> None:
     common = ["bench.num_inference_steps=2", "bench.roles=[teacher]", "bench.withhold_tracks=false", *QUICK]
     first, again = (_run(tiny_weights, tmp_path / name, *common) for name in ("a", "b"))
-    assert (
-        first["teacher.epe_px"] == again["teacher.epe_px"] and first["teacher.ssim"] == again["teacher.ssim"]
-    )
+    assert first["teacher.epe_px"] == again["teacher.epe_px"] and first["teacher.ssim"] == again["teacher.ssim"]
     plain = _run(tiny_weights, tmp_path / "c", "model.guidance.text=0", *common)
     assert plain["teacher.ssim"] != first["teacher.ssim"]
     assert "student.epe_px" not in first and "teacher_withheld.epe_px" not in first
@@ -163,9 +159,7 @@ def test_latency_reports_and_its_ratio_sees_growth(tiny_weights, tmp_path: Path)
     assert metrics["student.chunk_seconds_p50"] <= metrics["student.chunk_seconds_p95"]
     assert metrics["student.frames_per_second_without_decoding"] > metrics["student.frames_per_second"] > 0
     assert 0.2 < metrics["student.chunk_32_over_chunk_20"] < 5
-    assert {"student.first_frame_seconds", "student.peak_resident_mib", "student.resident_growth_mib"} <= set(
-        metrics
-    )
+    assert {"student.first_frame_seconds", "student.peak_resident_mib", "student.resident_growth_mib"} <= set(metrics)
     timings = [ChunkTiming(i, 12, 0.0, 0.1 + 0.001 * i, 0.0) for i in range(401)]
     assert growth(timings) == pytest.approx(0.4905 / 0.1195, rel=0.01)
 

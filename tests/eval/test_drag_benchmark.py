@@ -146,7 +146,7 @@ def test_the_benchmark_measures_each_method_against_no_drag(tiny_weights, tmp_pa
     assert set(per_scenario[0]) == {"key", "prompt", "no_drag", "drag", "sg_i2v", "ideal"}
     assert metrics["ideal.objmc_px"] < 0.5 and "ideal.seconds_ratio" not in metrics  # nothing is generated for it
     report = (tmp_path / "report.html").read_text()
-    assert "Before and after" in report and "src=\"http" not in report
+    assert "Before and after" in report and 'src="http' not in report
 
 
 def test_the_benchmark_takes_official_labels(tiny_weights, tmp_path: Path) -> None:

@@ -13,9 +13,7 @@ from eval.metrics.lpips import BACKBONE_FILE, HEADS_FILE, Lpips, load_lpips
 
 @pytest.fixture
 def video() -> torch.Tensor:
-    return torch.randint(
-        20, 230, (4, 24, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
+    return torch.randint(20, 230, (4, 24, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
 def test_psnr_in_closed_form_and_without_frame_zero(video: torch.Tensor) -> None:
@@ -32,9 +30,7 @@ def test_identical_frames_reach_the_ceilings(video: torch.Tensor) -> None:
 def test_ssim_falls_with_noise_and_does_not_read_the_batch_range(video: torch.Tensor) -> None:
     flat = torch.full_like(video, 120)
     slight = flat.clone()
-    slight[:, ::2] += (
-        1  # a one-level ripple on grey: next to invisible, unless the range is taken from the data
-    )
+    slight[:, ::2] += 1  # a one-level ripple on grey: next to invisible, unless the range is taken from the data
     assert frame_ssim(slight, flat).min() > 0.9
     assert frame_ssim(video.flip(2), video).max() < 0.5
 
@@ -77,8 +73,6 @@ def test_drift_compares_the_two_ends() -> None:
     assert drift(torch.full((50,), 0.3)) == pytest.approx(0.0)
     nan = float("nan")
     assert drift(torch.tensor([nan, 1.0] + [0.0] * 10 + [3.0, nan])) == pytest.approx(2.0)
-    torch.testing.assert_close(
-        window_means(torch.tensor([1.0, 3.0, nan, 5.0, 7.0]), 2), torch.tensor([2.0, 5.0, 7.0])
-    )
+    torch.testing.assert_close(window_means(torch.tensor([1.0, 3.0, nan, 5.0, 7.0]), 2), torch.tensor([2.0, 5.0, 7.0]))
     mean, std = latent_moments(torch.stack([torch.full((2, 3, 4), float(f)) for f in range(3)], dim=1))
     assert mean.tolist() == [0, 1, 2] and std.tolist() == [0, 0, 0]

@@ -40,9 +40,7 @@ def test_ground_truth_registers_on_itself(clips) -> None:
 @pytest.mark.parametrize("shift", [(3.0, 0.0), (-4.0, 3.0), (0.0, 6.0)])
 def test_a_shifted_video_shows_its_shift(clips, shift) -> None:
     matrix = np.float32([[1, 0, shift[0]], [0, 1, shift[1]]])
-    frames = np.stack(
-        [cv2.warpAffine(f, matrix, (64, 64), borderMode=cv2.BORDER_REFLECT) for f in clips[0].frames]
-    )
+    frames = np.stack([cv2.warpAffine(f, matrix, (64, 64), borderMode=cv2.BORDER_REFLECT) for f in clips[0].frames])
     found = register_sprites(frames, clips[0].frames, clips[0].masks)
     assert found.position_px == pytest.approx(np.hypot(*shift), abs=0.6)
 

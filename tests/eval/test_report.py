@@ -49,9 +49,7 @@ def test_the_page_holds_everything_inside(tmp_path: Path) -> None:
     video = video_side_by_side({"ground truth": _ramp(6), "student <3": _ramp(4)}, fps=8, caption="two")
     figure = line_figure({"a": ([0, 1, 2], [1.0, float("nan"), 3.0])}, x_label="frame", y_label="px")
     table = Table(["figure", "mean"], [["epe & more", "1.5"]])
-    path = write_report(
-        tmp_path / "deep" / "report.html", [Section("Clips", "one\ntwo", table, [figure], [video])]
-    )
+    path = write_report(tmp_path / "deep" / "report.html", [Section("Clips", "one\ntwo", table, [figure], [video])])
     page = path.read_text(encoding="utf-8")
     parser = _Balance()
     parser.feed(page)

@@ -40,9 +40,7 @@ def load(name: str, *overrides: str) -> ModelConfig:
     content = OmegaConf.load(CONF / f"{name}.yaml")
     assert content.pop("_target_") == "models.assemble.ModelConfig"
     assert content.pop("defaults") == [f"{name}_schema", "_self_"]
-    merged = OmegaConf.merge(
-        OmegaConf.structured(ModelConfig), content, OmegaConf.from_dotlist(list(overrides))
-    )
+    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), content, OmegaConf.from_dotlist(list(overrides)))
     return OmegaConf.to_object(merged)
 
 
@@ -187,9 +185,7 @@ def test_the_tiny_vae_must_decode_the_space_of_the_vae(tmp_path):
 def test_encoders_of_the_sprites_world():
     cfg = load("sprites")
     encoder = build_text_encoder(cfg)
-    codes = encoder.encode(
-        ["a red striped disc and a blue spotted ring on a cyan background then the disc turns pink"]
-    )
+    codes = encoder.encode(["a red striped disc and a blue spotted ring on a cyan background then the disc turns pink"])
     assert codes.shape == (1, cfg.dit.text_len, cfg.dit.text_dim)
     assert build_clip_encoder(cfg) is None
     cfg.text = TextConfig(kind="umt5")

@@ -106,9 +106,7 @@ def umt5_folder(tmp_path_factory):
     trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>")
     tokenizer.train_from_iterator(SENTENCES, trainer)
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(folder / "tokenizer")
     torch.manual_seed(0)
     cfg = UMT5Config(vocab_size=len(fast), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
@@ -119,9 +117,7 @@ def umt5_folder(tmp_path_factory):
 def test_umt5_is_zero_beyond_the_true_length_and_padding_changes_nothing(umt5_folder):
     encoder, longer = Umt5Encoder(umt5_folder, text_len=40), Umt5Encoder(umt5_folder, text_len=48)
     codes = encoder.encode(SENTENCES[:2])
-    assert (
-        codes.shape == (2, 40, encoder.text_dim) and encoder.text_dim == 24 and codes.dtype == torch.float32
-    )
+    assert codes.shape == (2, 40, encoder.text_dim) and encoder.text_dim == 24 and codes.dtype == torch.float32
     for row, caption in zip(codes, SENTENCES):
         length = len(encoder.tokenizer(caption)["input_ids"])
         assert length < 40 and not row[length:].any() and row[:length].abs().sum(-1).min() > 0

@@ -56,9 +56,7 @@ def start(dit: WanDiT, cfg: RolloutConfig, **changes) -> Rollout:
     return Rollout(dit, cfg, **(arguments | changes))
 
 
-def clip(
-    dit: WanDiT, cfg: RolloutConfig, num_chunks: int, given: Condition | None = None, **changes
-) -> list[Chunk]:
+def clip(dit: WanDiT, cfg: RolloutConfig, num_chunks: int, given: Condition | None = None, **changes) -> list[Chunk]:
     arguments = {"noise": KeyedNoise(0), "sample_ids": IDS, "latent_shape": SHAPE} | changes
     given = condition(num_chunks) if given is None else given
     return list(rollout(dit, given, cfg, num_chunks=num_chunks, **arguments))
@@ -239,9 +237,7 @@ def count_calls(dit: WanDiT, monkeypatch, *names: str) -> dict[str, int]:
 
 def test_work_is_shared_between_passes(monkeypatch):
     dit = student(1)
-    counts = count_calls(
-        dit, monkeypatch, "prepare_text", "prepare", "modulation", "predict_x0", "cache_pass"
-    )
+    counts = count_calls(dit, monkeypatch, "prepare_text", "prepare", "modulation", "predict_x0", "cache_pass")
     clip(dit, config(), 3)
     # once per prompt; per chunk; three steps and the cache level; 3 x 3 passes; none after the last chunk
     expected = {"prepare_text": 1, "prepare": 3, "modulation": 4, "predict_x0": 9, "cache_pass": 2}
@@ -366,9 +362,7 @@ def test_clean_first_frame_stays_clean_in_every_pass(context_noise, monkeypatch)
 
 def test_first_frame_static_equals_immutable():
     dit, given = student(image_conditioning="first_frame"), condition(4, image=True)
-    immutable, static = (
-        latents(clip(dit, config(), 4, given, cache=cache)) for cache in ("immutable", "static")
-    )
+    immutable, static = (latents(clip(dit, config(), 4, given, cache=cache)) for cache in ("immutable", "static"))
     torch.testing.assert_close(static, immutable, atol=2e-5, rtol=1e-4)
 
 

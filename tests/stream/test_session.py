@@ -35,9 +35,7 @@ def first_frame() -> np.ndarray:
 
 def _moving(frames: int, start: int = 0) -> Tracks:
     time = np.arange(start, start + frames, dtype=np.float32)
-    points = np.stack(
-        [np.stack([2 + 0.3 * time, 3 + 0 * time], -1), np.stack([9 + 0 * time, 1 + 0.4 * time], -1)], 1
-    )
+    points = np.stack([np.stack([2 + 0.3 * time, 3 + 0 * time], -1), np.stack([9 + 0 * time, 1 + 0.4 * time], -1)], 1)
     return Tracks.from_arrays(points, np.ones((frames, 2), bool), 16, 16)
 
 
@@ -143,9 +141,7 @@ def test_tracks_drawn_as_pictures_stream_like_the_whole_clip(tiny_weights, first
     session = _open(dit, codecs, first_frame, num_frames=33)
     streamed = torch.cat([session.latents for _ in session], dim=2)
     tracks = _moving(33).with_ids(session._buffer._identities[None, :2])
-    condition = codecs.condition(
-        codecs.encode_prompts([PROMPT]), tracks, codecs.encode_first_frames(first_frame[None])
-    )
+    condition = codecs.condition(codecs.encode_prompts([PROMPT]), tracks, codecs.encode_first_frames(first_frame[None]))
     with torch.no_grad():
         chunks = rollout(dit, condition, cfg.rollout, num_chunks=3, noise=KeyedNoise(0), sample_ids=[0],
                          latent_shape=codecs.frame_latent_shape)  # fmt: skip

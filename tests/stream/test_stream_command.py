@@ -49,18 +49,14 @@ def test_any_length_from_a_picture_and_a_track_file(tiny_weights, tmp_path: Path
     np.testing.assert_array_equal(frames, again)
 
 
-def test_motion_transfer_from_a_video_and_the_teacher(
-    tiny_weights, sprites_video: Path, tmp_path: Path
-) -> None:
+def test_motion_transfer_from_a_video_and_the_teacher(tiny_weights, sprites_video: Path, tmp_path: Path) -> None:
     given = (f"image={sprites_video}", f"tracks={sprites_video}")
     student = _run(tiny_weights, tmp_path / "s.mp4", *given, "num_frames=10")
     teacher = _run(tiny_weights, tmp_path / "t.mp4", *given, "role=teacher", "num_inference_steps=2")
     assert len(student) == 10 and len(teacher) == 33
 
 
-def test_tracks_of_another_resolution_are_refused_before_anything_is_built(
-    tiny_weights, tmp_path: Path
-) -> None:
+def test_tracks_of_another_resolution_are_refused_before_anything_is_built(tiny_weights, tmp_path: Path) -> None:
     path = tmp_path / "tracks.npz"
     Tracks.from_arrays(np.full((9, 1, 2), 32.0), np.ones((9, 1), bool), 64, 128).save(path)
     nothing = ["model.vae.path=/nowhere", "model.student=/nowhere"]

@@ -10,14 +10,10 @@ from models.motion.tracks import Tracks
 from stream.track_buffer import TrackBuffer
 
 
-def _tracks(
-    frames: int, count: int = 3, start: int = 0, ids: list[int] | None = None, size: int = 32
-) -> Tracks:
+def _tracks(frames: int, count: int = 3, start: int = 0, ids: list[int] | None = None, size: int = 32) -> Tracks:
     """Track n stands at (n, frame number): a point tells which frame it came from."""
     time = torch.arange(start, start + frames, dtype=torch.float32)
-    points = torch.stack(
-        [torch.arange(count).float()[None].expand(frames, -1), time[:, None].expand(-1, count)], -1
-    )
+    points = torch.stack([torch.arange(count).float()[None].expand(frames, -1), time[:, None].expand(-1, count)], -1)
     ids_tensor = torch.tensor([ids if ids is not None else [0] * count])
     return Tracks(points[None], torch.ones(1, frames, count, dtype=torch.bool), ids_tensor, size, size)
 

@@ -18,11 +18,7 @@ def test_learning_rate():
     cfg = OptimConfig(lr=1.0, warmup_updates=4, schedule="cosine", min_lr_ratio=0.1)
     rates = [learning_rate(n, cfg, 24) for n in range(30)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert (
-        rates[14] == pytest.approx(0.55)
-        and rates[24] == pytest.approx(0.1)
-        and rates[29] == pytest.approx(0.1)
-    )
+    assert rates[14] == pytest.approx(0.55) and rates[24] == pytest.approx(0.1) and rates[29] == pytest.approx(0.1)
     assert learning_rate(1000, OptimConfig(lr=0.3), 10) == 0.3
 
 
@@ -48,9 +44,7 @@ def test_refused(settings, message):
 
 
 def test_muon_keeps_its_ratio():
-    optimizer = build_optimizer(
-        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), OptimConfig(kind="muon", lr=0.1), True
-    )
+    optimizer = build_optimizer(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), OptimConfig(kind="muon", lr=0.1), True)
     assert [group["lr_ratio"] for group in optimizer.param_groups] == [pytest.approx(10.0), 1.0]
 
 

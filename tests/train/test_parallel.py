@@ -61,8 +61,7 @@ def run_forked(function, mode, args, world=2):
     }
     context = multiprocessing.get_context("fork")  # no second import of torch
     processes = [
-        context.Process(target=_one_of_many, args=(rank, environment, function, args))
-        for rank in range(world)
+        context.Process(target=_one_of_many, args=(rank, environment, function, args)) for rank in range(world)
     ]
     for process in processes:
         process.start()
@@ -133,9 +132,7 @@ def _compare_entry_points(model_cfg):
     for (name, first), second in zip(plain.named_parameters(), sharded.parameters()):
         torch.testing.assert_close(first.grad, second.grad.full_tensor(), rtol=1e-3, atol=1e-6, msg=name)
     with parallel.whole_modules({"student": sharded}) as whole:
-        for first, second in zip(
-            plain.parameters(), whole["student"].parameters() if parallel.is_main else []
-        ):
+        for first, second in zip(plain.parameters(), whole["student"].parameters() if parallel.is_main else []):
             assert torch.equal(first, second)
     parallel.close()
 

@@ -87,9 +87,7 @@ def test_the_loss_is_the_weighted_flow_matching_error(tiny_model, tiny_shards, t
     eps = (noisy - (1 - sigma) * batch.latents) / sigma
     target = eps - batch.latents
     assert condition.image_latents is not None
-    torch.testing.assert_close(
-        loss, target[:, :, 1:].square().mean(), rtol=1e-4, atol=1e-5
-    )  # frame 0 is given
+    torch.testing.assert_close(loss, target[:, :, 1:].square().mean(), rtol=1e-4, atol=1e-5)  # frame 0 is given
 
     exact = Recorder(stage.dit.dit, lambda x, t, c: (x - batch.latents) / sigma)  # v = (x_sigma - x0) / sigma
     stage.use({"teacher": exact})

@@ -42,9 +42,7 @@ def trainer_of(folder, steps=8, stage=None, optim=None, **settings):
     Path(folder).mkdir(parents=True, exist_ok=True)
     monitor = Monitor(LoggerConfig(progress=False), Path(folder), "toy", {})
     stage = stage or Toy(KeyedNoise(cfg.seed))
-    return Trainer(
-        cfg, optim, stage, Parallel(device="cpu", precision="fp32"), None, monitor, {"seed": cfg.seed}
-    )
+    return Trainer(cfg, optim, stage, Parallel(device="cpu", precision="fp32"), None, monitor, {"seed": cfg.seed})
 
 
 def weights(trainer):
@@ -54,8 +52,7 @@ def weights(trainer):
 def losses(folder):
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if not k.startswith(("unix", "time/", "seconds", "samples"))}
-        for line in lines
+        {k: v for k, v in line.items() if not k.startswith(("unix", "time/", "seconds", "samples"))} for line in lines
     ]
 
 

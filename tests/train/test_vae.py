@@ -68,10 +68,7 @@ def test_learns_and_exports_a_normalised_vae(pixel_shards, tmp_path):
         f"validation_shards={pixel_shards}",
         "validation_clips=2",
     )
-    assert (
-        np.mean([r["vae/psnr_db"] for r in records[20:25]])
-        > np.mean([r["vae/psnr_db"] for r in records[:5]]) + 1
-    )
+    assert np.mean([r["vae/psnr_db"] for r in records[20:25]]) > np.mean([r["vae/psnr_db"] for r in records[:5]]) + 1
     assert records[-1]["validation/psnr_db"] > 0
     assert len(list((tmp_path / "validation/step_00000025").glob("*.mp4"))) == 2
 

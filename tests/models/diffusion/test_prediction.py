@@ -52,9 +52,7 @@ def test_velocity_and_x0_are_inverse(seed, sigma):
 @given(st.integers(0, 1000), st.floats(0.0, 1.0))
 def test_parts_rebuild_the_input(seed, sigma):
     noisy, velocity = path(seed)
-    rebuilt = add_noise(
-        velocity_to_x0(noisy, velocity, sigma), velocity_to_noise(noisy, velocity, sigma), sigma
-    )
+    rebuilt = add_noise(velocity_to_x0(noisy, velocity, sigma), velocity_to_noise(noisy, velocity, sigma), sigma)
     torch.testing.assert_close(rebuilt, noisy, atol=1e-5, rtol=0)
 
 

@@ -19,11 +19,7 @@ CELLS = {"height_cells": 4, "width_cells": 6, "cell_px": 8}
 def tracks_at(points: list, visibility: list | None = None, ids: list[int] | None = None) -> Tracks:
     """One clip from [T][N] points."""
     points = torch.tensor(points, dtype=torch.float32)[None]
-    visible = (
-        torch.ones(points.shape[:3], dtype=torch.bool)
-        if visibility is None
-        else torch.tensor(visibility)[None]
-    )
+    visible = torch.ones(points.shape[:3], dtype=torch.bool) if visibility is None else torch.tensor(visibility)[None]
     ids = torch.tensor([ids if ids is not None else list(range(1, points.shape[2] + 1))])
     return Tracks(points, visible, ids, *SIZE)
 

@@ -10,11 +10,7 @@ from models.motion.tracks import Tracks, sample_track_ids
 
 def tracks_at(points: list, ids: list[int], visibility: list | None = None) -> Tracks:
     points = torch.tensor(points, dtype=torch.float32)[None]
-    visible = (
-        torch.ones(points.shape[:3], dtype=torch.bool)
-        if visibility is None
-        else torch.tensor(visibility)[None]
-    )
+    visible = torch.ones(points.shape[:3], dtype=torch.bool) if visibility is None else torch.tensor(visibility)[None]
     return Tracks(points, visible, torch.tensor([ids]), 24, 32)
 
 

@@ -29,9 +29,7 @@ def test_chunks_equal_the_whole_clip_bit_for_bit(chunk_frames, dtype):
     condition = Condition(torch.ones(2, 4, 3), torch.ones(1, 4, 3), track_map=track_map)
     module = head(dtype)
     with torch.no_grad():
-        parts = [
-            module(condition.chunk(first, chunk_frames).track_map) for first in range(0, 9, chunk_frames)
-        ]
+        parts = [module(condition.chunk(first, chunk_frames).track_map) for first in range(0, 9, chunk_frames)]
         assert torch.equal(torch.cat(parts, 2), module(track_map))
 
 

@@ -14,9 +14,7 @@ from models.vae.tiny_vae import Grow, MemoryBlock, TimePool, TinyVae, TinyVaeCon
 
 WAN_LATENTS = Path(__file__).parents[4] / "shared" / "data" / "wan_latents.safetensors"
 SMALL = TinyVaeConfig(decoder_widths=[24, 16, 12, 8], encoder_width=12)
-SMALL_SHUFFLED = TinyVaeConfig(
-    latent_channels=48, patch_size=2, decoder_widths=[24, 16, 12, 8], encoder_width=12
-)
+SMALL_SHUFFLED = TinyVaeConfig(latent_channels=48, patch_size=2, decoder_widths=[24, 16, 12, 8], encoder_width=12)
 
 
 def make(cfg: TinyVaeConfig) -> TinyVae:
@@ -60,9 +58,7 @@ def sequential_encode(vae: TinyVae, pixels: torch.Tensor) -> torch.Tensor:
     memory: dict = {}
     frames = [*pixels.unbind(2), *[pixels[:, :, -1]] * (-pixels.shape[2] % 4)]
     patches = [F.pixel_unshuffle(frame * 0.5 + 0.5, vae.config.patch_size) for frame in frames]
-    return torch.stack(
-        [out for patch in patches for out in one_step(list(vae.encoder), patch, memory)], dim=2
-    )
+    return torch.stack([out for patch in patches for out in one_step(list(vae.encoder), patch, memory)], dim=2)
 
 
 @pytest.mark.parametrize("cfg", [SMALL, SMALL_SHUFFLED], ids=["p1", "p2"])

@@ -254,9 +254,7 @@ def test_wan_sizes():
     with torch.device("meta"):
         wan_2_1 = WanVae.from_config(VaeConfig.wan_2_1()).autoencoder
         wan_2_2 = WanVae.from_config(VaeConfig.wan_2_2()).autoencoder
-    millions = [
-        sum(p.numel() for p in part.parameters()) / 1e6 for part in (wan_2_1.decoder, wan_2_2.decoder)
-    ]
+    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (wan_2_1.decoder, wan_2_2.decoder)]
     assert millions == pytest.approx([73.3, 555.0], abs=0.1)
     assert (VaeConfig.wan_2_1().spatial_stride, VaeConfig.wan_2_2().spatial_stride) == (8, 16)
 

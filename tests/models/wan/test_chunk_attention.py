@@ -77,9 +77,7 @@ def test_regular_band_is_one_call(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("score_bytes", [1, 1 << 12, 1 << 30])
-def test_matmul_equals_sdpa_however_it_is_split(
-    batch: int, score_bytes: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_matmul_equals_sdpa_however_it_is_split(batch: int, score_bytes: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes)
     q, k, v = qkv(10, batch, key_tokens=14)
     torch.testing.assert_close(attend(q, k, v, "matmul"), attend(q, k, v, "sdpa"), rtol=1e-5, atol=1e-6)
@@ -88,9 +86,7 @@ def test_matmul_equals_sdpa_however_it_is_split(
 def test_matmul_in_bfloat16_is_as_exact_as_sdpa_in_bfloat16():
     exact = attend(*qkv(24), backend="sdpa")
     halves = [x.bfloat16() for x in qkv(24)]
-    errors = [
-        (attend(*halves, backend=name).float() - exact).norm() / exact.norm() for name in ("matmul", "sdpa")
-    ]
+    errors = [(attend(*halves, backend=name).float() - exact).norm() / exact.norm() for name in ("matmul", "sdpa")]
     assert errors[0] < 1e-2 and errors[0] < 2 * errors[1] + 1e-3
 
 

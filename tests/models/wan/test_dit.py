@@ -121,9 +121,7 @@ def test_activation_checkpointing_changes_no_gradient(kind: str):
     condition = make_condition(TRACKED, 2, track_map=track_map(TRACKED, 9, 2))
 
     def gradients(recompute: bool) -> dict[str, torch.Tensor]:
-        model = perturbed_dit(
-            WanConfig.from_dict(TRACKED.to_dict() | {"activation_checkpointing": recompute})
-        )
+        model = perturbed_dit(WanConfig.from_dict(TRACKED.to_dict() | {"activation_checkpointing": recompute}))
         attention = {"bidirectional": None, "mask": ChunkMask(1, 1, 1)}.get(kind)
         if kind == "cache":
             cache = KVCache.empty(CacheSpec(3, 1, 1), 2)
@@ -144,9 +142,7 @@ def test_text_prepared_without_grad_is_constant_and_condition_is_not():
     with torch.no_grad():
         prepared = model.prepare(condition)
     model(latents, T500, prepared).square().sum().backward()
-    assert (
-        model.text_embedding[0].weight.grad is None and model.blocks[0].cross_attn.q.weight.grad is not None
-    )
+    assert model.text_embedding[0].weight.grad is None and model.blocks[0].cross_attn.q.weight.grad is not None
     model(latents, T500, condition).square().sum().backward()
     assert model.text_embedding[0].weight.grad is not None
 

@@ -71,9 +71,7 @@ def test_loads_a_diffusers_folder(config: WanConfig, tmp_path: Path):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_loads_official_safetensors(prefix: str, tmp_path: Path):
     source, model = perturbed_dit(I2V), WanDiT(I2V)
-    save_file(
-        {prefix + name: tensor for name, tensor in source.state_dict().items()}, tmp_path / "wan.safetensors"
-    )
+    save_file({prefix + name: tensor for name, tensor in source.state_dict().items()}, tmp_path / "wan.safetensors")
     load_pretrained(model, tmp_path / "wan.safetensors")
     assert_same_state(model.state_dict(), source.state_dict())
 
@@ -131,9 +129,7 @@ def test_another_architecture_is_named(tmp_path: Path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("target", [CONTROL, I2V_TRACKS])
-def test_grown_model_starts_as_the_old_one(
-    target: WanConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_grown_model_starts_as_the_old_one(target: WanConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Control reads [noisy | control -> track | image]; image-to-video gains track columns at the end."""
     old = CONTROL if target is CONTROL else I2V
     source, model = (
@@ -152,9 +148,7 @@ def test_grown_model_starts_as_the_old_one(
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
     model.track_head.project.weight.normal_(generator=rng(1))
     tracked = model(latents, timestep, make_condition(target, image_latents=image, **TRACKS))
-    assert torch.equal(tracked, ours) != (old is CONTROL), (
-        "control columns read tracks at once; new columns are zero"
-    )
+    assert torch.equal(tracked, ours) != (old is CONTROL), "control columns read tracks at once; new columns are zero"
 
 
 @torch.no_grad()
@@ -179,9 +173,7 @@ def test_columns_are_never_guessed_or_dropped(tmp_path: Path):
         WanDiT(WanConfig.tiny(latent_channels=C, track_channels=5, track_encoding="rgb")).state_dict(),
         tmp_path / "odd.safetensors",
     )
-    with pytest.raises(
-        ValueError, match=r"meaning of 11 input channels; .* known layouts have 6, 16, 18, 22"
-    ):
+    with pytest.raises(ValueError, match=r"meaning of 11 input channels; .* known layouts have 6, 16, 18, 22"):
         load_pretrained(WanDiT(T2V), tmp_path / "odd.safetensors")
 
 
@@ -229,9 +221,7 @@ def test_a_folder_is_a_source_of_pretrained_weights(tmp_path: Path):
     assert_same_state(model.state_dict(), source.state_dict())
 
 
-def test_another_architecture_is_refused_before_anything_is_built(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_another_architecture_is_refused_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save_dit(WanDiT(T2V), tmp_path)
     monkeypatch.setattr(checkpoint, "load_file", lambda path: pytest.fail("read the weights"))
     with pytest.raises(ValueError, match=r"num_layers: 2, 4; track_channels: 0, 4"):

@@ -31,9 +31,7 @@ def perturbed_dit(config: WanConfig, seed: int = 0) -> WanDiT:
 def diffusers_twin(model: WanDiT) -> WanTransformer3DModel:
     """diffusers' model of the same architecture and weights; a strict load."""
     twin = WanTransformer3DModel(**diffusers_arguments(model.config)).eval()
-    state = {
-        name: tensor for name, tensor in model.state_dict().items() if not name.startswith("track_head.")
-    }
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("track_head.")}
     twin.load_state_dict(official_to_diffusers(state), strict=True)
     return twin
 
