@@ -1,8 +1,8 @@
 """One layer of a clip aligned to every frame: Lucas-Kanade with a similarity warp of the layer as a whole.
 
 Gauss-Newton against frame 0 (Baker & Matthews 2004), with robust weights that ignore what covers the layer, and gain
-and bias for changes of colour; where a layer is lost it is searched for around where it should be. Positions are
-complex numbers x + iy, relative to pixel centres; a motion is z -> a z + b.
+and bias for changes of colour; where a layer is lost it is searched for around where it should be, at last by its
+blurred colours alone. Positions are complex numbers x + iy, relative to pixel centres; a motion is z -> a z + b.
 Left out: which tracks make a layer, and which layer explains a pixel (motion_layers.py).
 """
 

@@ -24,7 +24,7 @@ EXPLAINED_SCORE = 2.0  # log-likelihood beyond which a point needs no layer of i
 MIN_POINTS = 5  # tracks that make a layer
 MIN_PATCH = 8  # untracked neighbours that may make one
 PATCH_GAP = 1.6  # spacings between neighbours of a patch
-SPARE_LAYERS = 2  # found beyond those asked for, of which the largest stay
+MIN_CANDIDATES = 5  # layers looked for, of which the largest stay where fewer are asked for
 FIT_PX = 0.7  # a track follows a layer's motion if it is this close
 SEEDS = 60  # hypotheses per layer
 EARLY_FRAMES = 6  # in which a layer must explain the points it claims, frame 0 included
@@ -106,8 +106,8 @@ def find_layers(
         free[still.members] = False
         rested[still.members] = _leaves(z[:, still.members], alive[:, still.members])
     grouped, patched = free.copy(), free.copy()  # not yet tried
-    for _ in range(3 * max_layers):
-        if len(layers) == max_layers + SPARE_LAYERS:
+    for _ in range(3 * max(max_layers, MIN_CANDIDATES)):
+        if len(layers) == max(max_layers, MIN_CANDIDATES):
             break
         layer = _largest_group(z, alive, free & grouped, telling)
         if layer is None and rested.any():
