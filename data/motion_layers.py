@@ -123,19 +123,28 @@ def find_layers(
             if layer is None:
                 break
             patched[layer.members] = False
-        shown = _first_moving_frames(layer, z[0])
-        early = align_layer(colors[shown], images[shown], z[0], layer.at(shown))
-        claimed = np.flatnonzero(free & _explained(residuals(colors[shown], z[0], early)))
-        if len(claimed) < MIN_POINTS:
-            continue
-        if not _seen_well(align_layer(colors[shown], images[shown], z[0], replace(early, members=claimed))):
-            continue
-        layer = align_layer(colors, images, z[0], layer)
-        layer = align_layer(colors, images, z[0], replace(layer, members=claimed))
-        if not any(_same_motion(layer, other, z[0]) for other in layers):
-            layers.append(layer)
-            free[claimed] = False
+        found = _with_its_points(colors, images, z[0], free, layer)
+        if found is not None and not any(_same_motion(found, other, z[0]) for other in layers):
+            layers.append(found)
+            free[found.members] = False
     return _largest(layers, colors, z[0], max_layers)
+
+
+def _with_its_points(
+    colors: np.ndarray, images: np.ndarray, start: np.ndarray, free: np.ndarray, layer: Layer
+) -> Layer | None:
+    """The layer with all free points that it explains where it first moves, aligned to every frame; None where they are
+    few or not well seen.
+    """
+    shown = _first_moving_frames(layer, start)
+    early = align_layer(colors[shown], images[shown], start, layer.at(shown))
+    claimed = np.flatnonzero(free & _explained(residuals(colors[shown], start, early)))
+    if len(claimed) < MIN_POINTS:
+        return None
+    if not _seen_well(align_layer(colors[shown], images[shown], start, replace(early, members=claimed))):
+        return None
+    layer = align_layer(colors, images, start, layer)
+    return align_layer(colors, images, start, replace(layer, members=claimed))
 
 
 def _largest(layers: list[Layer], colors: np.ndarray, start: np.ndarray, count: int) -> list[Layer]:
