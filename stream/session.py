@@ -85,6 +85,7 @@ class _Boundary:
     chunk_index: int
     num_frames: int
     memory: _Memory
+    latest: tuple[ChunkTiming, Tensor] | None  # of the chunk before it; None: the stream's first
 
 
 @dataclass(frozen=True, eq=False)
@@ -424,6 +425,7 @@ class StreamSession:
             self._chunk_index,
             self._num_frames,
             self._memory,
+            self._latest,
         )
 
     def _return_to(self, boundary: _Boundary) -> None:
@@ -432,7 +434,7 @@ class StreamSession:
         self._buffer.restore(boundary.tracks)
         self._prompt_embeds = boundary.prompt_embeds
         self._chunk_index, self._num_frames = boundary.chunk_index, boundary.num_frames
-        self._memory = boundary.memory
+        self._memory, self._latest = boundary.memory, boundary.latest
 
     def _next_condition(self) -> Condition:
         opens = self._chunk_index == 0

@@ -142,6 +142,18 @@ def test_undo_takes_back_drags_and_prompts_bit_for_bit(parts) -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
+def test_after_undo_timing_and_latents_are_those_of_the_chunk_before(parts) -> None:
+    session = open_session(parts, undo_chunks=2)
+    session.next_chunk()
+    first, latents = session.timing, session.latents
+    session.next_chunk()
+    session.undo()
+    assert session.timing is first and session.latents is latents
+    session.undo()
+    with pytest.raises(RuntimeError, match="made no chunk yet"):
+        _ = session.latents
+
+
 def test_a_restored_stream_can_be_edited(parts) -> None:
     session = open_session(parts)
     advance(session, 5)
