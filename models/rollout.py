@@ -138,6 +138,7 @@ class ChunkPass:
     noisy_latents: Tensor  # [B, C, c, h, w] float32
     condition: PreparedCondition
     context: KVContext | None  # None: a whole clip of a bidirectional model
+    x0: Tensor | None = None  # what came of it, where that is known: [B, C, c, h, w]
 
 
 LatentEdit = Callable[[ChunkPass], Tensor]  # returns the noisy latents to go on with

@@ -1,12 +1,13 @@
 """Ratios that hold on any machine: our forward against diffusers', a cached chunk against recomputing its
-context, streaming decoding against decoding the overlap again. `python -m stream.benchmark` prints one JSON
-object.
+context, streaming decoding against decoding the overlap again, a dragged chunk against a plain one. `python -m
+stream.benchmark` prints one JSON object.
 
 Each ratio is ours over the other (below 1: ours is faster). Both sides have the same weights and their
-outputs are compared first. They are timed in turn, in CPU time of one thread, and the median of the pairs'
-ratios is taken: absolute seconds on a shared machine mean little. The default sizes keep the balance of
-attention and matrix products of Wan 2.1 1.3B (width 384 = 3 heads x 128, 390 tokens a latent frame). Leaves
-out GPUs: `python -m eval bench=latency` times the real stream there.
+outputs are compared first, but for drags, which are there to differ. They are timed in turn, in CPU time of one
+thread, and the median of the pairs' ratios is taken: absolute seconds on a shared machine mean little. The default
+sizes keep the balance of attention and matrix products of Wan 2.1 1.3B (width 384 = 3 heads x 128, 390 tokens a
+latent frame); what a drag costs depends on --layers too, which are 30 there. Leaves out GPUs: `python -m eval
+bench=latency` times the real stream there.
 """
 
 from __future__ import annotations
@@ -18,22 +19,33 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from models.condition import Condition
 from models.diffusion.noise import KeyedNoise
 from models.diffusion.prediction import add_noise
-from models.rollout import Rollout, RolloutConfig
+from models.rollout import ChunkPass, LatentEdit, Rollout, RolloutConfig
 from models.vae.latent_space import LatentSpace
 from models.vae.tiny_vae import TinyVae, TinyVaeConfig
 from models.wan.attention import ChunkMask
 from models.wan.checkpoint import official_to_diffusers
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
-from stream.provenance import git_commit, machine
+from models.wan.static_cache import StaticKVCache
+from stream.dragstream.config import DragConfig
+from stream.dragstream.drag import Drag, Handle
+from stream.dragstream.editor import DragEditor, read_references
+from stream.dragstream.features import FeatureReader
+from stream.provenance import git_commit, machine, peak_bytes
 
 CHANNELS, CHUNK_FRAMES, SINK_CHUNKS = 16, 3, 1
+STRIDE = 8  # px of a latent cell
+DRAGS = {  # the default's warm start; the paper's four iterations, in one segment
+    "warm_start": DragConfig(tracks="release"),
+    "iterations_4": DragConfig(tracks="release", warm_rounds=0, iterations=4),
+}
 OVERLAP_LATENTS = 3  # what a decoder without state decodes again at each chunk (Self-Forcing's demo)
 
 
@@ -48,7 +60,7 @@ class Sizes:
     width: int = 52  # latent cells
     text_len: int = 128
     pairs: int = 5  # timed pairs per ratio
-    windows: tuple[int, ...] = (1, 2, 6)  # past chunks in the cache, beside one sink
+    windows: tuple[int, ...] = (1, 2, 6)  # past chunks in the cache, beside one sink; drags only with the last
 
     def dit_config(self) -> WanConfig:
         return WanConfig(
@@ -161,14 +173,72 @@ def decoding_against_overlap(sizes: Sizes) -> Ratio:
     return compare(streamed, overlapped, sizes.pairs)
 
 
+@dataclass(frozen=True)
+class DragCost:
+    """What a drag adds to the denoising of a chunk."""
+
+    ratio: float  # of its CPU time to that of the plain chunk, median over pairs
+    memory_ratio: float  # most that it holds at once beyond what a plain pass does, over the cache
+
+
+def dragged_against_plain(sizes: Sizes, window_chunks: int, settings: DragConfig) -> DragCost:
+    """A chunk of an animation, the features of whose handle are known, over the same chunk without the drag."""
+    dit, condition, noise = _random_dit(sizes), _condition(sizes), KeyedNoise(0)
+    rollout = RolloutConfig(CHUNK_FRAMES, SINK_CHUNKS, window_chunks)
+    latent_shape = (CHANNELS, sizes.height, sizes.width)
+    video = Rollout(dit, rollout, noise=noise, sample_ids=[0], latent_shape=latent_shape, cache="static")
+    passes: list[ChunkPass] = []
+
+    def look(shown: ChunkPass) -> Tensor:
+        passes.append(shown)
+        return shown.noisy_latents
+
+    for _ in range(SINK_CHUNKS + window_chunks + 1):
+        video.next_chunk(condition, edit=look)
+    cfg = settings.for_student(rollout.num_steps, sizes.layers)
+    size, drag = (STRIDE * sizes.height, STRIDE * sizes.width), _drag(sizes)
+    source = passes[cfg.step - rollout.num_steps]
+    reader = FeatureReader(dit, cfg, source.sigma)
+    references = read_references(reader, cfg, drag, source, noise)
+    boundary, chunk = video.snapshot(), video.chunk_index
+
+    def edit(shown: ChunkPass) -> Tensor:
+        editor = DragEditor(dit, cfg, drag, size=size, noise=noise, first_chunk=chunk, references=references)
+        return editor(shown)
+
+    def seconds(by: LatentEdit | None) -> float:
+        video.restore(boundary)
+        return _cpu_seconds(lambda: video.next_chunk(condition, edit=by).x0)
+
+    ratios = [seconds(edit) / seconds(None) for _ in range(sizes.pairs)]
+    extra: list[int] = []
+
+    def weigh(shown: ChunkPass) -> Tensor:
+        if shown.step == cfg.step:
+            plain = peak_bytes(lambda: reader.x0(shown, shown.noisy_latents), torch.device("cpu"))
+            extra.append(peak_bytes(lambda: edit(shown), torch.device("cpu")) - plain)
+        return shown.noisy_latents
+
+    seconds(weigh)
+    assert isinstance(video.cache, StaticKVCache)
+    return DragCost(statistics.median(ratios), max(0, *extra) / video.cache.num_bytes)
+
+
 def run(sizes: Sizes) -> dict[str, object]:
     """All ratios with what they were measured on."""
     ratios = {"dit_forward_over_diffusers": dit_against_diffusers(sizes)}
     for window in sizes.windows:
         ratios[f"streamed_chunk_over_recompute_w{window}"] = streamed_against_recomputed(sizes, window)
     ratios["streamed_decode_over_overlap"] = decoding_against_overlap(sizes)
+    drags = {
+        f"{name}_w{window}": dragged_against_plain(sizes, window, settings)
+        for name, settings in DRAGS.items()
+        for window in sizes.windows[-1:]
+    }
     return {
         **{name: round(found.ratio, 4) for name, found in ratios.items()},
+        **{f"dragged_chunk_over_plain_{name}": round(cost.ratio, 4) for name, cost in drags.items()},
+        **{f"drag_memory_over_cache_{name}": round(cost.memory_ratio, 4) for name, cost in drags.items()},
         "seconds": {name: round(found.seconds, 4) for name, found in ratios.items()},
         "max_difference": {name: found.max_difference for name, found in ratios.items()},
         "sizes": vars(sizes),
@@ -200,6 +270,15 @@ def _random_dit(sizes: Sizes) -> WanDiT:
     dit = WanDiT(sizes.dit_config(), rng).eval().requires_grad_(False)
     torch.nn.init.normal_(dit.head.head.weight, std=0.02, generator=rng)
     return dit
+
+
+def _drag(sizes: Sizes) -> Drag:
+    """A square of a third of the height, moved by a twelfth of it over one chunk."""
+    height, width = STRIDE * sizes.height, STRIDE * sizes.width
+    mask, side = np.zeros((height, width), bool), height // 3
+    mask[side : 2 * side, side : 2 * side] = True
+    path = [(1.5 * side + frame * side / 12, 1.5 * side) for frame in range(CHUNK_FRAMES + 1)]
+    return Drag("animate", (Handle.translation(mask, path=path),))
 
 
 def _condition(sizes: Sizes) -> Condition:

@@ -412,9 +412,12 @@ class StreamSession:
         noisy = (*memory.noisy, tuple(shown.noisy_latents for shown in passes))
         clean = (*memory.clean, x0)[-2:] if self._chunk_index else ()
         self._memory = replace(
-            memory, passes=tuple(passes), noisy=noisy[len(noisy) - chunks :] if chunks else (), clean=clean,
+            memory,
+            passes=(*passes[:-1], replace(passes[-1], x0=x0)),
+            noisy=noisy[len(noisy) - chunks :] if chunks else (),
+            clean=clean,
             steered=steered,
-        )  # fmt: skip
+        )
 
     def _boundary(self) -> _Boundary:
         return _Boundary(

@@ -41,11 +41,12 @@ from eval.report import Section, Table, video_side_by_side
 from eval.results import Results
 from models.condition import FRAMES_PER_LATENT
 from models.motion.tracks import Tracks
+from models.rollout import ChunkPass
 from models.wan.dit import WanDiT
 from stream.codecs import to_pixels
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Handle, Point, Pose
-from stream.dragstream.editor import DragEditor
+from stream.dragstream.editor import DragEditor, read_references
 from stream.dragstream.features import FeatureReader
 from stream.dragstream.geometry import moved
 from stream.provenance import peak_bytes
@@ -265,15 +266,23 @@ class DragBenchmark:
         for _ in range(WARM_CHUNKS):
             session.next_chunk()
         session.drag_cfg = cfg
-        shown = session.latest_passes[session.drag_cfg.step]
+        source = session.latest_passes[session.drag_cfg.step]
+        reader, drag = FeatureReader(student, session.drag_cfg, source.sigma), scenario.events[0].drag
+        references = read_references(reader, session.drag_cfg, drag, source, context.noise)
         editor = DragEditor(
-            student, session.drag_cfg, scenario.events[0].drag, size=(clip.height, clip.width), noise=context.noise,
-            first_chunk=shown.chunk,
+            student, session.drag_cfg, drag, size=(clip.height, clip.width), noise=context.noise,
+            first_chunk=session.chunk_index, references=references,
         )  # fmt: skip
-        reader = FeatureReader(student, session.drag_cfg, shown.sigma)
-        plain = peak_bytes(lambda: reader.x0(shown, shown.noisy_latents), context.device)
-        dragged = peak_bytes(lambda: editor(shown), context.device)
-        return max(0, dragged - plain) / session.cache_bytes
+        extra: list[int] = []
+
+        def weigh(shown: ChunkPass) -> Tensor:
+            if shown.step == session.drag_cfg.step:
+                plain = peak_bytes(lambda: reader.x0(shown, shown.noisy_latents), context.device)
+                extra.append(peak_bytes(lambda: editor(shown), context.device) - plain)
+            return shown.noisy_latents
+
+        session.next_chunk(edit=weigh)
+        return max(0, *extra) / session.cache_bytes
 
     def _put_distances(self, results: Results, runs: Mapping[str, Sequence[Run]]) -> None:
         """Fréchet distances of each method's videos to those without a drag, all cut to the shortest."""

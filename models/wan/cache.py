@@ -71,6 +71,11 @@ class KVContext(ABC):
     start_frame: int
     chunk_frames: int
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the chunk is still being made, so that a pass may extend this context."""
+        return True
+
     @abstractmethod
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated key and value of the current chunk -> those of all in view; [B, heads, L, head_dim]."""

@@ -24,10 +24,14 @@ class RingContext(KVContext):
     chunk_frames: int
     chunk_index: int
 
+    @property
+    def is_current(self) -> bool:
+        return self.chunk_index == self.cache.chunk_index
+
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() and key.requires_grad:
             raise RuntimeError("StaticKVCache is overwritten in place and cannot carry gradients; train with KVCache")
-        if self.chunk_index != self.cache.chunk_index:
+        if not self.is_current:
             raise RuntimeError(
                 f"this context is of chunk {self.chunk_index}, but the cache is at chunk "
                 f"{self.cache.chunk_index}; call cache.context() again"

@@ -8,7 +8,7 @@ compared with is read once per drag, from frequency-filtered keys and values (SF
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
@@ -18,7 +18,7 @@ from models.diffusion.schedule import NUM_TRAIN_TIMESTEPS
 from models.rollout import ChunkPass
 from models.wan.attention import attend
 from models.wan.blocks import AttentionTap, AttentionTaps
-from models.wan.cache import LayerKV, ReadOnlyContext
+from models.wan.cache import KVContext, LayerKV, ReadOnlyContext
 from models.wan.dit import WanDiT
 from models.wan.split_attention import split_attention
 from stream.dragstream.config import DragConfig
@@ -29,10 +29,10 @@ from stream.dragstream.frequency import low_pass_keys, low_pass_tokens
 class Reference:
     """Features of one latent frame as a drag found it; a later drag may bring them back (appendix R)."""
 
-    variants: dict[float | None, Tensor]  # cutoff -> [C, rows, cols]; None: unfiltered
-    key_values: tuple[LayerKV, ...]  # of the frame itself in each layer read, [1, heads, tokens, head_dim]
-    alone: Tensor  # [C, rows, cols]: features of the frame if it attends to nothing but itself
     clean: Tensor  # [C, h, w]: what the student makes of the frame
+    variants: dict[float | None, Tensor] = field(default_factory=dict)  # cutoff -> [C, rows, cols]; None: unfiltered
+    key_values: tuple[LayerKV, ...] = ()  # of the frame itself in each layer read, [1, heads, tokens, head_dim]
+    alone: Tensor | None = None  # [C, rows, cols]: features of the frame if it attends to nothing but itself
 
 
 class FeatureReader:
@@ -69,12 +69,18 @@ class FeatureReader:
 
     @torch.no_grad()
     def reference(self, shown: ChunkPass, cutoffs: Sequence[float | None], frame: int = -1) -> Reference:
-        """Of one latent frame, the chunk's last by default, with each cutoff."""
+        """Of one latent frame, the chunk's last by default, with each cutoff; without any, no features are read."""
         frame = range(shown.noisy_latents.shape[2])[frame]
+        taps, x0 = AttentionTaps(self.layers), shown.x0
+        if x0 is None:
+            x0 = self.x0(shown, shown.noisy_latents, taps)
+        clean = x0[0, :, frame]
+        if not cutoffs:
+            return Reference(clean)
+        if not taps.seen:
+            taps = self._taps(shown, shown.noisy_latents)
         latents = shown.noisy_latents[:, :, frame : frame + 1]
         grid = self.student.token_grid(*latents.shape[-2:])
-        taps = AttentionTaps(self.layers)
-        x0 = self.x0(shown, shown.noisy_latents, taps)
         tokens = grid[0] * grid[1]
         rows = slice(frame * tokens, (frame + 1) * tokens)
         variants = {
@@ -87,7 +93,7 @@ class FeatureReader:
         own = [[part[:, :, rows] for part in (tap.query, tap.key, tap.value)] for tap in seen]
         alone = self._as_maps([split_attention(q, k, v, []) for q, k, v in own], latents)[0]
         key_values = tuple(LayerKV(key, value) for _, key, value in own)
-        return Reference(variants, key_values, alone, x0[0, :, frame])
+        return Reference(clean, variants, key_values, alone)
 
     def _taps(self, shown: ChunkPass, latents: Tensor) -> AttentionTaps:
         taps = AttentionTaps(self.layers)
@@ -127,6 +133,12 @@ class FeatureReader:
         return torch.cat(maps, dim=1)
 
 
-def _beside(shown: ChunkPass) -> ReadOnlyContext | None:
-    """What the latents of a pass attend to beside themselves; nothing in a bidirectional model."""
-    return None if shown.context is None else ReadOnlyContext(shown.context)
+def _beside(shown: ChunkPass) -> KVContext | None:
+    """What the latents of a pass attend to beside themselves; nothing in a bidirectional model.
+
+    While a chunk is being made, a pass without gradients may use its own slot of the cache, as each of its denoising
+    passes does: nothing is copied, and the next pass overwrites it.
+    """
+    if shown.context is None or (shown.context.is_current and not torch.is_grad_enabled()):
+        return shown.context
+    return ReadOnlyContext(shown.context)

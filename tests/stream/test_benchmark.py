@@ -16,7 +16,10 @@ def test_every_pair_agrees_and_is_reported() -> None:
     recomputed = [f"streamed_chunk_over_recompute_w{window}" for window in (1, 2)]
     names = ["dit_forward_over_diffusers", *recomputed, "streamed_decode_over_overlap"]
     assert list(found["seconds"]) == names
+    drags = ["warm_start_w2", "iterations_4_w2"]
+    names += [f"dragged_chunk_over_plain_{name}" for name in drags]
     assert all(found[name] > 0 for name in names)
+    assert all(found[f"drag_memory_over_cache_{name}"] >= 0 for name in drags)
     assert max(found["max_difference"].values()) < 1e-4
     assert found["machine"]["torch"] == torch.__version__
 

@@ -142,6 +142,28 @@ def test_undo_takes_back_drags_and_prompts_bit_for_bit(parts) -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
+def test_the_warm_start_costs_one_pass_a_round_and_no_more(parts, monkeypatch) -> None:
+    cfg = DragConfig(warm_rounds=2)
+    session = open_session(parts, drag=cfg)
+    advance(session, 3)
+    calls, predict = [], type(session.student).predict_x0
+    monkeypatch.setattr(
+        type(session.student), "predict_x0", lambda *args, **kwargs: calls.append(1) or predict(*args, **kwargs)
+    )
+    session.next_chunk()
+    plain = len(calls)
+    session.drag(drag("edit", LEFT))
+    assert len(calls) == 2 * plain + cfg.warm_rounds
+
+
+def test_a_reference_without_features_is_what_the_stream_shows(parts) -> None:
+    session = open_session(parts)
+    advance(session, 3)
+    latents = session.latents
+    (reference,) = session.drag(drag("edit", LEFT)).references
+    assert torch.equal(reference.clean, latents[0, :, -1]) and not reference.variants and reference.alone is None
+
+
 def test_after_undo_timing_and_latents_are_those_of_the_chunk_before(parts) -> None:
     session = open_session(parts, undo_chunks=2)
     session.next_chunk()
