@@ -26,7 +26,7 @@ class RingContext(KVContext):
 
     @property
     def is_current(self) -> bool:
-        return self.chunk_index == self.cache.chunk_index
+        return self.cache.is_making(self.chunk_index)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() and key.requires_grad:
@@ -101,6 +101,10 @@ class StaticKVCache:
             for chunk in spec.mask.visible_to(current)[spec.sink_chunks : -1]:
                 self._rotate_in_place(chunk, spec.start_frame(chunk, current))
         return RingContext(self, spec.start_frame(current, current), spec.chunk_frames, current)
+
+    def is_making(self, chunk: int) -> bool:
+        """Whether the context of ``chunk`` was the last one asked for and the chunk is not finished or taken back."""
+        return chunk == self.chunk_index == self._begun
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Puts the current chunk's rotated keys and values into its slot; returns all that it sees."""

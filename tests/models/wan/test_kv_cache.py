@@ -360,3 +360,17 @@ def test_after_rewinding_the_chunk_before_can_still_read_its_context(positions: 
     cache.rewind(5)  # as far as it goes: what chunk 4 saw was overwritten by chunk 5
     with pytest.raises(RuntimeError, match="context of chunk 4 is gone"):
         cache.past(1, 4)
+
+
+def test_a_context_is_current_until_its_chunk_is_finished_or_taken_back():
+    cache = StaticKVCache.empty(CacheSpec(CHUNK, 1, 1), 2, history_chunks=4)
+    run_chunk(cache, 0)
+    context = cache.context(GRID)
+    assert context.is_current
+    cache.append(random_layers(1))
+    assert not context.is_current
+    cache.rewind(1)  # its slot may hold what the chunk before needs
+    assert not context.is_current
+    with pytest.raises(RuntimeError, match="call cache.context"):
+        context.extend(0, *[torch.ones(1, 2, TOKENS, 40)] * 2)
+    assert cache.context(GRID).is_current
