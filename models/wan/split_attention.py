@@ -2,7 +2,7 @@
 
 For gradients with respect to a chunk while its cache stands still (drag editing): joined keys would be a copy
 of the cache, saved once per layer for the backward pass, and the gradients of the past are never wanted. Here
-the past stays a view of the cache, scores exist for a tile of queries at a time and are computed again in the
+the past stays a view of the cache, scores exist for a tile of queries at a time, and are computed again in the
 backward pass (FlashAttention's formula, arXiv 2205.14135 section 3.1), and only q, k and v get gradients.
 Left out: masks, and a fused kernel.
 """
@@ -65,8 +65,9 @@ def _weighted(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
 
 
 def _tiles(q: Tensor, keys: Sequence[Tensor]) -> Iterator[slice]:
-    """Rows of queries whose scores fit into SCORE_BYTES."""
+    """Rows of queries whose scores fit into SCORE_BYTES and take no more memory than the keys: head_dim rows then."""
     batch, heads, length, _ = q.shape
     row_bytes = batch * heads * sum(key.shape[2] for key in keys) * q.element_size()
-    size = max(1, SCORE_BYTES.get(q.device.type, SCORE_BYTES["cuda"]) // row_bytes)
+    most = min(SCORE_BYTES.get(q.device.type, SCORE_BYTES["cuda"]), sum(key.nbytes for key in keys))
+    size = max(1, most // row_bytes)
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
