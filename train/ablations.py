@@ -3,9 +3,8 @@
 Every variant is a training run of the zoo's recipe with a few overrides and a fraction of its steps, from the shipped
 weights or from a causal start made of them here, judged on held-out clips as soon as it is trained. What is seen goes
 straight into one file (models/zoo/sprites/ablations.json) that `python -m eval bench=claims` reads, with the settings
-that made it; what that file has under the same settings is not made again. Killed and started again, it goes on.
-Left out: what the comparison means (eval/benchmarks/claim_rows.py), and whether the shipped weights have changed since
-an observation was stored: after `make zoo` name another --result.
+that made it; what that file has under the same settings and the same shipped weights is not made again. Killed and
+started again, it goes on. Left out: what the comparison means (eval/benchmarks/claim_rows.py).
 """
 
 from __future__ import annotations
@@ -14,14 +13,16 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from data.encode import fingerprint
 from eval.results import write_json
 from train.pipeline import PROCESSES, ROOT, Step, run
 from train.zoo import ZOO
 
-TEACHER = ZOO / "teacher"  # shipped; so are the VAE and the teacher of Self-Forcing, which model=sprites names
+VAE, TEACHER = ZOO / "vae", ZOO / "teacher"  # shipped: what every run starts from, sees the clips through or follows
 NUM_CLIPS = 3000  # rendered and encoded for all variants
 KEPT_METRICS = ("epe_px", "psnr_db", "registration_correlation", "registration_position_px", "seconds_per_frame",
                 "chunk_seconds", "denoise_seconds")  # fmt: skip
@@ -60,7 +61,14 @@ class Judged:
     def described(self) -> dict[str, Any]:
         """What made it, as the result file tells."""
         evaluation = {"bench": self.bench, "overrides": list(self.overrides)}
-        return {"training": BY_NAME[self.training].described(), "evaluation": evaluation}
+        training = BY_NAME[self.training].described()
+        return {"shipped": shipped_weights(), "training": training, "evaluation": evaluation}
+
+
+@cache
+def shipped_weights() -> str:
+    """Tells the shipped VAE and teacher from those that another `make zoo` may put in their place."""
+    return "-".join(fingerprint(str(folder)) for folder in (VAE, TEACHER))
 
 
 AS_PUBLISHED = ("model.rollout.merged_cache=false",)  # of every run: a cache pass of its own
@@ -134,7 +142,7 @@ class Plan:
         """Clips of the training split, rendered, tracked, encoded and packed."""
         where = ("experiment=sprites/data", f"out={self.data}", f"output_dir={self.data / 'run'}")
         clips = f"source.num_clips={NUM_CLIPS}"
-        vae = f"model.vae.path={ZOO / 'vae'}"
+        vae = f"model.vae.path={VAE}"
         return [
             Step("render, track", ("data", "step=all", *where, clips)),
             Step("encode", ("data", "step=encode", *where, clips, vae), PROCESSES),
@@ -195,7 +203,7 @@ def missing(stored: Mapping[str, Any], seed: int) -> list[Judged]:
 
 def _is_made_with(entry: Mapping[str, Any] | None, judged: Judged) -> bool:
     settings = judged.described()
-    return entry is not None and all(entry[key] == settings[key] for key in settings)
+    return entry is not None and all(entry.get(key) == settings[key] for key in settings)
 
 
 def schedule(plan: Plan, stored: Mapping[str, Any], seed: int) -> list[tuple[Step, Judged | None]]:
@@ -246,10 +254,10 @@ def main() -> None:
         "--result",
         type=Path,
         default=ZOO / "ablations.json",
-        help="file that the claims read; what it has is not made again, so name another to make all",
+        help="file that the claims read; what it has of these weights and settings is not made again",
     )
     arguments = parser.parse_args()
-    plan = Plan(arguments.out.resolve())
+    plan = Plan(arguments.out.resolve() / shipped_weights())
     for seed in arguments.seeds:
         steps = schedule(plan, read_results(arguments.result), seed)
         print(f"seed {seed}: {len(steps)} steps" if steps else f"seed {seed}: {arguments.result} has everything")

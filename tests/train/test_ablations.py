@@ -11,6 +11,7 @@ from data.app import compose_config
 from eval.benchmarks.claim_rows import ROWS, RUNS
 from eval.benchmarks.claims import Observations, common_seeds
 from eval.benchmarks.context import EvalContext
+from train import ablations
 from train.ablations import JUDGED, TRAININGS, Plan, read_results, schedule, store
 from train.zoo import ZOO
 
@@ -95,3 +96,12 @@ def test_what_is_stored_under_the_same_settings_is_not_made_again(tmp_path):
     result.write_text(json.dumps({**found, "of_old": found["no_ode"]}))  # an observation that there is no more
     store(result, by_name["merged_cache"], 1, _judge(tmp_path / "merged_cache", 3.0))
     assert list(read_results(result)["merged_cache"]["seeds"]) == ["1"] and "of_old" not in read_results(result)
+
+
+def test_other_shipped_weights_make_everything_again(tmp_path, monkeypatch):
+    result, plan = tmp_path / "ablations.json", Plan(tmp_path / "out")
+    for judged in JUDGED:
+        store(result, judged, 0, _judge(tmp_path / judged.name, 1.0))
+    assert schedule(plan, read_results(result), 0) == []
+    monkeypatch.setattr(ablations, "shipped_weights", lambda: "others")
+    assert len(schedule(plan, read_results(result), 0)) == 3 + len(TRAININGS) + len(JUDGED)

@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
+from models.vae.channels_last import use_channels_last
 from models.vae.latent_space import LatentSpace
 from models.vae.wan_vae import VaeConfig, WanVae
 
@@ -281,3 +283,20 @@ def test_wan_2_1_statistics_are_diffusers_defaults():
 def test_impossible_configs_are_refused(change, told):
     with pytest.raises(ValueError, match=told):
         VaeConfig(**change)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 12])
+def test_a_convolution_of_single_pixels_is_a_product_over_channels(num_frames):
+    """In these shapes oneDNN 3.12 ends the process on a CPU with AMX."""
+    rng, conv = torch.Generator().manual_seed(0), WanCausalConv3d(48, 24, 1)
+    with torch.no_grad():
+        conv.weight.normal_(std=0.1, generator=rng)
+    use_channels_last(conv.bfloat16())
+    pixels = torch.randn(2, 48, num_frames, 32, 32, generator=rng).bfloat16()
+    weight = conv.weight.detach().flatten(1).float()
+    result = conv(pixels.requires_grad_())
+    exact = torch.einsum("oc,bcthw->bothw", weight, pixels.float()) + conv.bias.float()[:, None, None, None]
+    torch.testing.assert_close(result.float(), exact, atol=0.02, rtol=0.02)
+    result.float().square().sum().backward()
+    wanted = torch.einsum("bothw,bcthw->oc", 2 * result.detach().float(), pixels.detach().float())
+    assert (conv.weight.grad.flatten(1).float() - wanted).norm() < 0.01 * wanted.norm()
