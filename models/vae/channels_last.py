@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from models.vae.channel_norm import SMALLEST_SQUARE, ChannelNorm
 
 KEPT_FRAMES = 2  # that a causal convolution over three frames needs of the chunk before
+FEW_FRAMES = 8  # oneDNN 3.12's gradient of 3D weights (bfloat16, AMX) reads and writes beyond its memory under this
 FIRST_CALL = "Rep"  # diffusers' mark in a cache slot: the first call skipped temporal upsampling
 FeatureCache = list[Tensor | str | None]
 
@@ -33,16 +34,23 @@ class CausalConv(WanCausalConv3d):
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         columns, _, rows, _, before, _ = self._padding
         x = x.contiguous(memory_format=torch.channels_last_3d)  # copies what comes from outside
-        if self.kernel_size == self.stride == (1, 1, 1):
-            # A product over channels. oneDNN 3.12 writes past its memory where it takes the gradient of such weights
-            # (bfloat16 with AMX, one or two frames, 48 channels to 24).
+        if self.kernel_size == self.stride == (1, 1, 1):  # a product over channels, which avoids the same fault
             return _channels_second(F.linear(_channels_last(x), self.weight.flatten(1), self.bias))
         if before:
             cached = [] if cache_x is None else [cache_x]
             missing = before - sum(part.shape[2] for part in cached)
             x = torch.cat([*cached, x], dim=2) if cached else x
             x = F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x
+        if torch.is_grad_enabled() and self.stride == (1, 1, 1) and x.shape[2] < self.kernel_size[0] + FEW_FRAMES:
+            return self._by_frames(x, (rows, columns))
         return F.conv3d(x, self.weight, self.bias, self.stride, (0, rows, columns))
+
+    def _by_frames(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        """The frames that each result sees as the channels of one picture."""
+        seen = rearrange(x.unfold(2, self.kernel_size[0], 1), "b c t h w k -> b t h w (c k)")
+        pictures = _channels_second(seen.flatten(0, 1))
+        result = F.conv2d(pictures, self.weight.flatten(1, 2), self.bias, padding=padding)
+        return result.unflatten(0, seen.shape[:2]).transpose(1, 2)
 
 
 class Upsample(WanUpsample):
