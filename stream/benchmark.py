@@ -38,7 +38,7 @@ from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, Handle
 from stream.dragstream.editor import DragEditor, read_references
 from stream.dragstream.features import FeatureReader
-from stream.provenance import git_commit, machine, peak_bytes
+from stream.provenance import extra_peak_bytes, git_commit, machine
 
 CHANNELS, CHUNK_FRAMES, SINK_CHUNKS = 16, 3, 1
 STRIDE = 8  # px of a latent cell
@@ -215,13 +215,16 @@ def dragged_against_plain(sizes: Sizes, window_chunks: int, settings: DragConfig
 
     def weigh(shown: ChunkPass) -> Tensor:
         if shown.step == cfg.step:
-            plain = peak_bytes(lambda: reader.x0(shown, shown.noisy_latents), torch.device("cpu"))
-            extra.append(peak_bytes(lambda: edit(shown), torch.device("cpu")) - plain)
+            extra.append(
+                extra_peak_bytes(
+                    lambda: edit(shown), lambda: reader.x0(shown, shown.noisy_latents), torch.device("cpu")
+                )
+            )
         return shown.noisy_latents
 
     seconds(weigh)
     assert isinstance(video.cache, StaticKVCache)
-    return DragCost(statistics.median(ratios), max(0, *extra) / video.cache.num_bytes)
+    return DragCost(statistics.median(ratios), max(extra) / video.cache.num_bytes)
 
 
 def run(sizes: Sizes) -> dict[str, object]:

@@ -60,6 +60,11 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return max(accumulate(changes, initial=0))
 
 
+def extra_peak_bytes(run: Callable[[], object], than: Callable[[], object], device: torch.device) -> int:
+    """How much more memory a call holds at its peak than another does."""
+    return max(0, peak_bytes(run, device) - peak_bytes(than, device))
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

@@ -44,7 +44,7 @@ class VaeStageConfig:
     edge_weight: float = 0.5  # of the spatial gradient term
     kl_weight: float = 1e-5  # per latent value
     initial_log_variance: float = -6.0  # of the posterior with fresh weights; 0 would drown the first signal in noise
-    channels_last: bool = True  # memory layout: faster on CPU
+    channels_last: bool = True  # memory layout: faster on CPU, and spared a fault of oneDNN (FEW_FRAMES)
     normalisation_clips: int = 64  # training clips that mean and spread of the latents are measured on
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 Paper: DragStream section 5 and appendix C (REVEL). Every scenario (drag_scenarios.py) is streamed once up to its
 first drag; from there each method goes on from the same state with the same noise, "no_drag" among them: the same
 stream with the region's tracks released and nothing optimised. "ideal" is that stream with the region cut out and
-pasted where it should be: the best that can be had, where a figure is not 0 for it. ObjMC, DAI (drag.py), PSNR outside
+pasted where it should be: what to compare a figure with that is not 0 for it. ObjMC, DAI (drag.py), PSNR outside
 the editable region against the stream without a drag, Fréchet distances to those streams, and the time of a dragged
 chunk over that of one without. A sprites region is found again by its appearance; in real video by a point tracker.
 """
@@ -49,7 +49,7 @@ from stream.dragstream.drag import Handle, Point, Pose
 from stream.dragstream.editor import DragEditor, read_references
 from stream.dragstream.features import FeatureReader
 from stream.dragstream.geometry import moved
-from stream.provenance import peak_bytes
+from stream.provenance import extra_peak_bytes
 from stream.session import StreamSession
 
 NO_DRAG, OURS, IDEAL = "no_drag", "drag", "ideal"
@@ -277,12 +277,15 @@ class DragBenchmark:
 
         def weigh(shown: ChunkPass) -> Tensor:
             if shown.step == session.drag_cfg.step:
-                plain = peak_bytes(lambda: reader.x0(shown, shown.noisy_latents), context.device)
-                extra.append(peak_bytes(lambda: editor(shown), context.device) - plain)
+                extra.append(
+                    extra_peak_bytes(
+                        lambda: editor(shown), lambda: reader.x0(shown, shown.noisy_latents), context.device
+                    )
+                )
             return shown.noisy_latents
 
         session.next_chunk(edit=weigh)
-        return max(0, *extra) / session.cache_bytes
+        return max(extra) / session.cache_bytes
 
     def _put_distances(self, results: Results, runs: Mapping[str, Sequence[Run]]) -> None:
         """Fréchet distances of each method's videos to those without a drag, all cut to the shortest."""

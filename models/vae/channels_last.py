@@ -1,8 +1,9 @@
 """The layers of the Wan VAE with channels last: on a CPU convolutions then need no reordering.
 
 Each class is diffusers' with the same parameters, the same feature cache and the same result, except for rounding;
-only the layout that its result has in memory, and the number of copies on the way there, differ. diffusers pads,
-resamples and shuffles in a layout with channels first, so that every convolution begins with a conversion.
+only the layout that its result has in memory, the number of copies on the way there, and for few frames the kind of
+product that makes a convolution, differ. diffusers pads, resamples and shuffles in a layout with channels first, so
+that every convolution begins with a conversion.
 Left out: GPUs, on which this was not measured.
 """
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from models.vae.channel_norm import SMALLEST_SQUARE, ChannelNorm
 
 KEPT_FRAMES = 2  # that a causal convolution over three frames needs of the chunk before
-FEW_FRAMES = 8  # oneDNN 3.12's gradient of 3D weights (bfloat16, AMX) reads and writes beyond its memory under this
+FEW_FRAMES = 8  # oneDNN 3.12's gradient of 3D weights (bfloat16, AMX) goes beyond its memory up to about here
 FIRST_CALL = "Rep"  # diffusers' mark in a cache slot: the first call skipped temporal upsampling
 FeatureCache = list[Tensor | str | None]
 

@@ -2,7 +2,7 @@
 
 For gradients with respect to a chunk while its cache stands still (drag editing): joined keys would be a copy
 of the cache, saved once per layer for the backward pass, and the gradients of the past are never wanted. Here
-the past stays a view of the cache, scores exist for a tile of queries at a time, and are computed again in the
+the past stays a view of the cache, scores exist for a tile of queries at a time and are computed again in the
 backward pass (FlashAttention's formula, arXiv 2205.14135 section 3.1), and only q, k and v get gradients.
 Left out: masks, and a fused kernel.
 """
