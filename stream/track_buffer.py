@@ -206,6 +206,8 @@ def _append(earlier: Tracks, later: Tracks) -> Tracks:
 
 def _spread(tracks: Tracks, ids: torch.Tensor) -> Tracks:
     """The same tracks as columns `ids`; absent ones are invisible at (0, 0)."""
+    if torch.equal(tracks.ids[0], ids):
+        return tracks
     column_of = {identity: n for n, identity in enumerate(tracks.ids[0].tolist())}
     columns = torch.tensor([column_of.get(identity, tracks.num_tracks) for identity in ids.tolist()], dtype=torch.long)
     return replace(Tracks.pad(tracks, tracks.num_tracks + 1).select(columns), ids=ids[None])

@@ -15,7 +15,10 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     AvgDown3D,
     DupUp3D,
     WanCausalConv3d,
+    WanDecoder3d,
     WanResample,
+    WanResidualBlock,
+    WanResidualUpBlock,
     WanUpsample,
 )
 from einops import rearrange, repeat
@@ -25,6 +28,7 @@ from models.vae.channel_norm import SMALLEST_SQUARE, ChannelNorm
 
 KEPT_FRAMES = 2  # that a causal convolution over three frames needs of the chunk before
 FEW_FRAMES = 8  # oneDNN 3.12's gradient of 3D weights (bfloat16, AMX) goes beyond its memory up to about here
+AT_ONCE = 100_000  # features normalised together, in float32: what stays in a core's cache
 FIRST_CALL = "Rep"  # diffusers' mark in a cache slot: the first call skipped temporal upsampling
 FeatureCache = list[Tensor | str | None]
 
@@ -33,7 +37,7 @@ class CausalConv(WanCausalConv3d):
     """Pads in space within the convolution, and in time with the cached frames or zeros."""
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-        columns, _, rows, _, before, _ = self._padding
+        before = self._padding[4]
         x = x.contiguous(memory_format=torch.channels_last_3d)  # copies what comes from outside
         if self.kernel_size == self.stride == (1, 1, 1):  # a product over channels, which avoids the same fault
             return _channels_second(F.linear(_channels_last(x), self.weight.flatten(1), self.bias))
@@ -42,6 +46,11 @@ class CausalConv(WanCausalConv3d):
             missing = before - sum(part.shape[2] for part in cached)
             x = torch.cat([*cached, x], dim=2) if cached else x
             x = F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x
+        return self.of_padded(x)
+
+    def of_padded(self, x: Tensor) -> Tensor:
+        """The same where the frames before are in front of x."""
+        columns, _, rows, _, _, _ = self._padding
         if torch.is_grad_enabled() and self.stride == (1, 1, 1) and x.shape[2] < self.kernel_size[0] + FEW_FRAMES:
             return self._by_frames(x, (rows, columns))
         return F.conv3d(x, self.weight, self.bias, self.stride, (0, rows, columns))
@@ -65,7 +74,7 @@ class Norm(ChannelNorm):
     """The norm over channels is then over the last dimension.
 
     torch's own goes over all features eight times on a CPU, and they do not fit its caches; without gradients it
-    is done frame by frame, in place.
+    is done in place, on few frames at a time.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,12 +82,19 @@ class Norm(ChannelNorm):
         if torch.is_grad_enabled():
             gamma = self.gamma.flatten().to(x.dtype)  # float32 beside bfloat16 under autocast
             return _channels_second(F.rms_norm(features, (channels,), gamma, SMALLEST_SQUARE / channels))
-        normalised, gamma = torch.empty_like(features), self.gamma.flatten().float() * channels**0.5
-        for before, after in zip(features.unbind(1), normalised.unbind(1)):
-            frame = before.to(torch.float32, copy=True)
-            length = torch.linalg.vector_norm(frame, dim=-1, keepdim=True).clamp_(min=SMALLEST_SQUARE**0.5)
-            after.copy_(frame.div_(length).mul_(gamma))
+        normalised = torch.empty_like(features)
+        self.write(features, normalised)
         return _channels_second(normalised)
+
+    def write(self, features: Tensor, target: Tensor, *, activate: bool = False) -> None:
+        """The norm of [B, T, H, W, C], then SiLU where asked for, into a tensor of that shape."""
+        gamma = self.gamma.flatten().float() * features.shape[-1] ** 0.5
+        frames = max(1, AT_ONCE // features[:, 0].numel())
+        for before, after in zip(features.split(frames, dim=1), target.split(frames, dim=1)):
+            part = before.to(torch.float32, copy=True)
+            length = torch.linalg.vector_norm(part, dim=-1, keepdim=True).clamp_(min=SMALLEST_SQUARE**0.5)
+            part.mul_(length.reciprocal_()).mul_(gamma)
+            after.copy_(F.silu(part, inplace=True) if activate else part)
 
 
 class Resample(WanResample):
@@ -104,6 +120,16 @@ class Resample(WanResample):
 class UpShortcut(DupUp3D):
     """Every cell repeated to a block of frames, rows and columns."""
 
+    def add_to(self, x: Tensor, shortcut: Tensor, first_chunk: bool) -> Tensor:
+        """x + self(shortcut); without gradients in place, and what is only repeated is not written out."""
+        if torch.is_grad_enabled() or self.in_channels != self.out_channels:
+            return x + self(shortcut, first_chunk)
+        frames, skipped = _channels_last(x), self.factor_t - 1 if first_chunk else 0
+        for index, frame in enumerate(frames.unbind(1), start=skipped):
+            rows = _channels_last(shortcut)[:, index // self.factor_t].repeat_interleave(self.factor_s, dim=2)
+            frame.unflatten(1, (-1, self.factor_s)).add_(rows.unsqueeze(2))
+        return x
+
     def forward(self, x: Tensor, first_chunk: bool = False) -> Tensor:
         sizes = {"ft": self.factor_t, "fh": self.factor_s, "fw": self.factor_s}
         if self.in_channels == self.out_channels:
@@ -128,9 +154,65 @@ class DownShortcut(AvgDown3D):
         return _channels_second(blocks.unflatten(-1, (self.out_channels, self.group_size)).mean(-1))
 
 
+class ResidualBlock(WanResidualBlock):
+    """Without gradients, its features are normalised straight to where the convolutions read them."""
+
+    def forward(
+        self,
+        x: Tensor,
+        feat_cache: FeatureCache | None = None,
+        feat_idx: list[int] = [0],  # noqa: B006 (diffusers' signature: a position shared by all layers)
+    ) -> Tensor:
+        if feat_cache is None or torch.is_grad_enabled():
+            return super().forward(x, feat_cache, feat_idx)
+        first = _activate_and_convolve(x, self.norm1, self.conv1, feat_cache, feat_idx)
+        second = _activate_and_convolve(first, self.norm2, self.conv2, feat_cache, feat_idx)
+        return second.add_(self.conv_shortcut(x))
+
+
+class UpBlock(WanResidualUpBlock):
+    """Has its shortcut add itself; diffusers copies what the block begins with, also where there is no shortcut."""
+
+    def forward(
+        self,
+        x: Tensor,
+        feat_cache: FeatureCache | None = None,
+        feat_idx: list[int] = [0],  # noqa: B006 (diffusers' signature: a position shared by all layers)
+        first_chunk: bool = False,
+    ) -> Tensor:
+        cache = () if feat_cache is None else (feat_cache, feat_idx)
+        result = x
+        for resnet in self.resnets:
+            result = resnet(result, *cache)
+        if self.upsampler is not None:
+            result = self.upsampler(result, *cache)
+        return result if self.avg_shortcut is None else self.avg_shortcut.add_to(result, x, first_chunk)
+
+
+class Decoder(WanDecoder3d):
+    """As in ResidualBlock, for the last convolution."""
+
+    def forward(
+        self,
+        x: Tensor,
+        feat_cache: FeatureCache | None = None,
+        feat_idx: list[int] = [0],  # noqa: B006 (diffusers' signature: a position shared by all layers)
+        first_chunk: bool = False,
+    ) -> Tensor:
+        if feat_cache is None or torch.is_grad_enabled():
+            return super().forward(x, feat_cache, feat_idx, first_chunk)
+        slot, feat_idx[0] = feat_idx[0], feat_idx[0] + 1
+        history, feat_cache[slot] = feat_cache[slot], _last_frames(x, feat_cache[slot])
+        x = self.mid_block(self.conv_in(x, history), feat_cache=feat_cache, feat_idx=feat_idx)
+        for up_block in self.up_blocks:
+            x = up_block(x, feat_cache=feat_cache, feat_idx=feat_idx, first_chunk=first_chunk)
+        return _activate_and_convolve(x, self.norm_out, self.conv_out, feat_cache, feat_idx)
+
+
 REPLACED: dict[type[nn.Module], type[nn.Module]] = {
     WanCausalConv3d: CausalConv, WanUpsample: Upsample, WanResample: Resample, DupUp3D: UpShortcut,
-    AvgDown3D: DownShortcut, ChannelNorm: Norm,
+    AvgDown3D: DownShortcut, WanResidualBlock: ResidualBlock, WanResidualUpBlock: UpBlock, WanDecoder3d: Decoder,
+    ChannelNorm: Norm,
 }  # fmt: skip
 
 
@@ -143,6 +225,19 @@ def use_channels_last(network: nn.Module) -> None:
             module.to(memory_format=torch.channels_last_3d)
         elif isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
+
+
+def _activate_and_convolve(
+    x: Tensor, norm: Norm, conv: CausalConv, feat_cache: FeatureCache, feat_idx: list[int]
+) -> Tensor:
+    """conv(silu(norm(x))) within a stream: normalised straight to where it is read, behind the frames before."""
+    slot, feat_idx[0] = feat_idx[0], feat_idx[0] + 1
+    frames, history = _channels_last(x), feat_cache[slot]
+    seen = frames.new_empty(frames.shape[0], KEPT_FRAMES + frames.shape[1], *frames.shape[2:])
+    seen[:, :KEPT_FRAMES] = 0 if history is None else _channels_last(history)
+    norm.write(frames, seen[:, KEPT_FRAMES:], activate=True)
+    feat_cache[slot] = _channels_second(seen[:, -KEPT_FRAMES:].clone())
+    return conv.of_padded(_channels_second(seen))
 
 
 def _last_frames(x: Tensor, before: Tensor | None) -> Tensor:

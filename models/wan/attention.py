@@ -98,10 +98,12 @@ def _join_chunks(chunks: list[Tensor], batch_of: int) -> Tensor:
 
 
 def _matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Explicit products: on CPUs bfloat16 GEMMs beat the fused kernel while the scores stay in cache.
+    """Explicit products: on CPUs bfloat16 GEMMs beat the fused kernel's gradients while the scores stay in cache.
 
     Keys come with heads inside tokens; copied before they are transposed, the copy is by rows and cheap.
     """
+    if not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v)
     score_bytes = q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
     samples = max(1, SCORE_BYTES // score_bytes)
     scale = q.shape[-1] ** -0.5

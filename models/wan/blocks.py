@@ -149,6 +149,13 @@ class SelfAttention(nn.Module):
         self.o = nn.Linear(config.dim, config.dim)
         self.norm_q = _qk_norm(config)
         self.norm_k = _qk_norm(config)
+        self._fused: FusedProjections | None = None
+
+    def fuse_projections(self) -> None:
+        """For inference: one product for query, key and value; see `FusedProjections`. Adapters are left alone."""
+        are_plain = all(type(layer) is nn.Linear for layer in (self.q, self.k, self.v))
+        if are_plain and (self._fused is None or self._fused.places != _places(self)):
+            self._fused = FusedProjections.of(self)
 
     def project_key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, L, D] -> normalised, unrotated key and value, each [B, L, heads, head_dim]."""
@@ -157,10 +164,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, layer: int, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, L, D] -> (output [B, L, D], unrotated key, value), the last two for a cache."""
-        raw_key, value = self.project_key_value(x)
-        query = apply_rope(self._split_heads(self.norm_q(self.q(x))), context.rope)
-        key = apply_rope(raw_key, context.rope)
-        q, k, v = (heads.to(value.dtype).transpose(1, 2) for heads in (query, key, value))
+        raw_key, value, rotated = self._project(x, context.rope)
+        q, k, v = (heads.transpose(1, 2) for heads in (*rotated, value))
         if context.cache is not None:
             out = context.cache.attend(layer, q, k, v, context.backend)
         elif context.mask is not None:
@@ -171,8 +176,60 @@ class SelfAttention(nn.Module):
             context.taps.see(layer, q, k, v, out)
         return self.o(out.transpose(1, 2).flatten(2)), raw_key, value
 
+    def _project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """(unrotated key, value, (query, key) rotated), each [B, L, heads, head_dim]."""
+        if self._fused is not None and self._fused.apply_to(self):
+            both, value = self._fused.project(self, x)  # query's heads, then key's
+            query, key = apply_rope(both, rope).to(value.dtype).chunk(2, dim=2)
+            return both[:, :, self.num_heads :], self._split_heads(value), (query, key)
+        raw_key, value = self.project_key_value(x)
+        query = self._split_heads(self.norm_q(self.q(x)))
+        query, key = (apply_rope(heads, rope).to(value.dtype) for heads in (query, raw_key))
+        return raw_key, value, (query, key)
+
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
+
+
+@dataclass(frozen=True, eq=False)
+class FusedProjections:
+    """The weights of query, key and value in one piece of memory, read by one product.
+
+    The layers keep their weights, as parts of it: what is written to them is read here. Ends by itself where they
+    get other memory, as by `.to(...)`, and pauses where their gradients are wanted.
+    """
+
+    weight: Tensor  # [3 D, D]
+    bias: Tensor  # [3 D]
+    places: tuple[int, int, int]  # addresses of the three weights in it
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, attention: SelfAttention) -> FusedProjections:
+        layers = (attention.q, attention.k, attention.v)
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        for layer, its_weight, its_bias in zip(layers, weight.chunk(3), bias.chunk(3), strict=True):
+            layer.weight.data, layer.bias.data = its_weight, its_bias
+        return cls(weight, bias, _places(attention))
+
+    def apply_to(self, attention: SelfAttention) -> bool:
+        """Whether the layers still have their weights here, and none wants its gradient."""
+        if torch.is_grad_enabled() and attention.q.weight.requires_grad:
+            return False
+        return torch.compiler.is_compiling() or _places(attention) == self.places  # compiled: of the weights then
+
+    def project(self, attention: SelfAttention, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L, D] -> query's and key's heads [B, L, 2 heads, head_dim], normalised, and value [B, L, D]."""
+        both, value = F.linear(x, self.weight, self.bias).split([2 * x.shape[-1], x.shape[-1]], dim=-1)
+        both = both.unflatten(-1, (2, -1))
+        if isinstance(attention.norm_q, RMSNorm):
+            scale = torch.stack([attention.norm_q.weight, attention.norm_k.weight]).float()
+            both = F.rms_norm(both.float(), both.shape[-1:], None, attention.norm_q.eps) * scale
+        return both.flatten(-2).unflatten(-1, (2 * attention.num_heads, -1)), value
+
+
+def _places(attention: SelfAttention) -> tuple[int, int, int]:
+    return attention.q.weight.data_ptr(), attention.k.weight.data_ptr(), attention.v.weight.data_ptr()
 
 
 class CrossAttention(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -68,6 +69,47 @@ def test_batch_entries_do_not_mix_and_prepared_inputs_change_nothing():
     torch.testing.assert_close(
         model(latents, shared, prepared), model(latents, T500.expand(2), condition), rtol=0, atol=2e-6
     )
+
+
+def test_fused_projections_change_nothing_and_follow_their_weights():
+    model, latents, condition = perturbed_dit(CONFIG), make_latents(CONFIG, 3), make_condition(CONFIG)
+    weights, expected = deepcopy(model.state_dict()), model(latents, T500, condition)
+    model.requires_grad_(False).fuse_projections()
+    products = []
+    model.blocks[0].self_attn.k.register_forward_hook(lambda *_: products.append(1))
+    torch.testing.assert_close(model(latents, T500, condition), expected, rtol=0, atol=2e-6)
+    assert products == []
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    model.blocks[0].self_attn.k.weight.zero_()
+    unfused = perturbed_dit(CONFIG)
+    unfused.blocks[0].self_attn.k.weight.data.zero_()
+    changed = model(latents, T500, condition)
+    torch.testing.assert_close(changed, unfused(latents, T500, condition), rtol=0, atol=2e-6)
+    assert (changed - expected).abs().max() > 1e-3
+    assert products == []
+    torch.testing.assert_close(model.double().float()(latents, T500, condition), changed, rtol=0, atol=2e-6)
+    assert products == [1]  # moved apart: three products again
+
+
+def test_fused_projections_step_aside_where_weights_are_trained():
+    model, latents, condition = perturbed_dit(CONFIG), make_latents(CONFIG, 3), make_condition(CONFIG)
+    model.fuse_projections()
+    model(latents, T500, condition).square().sum().backward()
+    attention = model.blocks[0].self_attn
+    assert all(layer.weight.grad.abs().max() > 0 for layer in (attention.q, attention.k, attention.v))
+
+
+def test_adapters_are_not_fused_away():
+    class Adapter(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1.0
+
+    model, latents, condition = perturbed_dit(CONFIG), make_latents(CONFIG, 3), make_condition(CONFIG)
+    model.requires_grad_(False)
+    model.blocks[0].self_attn.v.__class__ = Adapter
+    expected = model(latents, T500, condition)
+    model.fuse_projections()
+    torch.testing.assert_close(model(latents, T500, condition), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("time", [T500, T500.expand(1, 3), "modulation"])

@@ -343,10 +343,10 @@ def test_a_stream_without_drags_runs_no_filter_and_no_attention_of_its_own(parts
     monkeypatch.setattr(torch.fft, "fft2", lambda *_: pytest.fail("an FFT ran"))
     session = open_session(parts)
     passes = []
-    hook = session.student.blocks[-1].self_attn.q.register_forward_pre_hook(lambda *_: passes.append(1))
+    hook = session.student.blocks[-1].self_attn.o.register_forward_pre_hook(lambda *_: passes.append(1))
     advance(session, 3)
     hook.remove()
-    assert len(passes) == 3 * session.codecs.model_cfg.rollout.num_steps  # the cache pass stops before the last query
+    assert len(passes) == 3 * session.codecs.model_cfg.rollout.num_steps  # the cache pass stops before it
 
 
 def test_the_official_profiles_shift_of_clean_latents_is_a_switch(parts) -> None:
