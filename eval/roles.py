@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from eval.clips import EvalClip, stack_tracks
-from models.assemble import ModelConfig, load_role
 from models.condition import Condition
 from models.diffusion.guidance import Guidance
 from models.diffusion.noise import KeyedNoise
@@ -89,11 +88,6 @@ def generate(
         if progress is not None:
             progress(len(batch))
     return Generated(np.concatenate(frames), denoise_seconds, decode_seconds)
-
-
-def load_dit_role(model_cfg: ModelConfig, role: str, device: torch.device | str) -> WanDiT:
-    """A role's weights for inference. Raises ValueError for a checkpoint of another architecture."""
-    return load_role(model_cfg, role).eval().requires_grad_(False).to(device, model_cfg.torch_dtype)
 
 
 def _condition(codecs: Codecs, clips: Sequence[EvalClip], with_tracks: bool, release_frame: int | None) -> Condition:

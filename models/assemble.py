@@ -248,3 +248,10 @@ def load_role(cfg: ModelConfig, role: str) -> WanDiT:
     dit = build_dit(cfg, seed=0)
     load_pretrained(dit, path)
     return dit
+
+
+def load_for_inference(cfg: ModelConfig, role: str, device: torch.device | str) -> WanDiT:
+    """`load_role`, in eval mode on its device and in model.dtype, for weights that do not change any more."""
+    dit = load_role(cfg, role).eval().requires_grad_(False).to(device, cfg.torch_dtype)
+    dit.fuse_projections()
+    return dit

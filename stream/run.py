@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data.app import build_config
 from data.trackers import TrackerConfig
 from data.video import VideoWriter
-from models.assemble import ModelConfig, load_role, validate
+from models.assemble import ModelConfig, load_for_inference, validate
 from models.condition import pixel_frames_of
 from models.diffusion.guidance import Guidance
 from models.diffusion.noise import KeyedNoise
@@ -95,7 +95,7 @@ def main(cfg: DictConfig) -> int:
     validate(model_cfg)
     inputs = replace(read_inputs(settings, model_cfg), drag_cfg=build_config(cfg.drag))
     device = pick_device(settings.device)
-    dit = load_role(model_cfg, settings.role).eval().requires_grad_(False).to(device, model_cfg.torch_dtype)
+    dit = load_for_inference(model_cfg, settings.role, device)
     codecs = Codecs.load(model_cfg, device=device, tiny=settings.decoder == "tiny")
     make = stream_frames if settings.role == "student" else sample_frames
     started = time.perf_counter()

@@ -154,7 +154,6 @@ class StreamSession:
             max_chunks=_num_chunks(num_frames, codecs.model_cfg.rollout.chunk_frames),
             history_chunks=undo_chunks if undo_chunks == 1 else undo_chunks + 1,
         )
-        student.fuse_projections()
         self.student, self._noise = student, noise
         self.drag_cfg = drag or DragConfig()
         self._memory = _Memory()

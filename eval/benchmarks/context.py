@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from eval.report import Section
 from eval.results import Results
-from eval.roles import load_dit_role
-from models.assemble import ModelConfig
+from models.assemble import ModelConfig, load_for_inference
 from models.diffusion.noise import KeyedNoise
 from models.wan.dit import WanDiT
 from stream.codecs import Codecs
@@ -50,7 +49,7 @@ class EvalContext:
 
     def load(self, role: str) -> WanDiT:
         """The weights of "teacher" or "student" on the device."""
-        return load_dit_role(self.model_cfg, role, self.device)
+        return load_for_inference(self.model_cfg, role, self.device)
 
 
 @dataclass(frozen=True)

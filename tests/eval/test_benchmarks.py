@@ -17,8 +17,9 @@ from eval.benchmarks.long_video import LongVideoConfig
 from eval.clips import sprites_clips
 from eval.judge import Judge, still_error
 from eval.metrics.registration import RegistrationConfig
-from eval.roles import SamplingConfig, generate, load_dit_role
+from eval.roles import SamplingConfig, generate
 from eval.run import EvalConfig, main
+from models.assemble import load_for_inference
 from models.diffusion.noise import KeyedNoise
 from stream.codecs import Codecs
 from stream.session import ChunkTiming
@@ -93,7 +94,7 @@ def test_a_folder_of_real_videos(tiny_weights, tmp_path: Path) -> None:
 def test_the_batch_size_does_not_matter(tiny_weights, clips) -> None:
     codecs = Codecs.load(tiny_weights.model_cfg)
     for role in ("student", "teacher"):
-        dit = load_dit_role(tiny_weights.model_cfg, role, "cpu")
+        dit = load_for_inference(tiny_weights.model_cfg, role, "cpu")
         one, many = (
             generate(role, dit, codecs, clips, SamplingConfig(2), with_tracks=True, noise=KeyedNoise(0),
                      batch_size=size)

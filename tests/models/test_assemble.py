@@ -21,6 +21,7 @@ from models.assemble import (
     build_text_encoder,
     build_tiny_vae,
     build_vae,
+    load_for_inference,
     load_role,
     validate,
 )
@@ -208,6 +209,9 @@ def test_roles_are_loaded_from_their_folders(tmp_path):
     save_dit(dit, tmp_path / "teacher")
     loaded = load_role(cfg, "teacher").state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in dit.state_dict().items())
+    ready = load_for_inference(cfg, "teacher", "cpu")
+    assert not ready.training and not any(parameter.requires_grad for parameter in ready.parameters())
+    assert all(torch.equal(ready.state_dict()[name], value) for name, value in dit.state_dict().items())
     cfg.dit = replace(cfg.dit, num_layers=3)
     with pytest.raises(ValueError, match="num_layers"):
         load_role(cfg, "teacher")
