@@ -58,9 +58,14 @@ class Judged:
     overrides: tuple[str, ...] = ()
     bench: str = "eval"  # experiment=sprites/<bench>
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Of the evaluation."""
+        return (*JUDGED_CLIPS, *self.overrides) if self.bench == "eval" else self.overrides
+
     def described(self) -> dict[str, Any]:
         """What made it, as the result file tells."""
-        evaluation = {"bench": self.bench, "overrides": list(self.overrides)}
+        evaluation = {"bench": self.bench, "overrides": list(self.settings)}
         training = BY_NAME[self.training].described()
         return {"shipped": shipped_weights(), "training": training, "evaluation": evaluation}
 
@@ -99,7 +104,7 @@ TRAININGS = [
              (*CHUNK_1, "stage.sink_chunks=[0]", "stage.window_chunks=[null]")),
 ]  # fmt: skip
 BY_NAME = {training.name: training for training in TRAININGS}
-SHORT = ("model.clip.num_frames=9", "bench.num_clips=64")  # as long as these teachers' clips
+SHORT = ("model.clip.num_frames=9",)  # as long as these teachers' clips
 RELEASED = ("bench.release_frame=17",)
 LONG = ("bench.num_clips=24", "bench.requery_frames=32", "bench.num_floor_clips=1")  # of 241 frames, as the paper's
 LONGER = (*LONG, "bench.num_frames=481")  # fifteen times as long as a clip
@@ -128,7 +133,7 @@ JUDGED = [
     Judged("random_context_long_window_2", "random_context", (*LONG, WINDOW_2), "long_video"),
     Judged("random_context_long_window_3", "random_context", (*LONG, WINDOW_3), "long_video"),
 ]
-JUDGED_CLIPS = ("bench.num_clips=32", "bench.num_floor_clips=1", "bench.num_inference_steps=12",
+JUDGED_CLIPS = ("bench.num_clips=96", "bench.num_floor_clips=1", "bench.num_inference_steps=12",
                 "bench.withhold_tracks=false", "bench.features=null")  # fmt: skip
 
 
@@ -175,9 +180,9 @@ class Plan:
         """One observation."""
         role = BY_NAME[judged.training].exported
         weights = (f"model.{role}={self.weights(judged.training, seed)}", f"seed={seed}")
-        clips = (f"bench.roles=[{role}]", *JUDGED_CLIPS) if judged.bench == "eval" else ()
+        roles = (f"bench.roles=[{role}]",) if judged.bench == "eval" else ()
         where = f"out={self.judged_in(judged, seed)}"
-        settings = (*clips, *AS_PUBLISHED, *judged.overrides)
+        settings = (*roles, *AS_PUBLISHED, *judged.settings)
         arguments = ("eval", f"experiment=sprites/{judged.bench}", where, *weights, *settings)
         return Step(f"judge {judged.name}", arguments)
 
