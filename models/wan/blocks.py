@@ -196,7 +196,7 @@ class FusedProjections:
     """The weights of query, key and value in one piece of memory, read by one product.
 
     The layers keep their weights, as parts of it: what is written to them is read here. Ends by itself where they
-    get other memory, as by `.to(...)`, and pauses where their gradients are wanted.
+    get other memory, as by `.to(...)`, and pauses where gradients are wanted.
     """
 
     weight: Tensor  # [3 D, D]
@@ -213,8 +213,10 @@ class FusedProjections:
         return cls(weight, bias, _places(attention))
 
     def apply_to(self, attention: SelfAttention) -> bool:
-        """Whether the layers still have their weights here, and none wants its gradient."""
-        if torch.is_grad_enabled() and attention.q.weight.requires_grad:
+        """Whether no gradient is wanted, which the value would keep the memory of all three for, and the layers still
+        have their weights here.
+        """
+        if torch.is_grad_enabled():
             return False
         return torch.compiler.is_compiling() or _places(attention) == self.places  # compiled: of the weights then
 

@@ -71,10 +71,11 @@ def test_batch_entries_do_not_mix_and_prepared_inputs_change_nothing():
     )
 
 
+@torch.no_grad()
 def test_fused_projections_change_nothing_and_follow_their_weights():
     model, latents, condition = perturbed_dit(CONFIG), make_latents(CONFIG, 3), make_condition(CONFIG)
     weights, expected = deepcopy(model.state_dict()), model(latents, T500, condition)
-    model.requires_grad_(False).fuse_projections()
+    model.fuse_projections()
     products = []
     model.blocks[0].self_attn.k.register_forward_hook(lambda *_: products.append(1))
     torch.testing.assert_close(model(latents, T500, condition), expected, rtol=0, atol=2e-6)
@@ -91,7 +92,7 @@ def test_fused_projections_change_nothing_and_follow_their_weights():
     assert products == [1]  # moved apart: three products again
 
 
-def test_fused_projections_step_aside_where_weights_are_trained():
+def test_fused_projections_step_aside_where_gradients_are_wanted():
     model, latents, condition = perturbed_dit(CONFIG), make_latents(CONFIG, 3), make_condition(CONFIG)
     model.fuse_projections()
     model(latents, T500, condition).square().sum().backward()
@@ -99,13 +100,13 @@ def test_fused_projections_step_aside_where_weights_are_trained():
     assert all(layer.weight.grad.abs().max() > 0 for layer in (attention.q, attention.k, attention.v))
 
 
+@torch.no_grad()
 def test_adapters_are_not_fused_away():
     class Adapter(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) + 1.0
 
     model, latents, condition = perturbed_dit(CONFIG), make_latents(CONFIG, 3), make_condition(CONFIG)
-    model.requires_grad_(False)
     model.blocks[0].self_attn.v.__class__ = Adapter
     expected = model(latents, T500, condition)
     model.fuse_projections()
