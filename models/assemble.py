@@ -1,10 +1,10 @@
 """One model, described by one dataclass: which parts it has, how they fit together, where their weights are.
 
 ``ModelConfig`` is the schema of conf/model/*.yaml. ``validate`` checks that its parts fit before anything is
-built; the ``build_*`` functions and ``load_role`` build one part each. Checks within one part are in that
+built; the ``build_*`` functions and the ``load_*`` functions build one part each. Checks within one part are in that
 part's own dataclass.
 
-Left out: Hydra (``data/app.py``), and which device a part goes to.
+Left out: Hydra (``data/app.py``), and the choice of a device.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ KEPT_FRAMES = 2  # that a causal convolution over three frames needs of the chun
 FEW_FRAMES = 8  # oneDNN 3.12's gradient of 3D weights (bfloat16, AMX) goes beyond its memory up to about here
 AT_ONCE = 100_000  # features normalised together, in float32: what stays in a core's cache
 FIRST_CALL = "Rep"  # diffusers' mark in a cache slot: the first call skipped temporal upsampling
+FIRST_SLOT = [0]  # diffusers' default for the position that all layers share; unused where there is no cache
 FeatureCache = list[Tensor | str | None]
 
 
@@ -100,7 +101,7 @@ class Norm(ChannelNorm):
 class Resample(WanResample):
     """Temporal upsampling as one shuffle of the channels that the convolution doubled."""
 
-    def forward(self, x: Tensor, feat_cache: FeatureCache | None = None, feat_idx: list[int] = [0]) -> Tensor:  # noqa: B006 (diffusers' signature: a position shared by all layers)
+    def forward(self, x: Tensor, feat_cache: FeatureCache | None = None, feat_idx: list[int] = FIRST_SLOT) -> Tensor:
         if self.mode != "upsample3d" or feat_cache is None:
             return super().forward(x, feat_cache, feat_idx)
         slot, feat_idx[0] = feat_idx[0], feat_idx[0] + 1
@@ -157,12 +158,7 @@ class DownShortcut(AvgDown3D):
 class ResidualBlock(WanResidualBlock):
     """Without gradients, its features are normalised straight to where the convolutions read them."""
 
-    def forward(
-        self,
-        x: Tensor,
-        feat_cache: FeatureCache | None = None,
-        feat_idx: list[int] = [0],  # noqa: B006 (diffusers' signature: a position shared by all layers)
-    ) -> Tensor:
+    def forward(self, x: Tensor, feat_cache: FeatureCache | None = None, feat_idx: list[int] = FIRST_SLOT) -> Tensor:
         if feat_cache is None or torch.is_grad_enabled():
             return super().forward(x, feat_cache, feat_idx)
         first = _activate_and_convolve(x, self.norm1, self.conv1, feat_cache, feat_idx)
@@ -177,7 +173,7 @@ class UpBlock(WanResidualUpBlock):
         self,
         x: Tensor,
         feat_cache: FeatureCache | None = None,
-        feat_idx: list[int] = [0],  # noqa: B006 (diffusers' signature: a position shared by all layers)
+        feat_idx: list[int] = FIRST_SLOT,
         first_chunk: bool = False,
     ) -> Tensor:
         cache = () if feat_cache is None else (feat_cache, feat_idx)
@@ -196,7 +192,7 @@ class Decoder(WanDecoder3d):
         self,
         x: Tensor,
         feat_cache: FeatureCache | None = None,
-        feat_idx: list[int] = [0],  # noqa: B006 (diffusers' signature: a position shared by all layers)
+        feat_idx: list[int] = FIRST_SLOT,
         first_chunk: bool = False,
     ) -> Tensor:
         if feat_cache is None or torch.is_grad_enabled():
