@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,9 +48,16 @@ class Step:
         return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
 
-def run_all(steps: Sequence[Step], out: Path) -> list[tuple[str, float]]:
-    """Every step in order -> its name and seconds."""
-    return [(step.name, run(step, number, len(steps), out)) for number, step in enumerate(steps, start=1)]
+def run_all(
+    steps: Sequence[Step], out: Path, remark: Callable[[Step], Iterable[str]] = lambda step: ()
+) -> list[tuple[str, float]]:
+    """Every step in order -> its name and seconds; ``remark`` has lines to print of a step that is done."""
+    times = []
+    for number, step in enumerate(steps, start=1):
+        times.append((step.name, run(step, number, len(steps), out)))
+        for line in remark(step):
+            print(line, flush=True)
+    return times
 
 
 def run(step: Step, number: int, total: int, out: Path) -> float:

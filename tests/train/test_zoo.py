@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data.app import compose_config
-from train.zoo import PARTS, chain, differences, first_losses, judge, ship
+from train.zoo import PARTS, chain, compared, differences, first_losses, judge, ship
 
 
 @pytest.mark.parametrize("step", [*chain(Path("out")), *judge(Path("out"))], ids=lambda step: step.name)
@@ -51,3 +51,6 @@ def test_the_first_losses_are_those_of_the_log_and_changes_are_named(tmp_path):
     assert differences(found, golden) == [
         "vae: vae/loss at step 50 is 0.02, golden 0.03", "teacher: x at step 10 is None, golden 1.0"
     ]  # fmt: skip
+    assert compared(tmp_path, "vae", {"vae": golden["vae"]}) == ["vae: vae/loss at step 50 is 0.02, golden 0.03"]
+    assert compared(tmp_path, "vae", found) == ["vae: the first losses are those of tests/golden/zoo.json"]
+    assert compared(tmp_path, "encode", found) == []
