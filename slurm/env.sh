@@ -1,4 +1,4 @@
-# Sourced by the batch scripts on every node. Edit for your cluster; everything else stays as it is.
+# Sourced by train.sbatch on the first node, whose environment the others get. Edit for your cluster.
 export MARIONETTE_VENV="${MARIONETTE_VENV:-$PWD/.venv}"
 source "$MARIONETTE_VENV/bin/activate"
 
@@ -12,4 +12,5 @@ export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 export TOKENIZERS_PARALLELISM=false
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+# export NCCL_SOCKET_IFNAME=ib0 # the network interface between nodes, where NCCL picks the wrong one
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # compute nodes seldom reach a hub: fetch weights on the login node

@@ -16,7 +16,12 @@ REPO_DIR = Path(__file__).resolve().parent.parent
 
 
 def git_commit() -> str:
-    """The checked-out commit, with "-dirty" where files differ from it; "unknown" outside a git checkout."""
+    """The checked-out commit, with "-dirty" where files differ from it; "unknown" outside a git checkout.
+
+    A copy of one says in a file COMMIT beside its folders what it was copied from (slurm/train.sbatch).
+    """
+    if (copied := REPO_DIR / "COMMIT").is_file():
+        return copied.read_text().strip()
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

@@ -1,28 +1,36 @@
 """`python -m train stage=vae|teacher|… experiment=… field=value …`; `--help` lists what there is.
 
 Under `accelerate launch --config_file conf/launch/<mode>.yaml -m train …` or torchrun on many GPUs. Exit
-codes: 0 done, 2 configuration refused, 75 preempted with a checkpoint (run the same command again).
+codes: 0 done, 2 configuration refused, 75 preempted with a checkpoint (run the same command again). Launchers turn 75
+into 1, so the file that MARIONETTE_REQUEUE_FILE names, if it is set, is made beside it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from data.app import run_app
 
+REQUEUE_FILE = "MARIONETTE_REQUEUE_FILE"  # name of the environment variable
+
 
 def main(cfg: DictConfig) -> int:
     """Check everything, build, train. Returns the exit code."""
     from train.build import build_trainer, read_settings
+    from train.trainer import EXIT_REQUEUE
 
     if int(os.environ.get("RANK", "0")) > 0:
         logging.getLogger().setLevel(logging.WARNING)  # one process tells the story
     trainer = build_trainer(read_settings(cfg))
     try:
-        return trainer.fit()
+        code = trainer.fit()
+        if code == EXIT_REQUEUE and REQUEUE_FILE in os.environ:
+            Path(os.environ[REQUEUE_FILE]).touch()
+        return code
     finally:
         trainer.close()
 

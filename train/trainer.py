@@ -157,6 +157,7 @@ class Trainer:
                     self.save()
                 if preempted and done < self.cfg.steps:
                     log.warning("preempted: step %d is saved; the same command continues it", done)
+                    self.parallel.barrier()  # a launcher stops the others, one of whom exports, when one has left
                     return EXIT_REQUEUE
         if self.cfg.validate_every >= 0:
             self.validate()

@@ -1,0 +1,83 @@
+"""slurm/train.sbatch with its real launcher, two processes on the CPU; Slurm's own commands are stand-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SRUN = """#!/bin/bash
+while [[ "$1" == -* ]]; do shift; done
+exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo localhost; else echo "$@" >>"$OUTPUTS/scontrol.log"; fi
+"""
+SECONDS = 120  # that the run may take to start
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Environment of a job of one node with two "GPUs"."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (commands / name).write_text(script)
+        (commands / name).chmod(0o755)
+    python = Path(sys.executable).parent
+    virtual = tmp_path / "venv/bin"  # activated in place of the user's
+    virtual.mkdir(parents=True)
+    (virtual / "activate").write_text(f'export PATH="{python}:$PATH"\n')
+    return {
+        **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "MARIONETTE_VENV": str(virtual.parent),
+        "OUTPUTS": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "2", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29617",
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("git") is None or not (ROOT / ".git").exists(), reason="copies what git tracks")
+def test_told_to_stop_it_saves_and_asks_to_be_queued_again(cluster, tiny_shards, tmp_path):
+    log = tmp_path / "run/metrics.jsonl"
+    script = subprocess.Popen(
+        ["bash", "slurm/train.sbatch", "model=tiny", "device=cpu", "precision=fp32", "steps=100000", "global_batch=4",
+         "micro_batch=2", "log_every=1", "stage.tracks_min=2", "stage.tracks_max=8", f"shards={tiny_shards}",
+         f"output_dir={log.parent}"],
+        cwd=ROOT, env=cluster, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + SECONDS
+    while not log.is_file() and script.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    script.send_signal(signal.SIGUSR1)  # as Slurm does, to the batch script alone
+    said, _ = script.communicate(timeout=SECONDS)
+    assert log.is_file(), said
+    saved = (log.parent / "checkpoints/last_good").read_text().strip()
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert saved == f"step_{steps[-1]:08d}" and steps[-1] < 100000
+    assert script.returncode != 0
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
+    copy = tmp_path / "snapshots/7"
+    assert (copy / "train/trainer.py").is_file() and (copy / "COMMIT").read_text().strip()
+
+
+def test_a_job_queued_again_runs_its_copy_and_a_refused_one_is_not(cluster, tmp_path):
+    copy = tmp_path / "snapshots/7"
+    for folder in ("conf", "data", "models", "stream", "eval", "train", "slurm"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("zoo"))
+    (copy / "COMMIT").write_text("abc\n")
+    settings = copy / "conf/train.yaml"
+    settings.write_text(settings.read_text().replace('shards: ""', "shards: of_the_copy"))
+    script = subprocess.run(
+        ["bash", "slurm/train.sbatch", "model=tiny"], cwd=ROOT, env=cluster, capture_output=True, text=True,
+        timeout=SECONDS,
+    )  # fmt: skip
+    assert "of_the_copy" in script.stdout + script.stderr
+    assert script.returncode != 0 and not (tmp_path / "scontrol.log").exists()
