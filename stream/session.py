@@ -70,8 +70,16 @@ class _Memory:
     passes: tuple[ChunkPass, ...] = ()  # of the latest chunk, one per denoising step
     noisy: tuple[tuple[Tensor, ...], ...] = ()  # inputs of the latest chunks' steps, [1, C, c, h, w] each
     clean: tuple[Tensor, ...] = ()  # latents of the latest two chunks but the stream's first
-    active: tuple[DragEditor, int] | None = None  # a drag that goes on, and the chunk at which it ends
-    steered: TrackBufferState | None = None  # tracks that the latest chunk was made with, as drags left them
+    asked: _Steering | None = None  # what the latest chunk was made with
+
+
+@dataclass(frozen=True, eq=False)
+class _Steering:
+    """What the user has asked for."""
+
+    prompt_embeds: Tensor
+    tracks: TrackBufferState
+    active: tuple[DragEditor, int] | None  # a drag that goes on, and the chunk at which it ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +88,8 @@ class _Boundary:
 
     decoder: StreamState
     track_encoder: StreamState
-    tracks: TrackBufferState
-    prompt_embeds: Tensor
+    steering: _Steering
+    settled: _Steering
     chunk_index: int
     num_frames: int
     memory: _Memory
@@ -109,7 +117,8 @@ class StreamSession:
         num_frames: where iteration ends; None: never.
         ending: what tracks do beyond their end, "hold" or "release".
         seed, sample_id: name the noise; the same pair gives the same frames.
-        undo_chunks: how many chunks `undo` can take back; each beyond the first keeps a chunk of keys and values.
+        undo_chunks: how many chunks `undo` can take back; each keeps a state of the decoder, and each beyond the first
+            a chunk of keys and values.
         drag: how drags are made; None: the profile "marionette", the defaults of `DragConfig`.
 
     Raises:
@@ -157,6 +166,8 @@ class StreamSession:
         self.student, self._noise = student, noise
         self.drag_cfg = drag or DragConfig()
         self._memory = _Memory()
+        self._active: tuple[DragEditor, int] | None = None
+        self._settled = self._steering()  # as it was when the latest chunk was done
         self._boundaries: deque[_Boundary] = deque(maxlen=undo_chunks)
         self._decoder = codecs.streaming_decoder()
         self._track_encoder = codecs.vae.streaming_encoder()
@@ -195,7 +206,7 @@ class StreamSession:
     @property
     def frames_in_next_chunk(self) -> int:
         """Frames that the next chunk gives: 1 + 4(c-1), then 4c."""
-        span = self._next_frames()
+        span = self._frames_of(self._chunk_index)
         return span.stop - span.start
 
     def snapshot(self) -> SessionState:
@@ -212,9 +223,9 @@ class StreamSession:
             self._boundaries.append(state.previous)
 
     def undo(self, chunks: int = 1) -> None:
-        """Take back the latest chunks, with the drags and prompts that came with them.
+        """Take back the latest chunks, with the drags and prompts that came for them; what was pushed stays.
 
-        Going on repeats them bit for bit as they were before any drag. Raises ValueError beyond `undo_chunks`.
+        Going on makes them bit for bit as they were before any drag. Raises ValueError beyond `undo_chunks`.
         """
         if not 1 <= chunks <= len(self._boundaries):
             raise ValueError(
@@ -240,27 +251,29 @@ class StreamSession:
         """Drag regions of the latest frame: edit the latest chunk, or animate the next ones.
 
         Tracks on a handle go with it, or are released (`drag_cfg.tracks`); those on its way are released. A drag that
-        animates ends an earlier one that still goes on.
+        animates ends an earlier one that still goes on. What stops an edit on its way (memory, an interrupt) leaves
+        the latest chunk taken back.
 
         Raises:
-            ValueError: the drag does not fit the frame, or names a chunk that is not the latest; before
-                anything is computed.
+            ValueError: the drag does not fit the frame, or names a chunk that is not the latest or cannot be made
+                again; before anything is computed.
         """
         clip, chunk_frames = self.codecs.model_cfg.clip, self.codecs.model_cfg.rollout.chunk_frames
         check_drag(drag, height=clip.height, width=clip.width, chunk_frames=chunk_frames)
         self._check_chunk(drag.chunk)
+        self._check_state(drag.mode)
         if drag.mode == "edit":
             return self._edit(drag)
         return self._animate(drag)
 
     def _edit(self, drag: Drag) -> DragOutcome:
         start = self._memory.passes[self.drag_cfg.step].noisy_latents  # earlier drags of this chunk included
-        steered, boundary = self._memory.steered, self._boundaries[-1]
-        pushed, (on_the_way, on_handles) = self._buffer.snapshot().pushed, self._tracks_of(drag)
+        asked, boundary, now = self._memory.asked, self._boundaries[-1], self._steering()
+        on_the_way, on_handles = self._tracks_of(drag)
         references = self._references(drag)
-        assert steered is not None, "a chunk that can be edited was made with tracks, if with none"
+        assert asked is not None, "a chunk that can be edited was made with something"
         self.undo()
-        self._buffer.restore(steered)
+        self._follow(asked)
         paths = self._buffer.peek(self.frames_in_next_chunk)
         self._steer(drag, on_the_way, [along(paths, tracks) for tracks in on_handles])
         editor = self._editor(drag, self._chunk_index, references)
@@ -271,7 +284,8 @@ class StreamSession:
 
         frames = self.next_chunk(edit=edit)
         self._boundaries[-1] = boundary  # taking the chunk back takes back what the drag did to the tracks
-        self._buffer.restore(replace(self._buffer.snapshot(), pushed=pushed))  # what came since the chunk is kept
+        self._prompt_embeds = now.prompt_embeds  # what came since the chunk is kept
+        self._buffer.restore(replace(self._buffer.snapshot(), pushed=now.tracks.pushed))
         return DragOutcome(frames, references, editor.logs)
 
     def _tracks_of(self, drag: Drag) -> tuple[frozenset[int], list[Tracks]]:
@@ -295,7 +309,7 @@ class StreamSession:
         self._steer(drag, *self._tracks_of(drag))
         editor = self._editor(drag, self._chunk_index, references)
         end = self._chunk_index + drag.num_frames // self.codecs.model_cfg.rollout.chunk_frames
-        self._memory = replace(self._memory, active=(editor, end))
+        self._active = (editor, end)
         return DragOutcome(None, references, editor.logs)
 
     def _references(self, drag: Drag) -> tuple[Reference, ...]:
@@ -322,6 +336,22 @@ class StreamSession:
         back = latest - chunk
         remedy = f"undo({back}) first" if back <= len(self._boundaries) else f"it is gone; drag chunk {latest}"
         raise ValueError(f"chunk={chunk} is not the latest, {latest}: {remedy}")
+
+    def _check_state(self, mode: str) -> None:
+        """Whether the latest chunk can be read and made again, now."""
+        latest = self._chunk_index - 1
+        if not self._boundaries and (mode == "edit" or self.drag_cfg.iterations):
+            raise ValueError(
+                f"chunk {latest} is the furthest that undo() returned to, and cannot be read any more; call "
+                "next_chunk() first, or open the session with a larger undo_chunks"
+            )
+        if mode == "edit" and self._frames_of(latest) == slice(0, 1):
+            raise ValueError("chunk 0 is the given first frame alone, which no drag changes; call next_chunk() first")
+        if mode == "edit" and self._active is not None and self._active[0].first_chunk > latest:
+            raise ValueError(
+                f"a drag that animates begins with chunk {latest + 1}, after chunk {latest} that this one would edit; "
+                "call next_chunk() first, or end it by an animation that goes nowhere"
+            )
 
     @property
     def latest_passes(self) -> tuple[ChunkPass, ...]:
@@ -355,9 +385,22 @@ class StreamSession:
         """Generate and decode one chunk; `timing` and `latents` then describe it.
 
         `edit` may change the input of each denoising pass (see `Rollout.next_chunk`); None: what the drag that
-        goes on, if any, makes of it.
+        goes on, if any, makes of it. What stops it on its way (memory, an interrupt) leaves the session as it was.
         """
-        boundary, steered, started = self._boundary(), self._buffer.snapshot(), self.codecs.clock()
+        before = self._boundary()
+        try:
+            frames = self._make_chunk(edit)
+        except BaseException:
+            self._rollout.rewind(before.chunk_index)
+            self._return_to(before)
+            raise
+        settled = replace(before.settled, tracks=replace(before.settled.tracks, pushed=before.steering.tracks.pushed))
+        self._boundaries.append(replace(before, steering=settled, settled=settled))
+        self._settled = self._steering()
+        return frames
+
+    def _make_chunk(self, edit: LatentEdit | None) -> np.ndarray:
+        asked, started = self._steering(), self.codecs.clock()
         condition = self._next_condition()
         conditioned = self.codecs.clock()
         passes: list[ChunkPass] = []
@@ -371,16 +414,15 @@ class StreamSession:
             self._chunk_index, len(frames), conditioned - started, denoised - conditioned, decoded - denoised
         )
         self._latest = (timing, chunk.x0)
-        self._remember(passes, chunk.x0, steered)
-        self._boundaries.append(boundary)
+        self._remember(passes, chunk.x0, asked)
         self._chunk_index += 1
         self._num_frames += len(frames)
         return frames
 
     def _active_edit(self) -> LatentEdit | None:
-        if self._memory.active is None or self._chunk_index >= self._memory.active[1]:
+        if self._active is None or self._chunk_index >= self._active[1]:
             return None
-        editor = self._memory.active[0]
+        editor = self._active[0]
         editor.neighbours = self._neighbours()
         return editor
 
@@ -407,24 +449,24 @@ class StreamSession:
         previous = torch.cat(self._memory.clean, dim=2)
         return lambda x0: match_clean(x0, previous)
 
-    def _remember(self, passes: list[ChunkPass], x0: Tensor, steered: TrackBufferState) -> None:
+    def _remember(self, passes: list[ChunkPass], x0: Tensor, asked: _Steering) -> None:
         memory, chunks = self._memory, math.ceil(self.drag_cfg.adsr_frames / x0.shape[2])
         noisy = (*memory.noisy, tuple(shown.noisy_latents for shown in passes))
         clean = (*memory.clean, x0)[-2:] if self._chunk_index else ()
         self._memory = replace(
             memory,
             passes=(*passes[:-1], replace(passes[-1], x0=x0)),
-            noisy=noisy[len(noisy) - chunks :] if chunks else (),
+            noisy=noisy[-chunks:] if chunks else (),
             clean=clean,
-            steered=steered,
+            asked=asked,
         )
 
     def _boundary(self) -> _Boundary:
         return _Boundary(
             self._decoder.snapshot(),
             self._track_encoder.snapshot(),
-            self._buffer.snapshot(),
-            self._prompt_embeds,
+            self._steering(),
+            self._settled,
             self._chunk_index,
             self._num_frames,
             self._memory,
@@ -434,10 +476,17 @@ class StreamSession:
     def _return_to(self, boundary: _Boundary) -> None:
         self._decoder.restore(boundary.decoder)
         self._track_encoder.restore(boundary.track_encoder)
-        self._buffer.restore(boundary.tracks)
-        self._prompt_embeds = boundary.prompt_embeds
+        self._follow(boundary.steering)
+        self._settled = boundary.settled
         self._chunk_index, self._num_frames = boundary.chunk_index, boundary.num_frames
         self._memory, self._latest = boundary.memory, boundary.latest
+
+    def _steering(self) -> _Steering:
+        return _Steering(self._prompt_embeds, self._buffer.snapshot(), self._active)
+
+    def _follow(self, steering: _Steering) -> None:
+        self._prompt_embeds, self._active = steering.prompt_embeds, steering.active
+        self._buffer.restore(steering.tracks)
 
     def _next_condition(self) -> Condition:
         opens = self._chunk_index == 0
@@ -454,9 +503,9 @@ class StreamSession:
             raise RuntimeError("the session has made no chunk yet; call next_chunk() first")
         return self._latest
 
-    def _next_frames(self) -> slice:
+    def _frames_of(self, chunk: int) -> slice:
         count = self.codecs.model_cfg.rollout.chunk_frames
-        return pixel_frames_of(self._chunk_index * count, count)
+        return pixel_frames_of(chunk * count, count)
 
 
 def _num_chunks(num_frames: int | None, chunk_frames: int) -> int | None:

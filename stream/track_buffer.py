@@ -9,7 +9,7 @@ stream: frames already read are forgotten, except the last.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -88,7 +88,8 @@ class TrackBuffer:
         """Append the motion of the next frames; tracks hold one clip (B = 1).
 
         Raises:
-            ValueError: another resolution or batch size, or an identity given twice.
+            ValueError: another resolution or batch size, no frame, an identity given twice, or more tracks than
+                there are identities.
         """
         if (tracks.height, tracks.width) != (self.height, self.width):
             raise ValueError(
@@ -97,6 +98,10 @@ class TrackBuffer:
             )
         if tracks.batch_size != 1:
             raise ValueError(f"tracks hold {tracks.batch_size} clips; a stream takes 1")
+        if not tracks.num_frames:
+            raise ValueError("tracks hold 0 frames; push at least one")
+        if tracks.num_tracks > NUM_TRACK_IDS:
+            raise ValueError(f"tracks hold {tracks.num_tracks} tracks; a stream follows at most {NUM_TRACK_IDS}")
         self._pushed = self._pushed.appended(self._identified(tracks.to("cpu")))
 
     def seen_in(self, mask: np.ndarray) -> Tracks:
@@ -109,9 +114,9 @@ class TrackBuffer:
         hit = torch.from_numpy(mask)[y.clamp(0, self.height - 1), x.clamp(0, self.width - 1)]
         return now.select((inside & hit).nonzero()[:, 0])
 
-    def unused_ids(self, count: int) -> torch.Tensor:  # -> [count]
-        """Identities that no track of this stream has now."""
-        used = {identity for queue in (self._pushed, self._led) for identity in _ids_of(queue.held)}
+    def unused_ids(self, count: int, besides: Collection[int] = ()) -> torch.Tensor:  # -> [count]
+        """Identities that no track of this stream has now, nor ``besides``."""
+        used = {identity for queue in (self._pushed, self._led) for identity in _ids_of(queue.held)} | set(besides)
         free = (identity for identity in reversed(self._identities.tolist()) if identity not in used)
         return torch.tensor(list(islice(free, count)), dtype=torch.long)
 

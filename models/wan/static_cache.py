@@ -48,6 +48,7 @@ class RingSnapshot:
 
     chunk_index: int
     begun: int
+    grid: Grid
     buffers: tuple[Tensor, ...]
 
 
@@ -184,13 +185,24 @@ class StaticKVCache:
 
     def snapshot(self) -> RingSnapshot:
         """A copy of everything, to return to however far the stream has gone on."""
-        return RingSnapshot(self.chunk_index, self._begun, tuple(t.clone() for t in self._all_buffers()))
+        return RingSnapshot(self.chunk_index, self._begun, self._grid, tuple(t.clone() for t in self._all_buffers()))
 
     def restore(self, snapshot: RingSnapshot) -> StaticKVCache:
-        """Back to a snapshot of this cache; the buffers keep their addresses."""
+        """Back to a snapshot of this cache, or of another with the same settings; the buffers keep their addresses.
+
+        Raises ValueError where the snapshot's buffers are not those of this cache.
+        """
+        if not self._keys:
+            self._allocate_like(snapshot.buffers)
+        found, wanted = ([tuple(each.shape) for each in group] for group in (snapshot.buffers, self._all_buffers()))
+        if found and found != wanted:  # empty: before the first chunk
+            raise ValueError(
+                f"the snapshot holds {len(found)} buffers of {found[0]}, this cache {len(wanted)} of {wanted[:1]}; "
+                "restore it with the settings that it was taken with"
+            )
         for buffer, copy in zip(self._all_buffers(), snapshot.buffers):
             buffer.copy_(copy)
-        self.chunk_index, self._begun = snapshot.chunk_index, snapshot.begun
+        self.chunk_index, self._begun, self._grid = snapshot.chunk_index, snapshot.begun, snapshot.grid
         self._oldest = max(0, snapshot.chunk_index - 1)  # the latest chunk can always be taken back
         self._overwritten.clear()
         return self
@@ -222,6 +234,12 @@ class StaticKVCache:
             shape = (batch, self.num_slots * length, heads, head_dim)
             for group in (self._keys, self._values, self._raw_keys) if self.rerotates else (self._keys, self._values):
                 group.append(torch.zeros(shape, dtype=key.dtype, device=key.device))
+
+    def _allocate_like(self, buffers: Sequence[Tensor]) -> None:
+        groups = (self._keys, self._values, self._raw_keys) if self.rerotates else (self._keys, self._values)
+        with torch.inference_mode(False):
+            for group, like in zip(groups, zip(*[iter(buffers)] * self.num_layers)):
+                group.extend(torch.empty_like(buffer) for buffer in like)
 
     def _rotate_window_of(self, current: int) -> None:
         """Rotates what ``current`` saw in its window for its view again, and ``current`` for the view after it."""

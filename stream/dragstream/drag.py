@@ -79,6 +79,11 @@ class Handle:
         return cls(mask, center if point is None else point, poses, center, reference)
 
     @property
+    def returns(self) -> bool:
+        """Whether it brings its look from earlier: what its mask shows now is something else."""
+        return self.reference is not None
+
+    @property
     def is_rotation(self) -> bool:
         return any(pose.degrees for pose in self.poses)
 
@@ -160,7 +165,7 @@ def _check_handle(name: str, handle: Handle, height: int, width: int) -> None:
     if not all(map(math.isfinite, numbers)):
         raise ValueError(f"{name} has coordinates that are not finite: {numbers}")
     _check_mask(f"the mask of {name}", handle.mask, height, width)
-    if handle.reference is None and not (0 <= x < width and 0 <= y < height):
+    if not handle.returns and not (0 <= x < width and 0 <= y < height):
         raise ValueError(
             f"{name} is at ({x:g}, {y:g}), outside the frame of {width} x {height} px; grab something that is seen "
             "(a target may lie outside)"

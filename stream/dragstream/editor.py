@@ -25,7 +25,7 @@ from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, Pose
 from stream.dragstream.features import FeatureReader, Reference
 from stream.dragstream.geometry import bounding_box, gaussian_map
-from stream.dragstream.objectives import OBJECTIVES, FramePoses, Objective, Scene, variants_of
+from stream.dragstream.objectives import OBJECTIVES, FramePoses, Objective, Scene, StartPoses, variants_of
 from stream.dragstream.statistics import Rectify, rectifiers
 from stream.dragstream.warm_start import started
 
@@ -114,15 +114,22 @@ class DragEditor:
         log.num_segments = len(segments)
         return objective.finish(latents)
 
-    def _poses(self, chunk: int, frames: int) -> tuple[list[Pose], FramePoses]:
-        """Poses of the handles where this chunk's way starts, and in each of its frames (None: no target)."""
+    def _poses(self, chunk: int, frames: int) -> tuple[StartPoses, FramePoses]:
+        """Poses of the handles where this chunk's way starts, and in each of its frames (None: no target).
+
+        The first latent frame of a video is the given one and has no target.
+        """
         handles = self.drag.handles
+        before: StartPoses = [None if handle.returns else Pose() for handle in handles]
         if self.drag.mode == "edit":
-            target = [handle.poses[0] for handle in handles]
-            ramp = [[Pose().toward(pose, (frame + 1) / frames) for pose in target] for frame in range(frames - 1)]
-            return [Pose()] * len(handles), [*(ramp if self.cfg.edit_frames == "ramp" else [None] * len(ramp)), target]
+            target, given = [handle.poses[0] for handle in handles], int(chunk == 0)
+            shares = [(frame + 1 - given) / (frames - given) for frame in range(given, frames)]
+            ramp: list[list[Pose] | None] = [[Pose().toward(pose, share) for pose in target] for share in shares]
+            if self.cfg.edit_frames != "ramp" and ramp:
+                ramp = [*[None] * (len(ramp) - 1), target]
+            return before, [*[None] * given, *ramp]
         first = (chunk - self.first_chunk) * frames
-        start = [handle.poses[first - 1] if first else Pose() for handle in handles]
+        start = [handle.poses[first - 1] for handle in handles] if first else before
         return start, [[handle.poses[first + frame] for handle in handles] for frame in range(frames)]
 
     def _gain(self, scene: Scene, targets: FramePoses) -> Tensor | None:
@@ -134,7 +141,8 @@ class DragEditor:
         for poses in targets:
             boxes = []
             for handle, pose in zip(scene.handles, poses if poses is not None else poses_of_all[-1]):
-                shown = {"target": [pose], "handle": [Pose()], "both": [Pose(), pose]}[self.cfg.css_box]
+                here = pose if handle.returns else Pose()
+                shown = {"target": [pose], "handle": [here], "both": [here, pose]}[self.cfg.css_box]
                 found = [bounding_box(scene.mask(handle), each, handle.center) for each in shown]
                 boxes += [box for box in [_around([box for box in found if box is not None])] if box is not None]
             maps.append(gaussian_map(boxes, *scene.latent_size, scene.size, self.cfg.css_alpha))
@@ -200,16 +208,21 @@ def read_references(
     return tuple(of(handle.reference) for handle in drag.handles)
 
 
-def segment_poses(start: Sequence[Pose], targets: FramePoses, cfg: DragConfig, height: int) -> list[FramePoses]:
-    """The way to the targets in equal parts: poses per segment, frame and handle. A chunk has at least one."""
-    origin = [Pose()] * len(start) if cfg.start == "origin" else list(start)
-    ways = [pose.minus(first) for poses in targets if poses for first, pose in zip(origin, poses)]
+def segment_poses(start: StartPoses, targets: FramePoses, cfg: DragConfig, height: int) -> list[FramePoses]:
+    """The way to the targets in equal parts: poses per segment, frame and handle. A chunk has at least one.
+
+    What is not in the frame yet has no way: it appears where it shall be.
+    """
+    origin = [first and (Pose() if cfg.start == "origin" else first) for first in start]
+    ways = [pose.minus(first) for poses in targets if poses for first, pose in zip(origin, poses) if first]
     count = max((_num_segments(way, cfg, height) for way in ways), default=1)
     if cfg.max_iterations is not None and cfg.iterations:
         count = min(count, max(1, cfg.max_iterations // cfg.iterations))
     return [
         [
-            None if poses is None else [first.toward(pose, part / count) for first, pose in zip(origin, poses)]
+            None
+            if poses is None
+            else [first.toward(pose, part / count) if first else pose for first, pose in zip(origin, poses)]
             for poses in targets
         ]
         for part in range(1, count + 1)

@@ -48,11 +48,11 @@ def sample(image: Tensor, points: Tensor, size: tuple[int, int], outside: str = 
     """
     height, width = size
     grid = 2 * points / points.new_tensor([width, height]) - 1
-    found = F.grid_sample(
-        image[None], grid.reshape(1, 1, -1, 2).to(image.dtype), mode="bilinear", padding_mode=outside,
+    found = F.grid_sample(  # in float32: bfloat16 would round the places
+        image[None].float(), grid.reshape(1, 1, -1, 2).float(), mode="bilinear", padding_mode=outside,
         align_corners=False,
     )  # fmt: skip
-    return found[0, :, 0].T.reshape(*points.shape[:-1], image.shape[0])
+    return found[0, :, 0].T.reshape(*points.shape[:-1], image.shape[0]).to(image.dtype)
 
 
 def moved_mask(mask: Tensor, pose: Pose, center: Point, rows: int, cols: int) -> Tensor:
@@ -68,7 +68,7 @@ def swept_region(drag: Drag) -> np.ndarray:
     """Where the handles are, and will be in each frame: bool [H, W]."""
     swept = np.zeros_like(drag.handles[0].mask)
     for handle in drag.handles:
-        here = () if handle.reference is not None else (Pose(),)
+        here = () if handle.returns else (Pose(),)
         for pose in (*here, *handle.poses):
             mask = torch.from_numpy(handle.mask)
             swept |= (moved_mask(mask, pose, handle.center, *handle.mask.shape) >= 0.5).numpy()

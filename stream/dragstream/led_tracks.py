@@ -7,7 +7,7 @@ poses, and a handle without tracks gets one per latent cell.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,10 +21,14 @@ from stream.track_buffer import TrackBuffer
 
 def tracks_on(buffer: TrackBuffer, drag: Drag, grid: tuple[int, int]) -> list[Tracks]:
     """The tracks on each handle now, one frame each; new ones where it has none. grid: latent cells, rows and cols."""
-    found = []
-    for handle in drag.handles:
-        seen = buffer.seen_in(handle.mask) if handle.reference is None else None  # else it is not there now
-        found.append(seen if seen is not None and seen.num_tracks else _one_per_cell(buffer, handle, grid))
+    found: list[Tracks] = []
+    held: set[int] = set()
+    for handle in reversed(drag.handles):  # a later one is in front: what lies in two goes with it
+        seen = Tracks.empty(1, 1, *handle.mask.shape) if handle.returns else buffer.seen_in(handle.mask)
+        free = [n for n, identity in enumerate(seen.ids[0].tolist()) if identity not in held]
+        tracks = seen.select(torch.tensor(free)) if free else _one_per_cell(buffer, handle, grid, held)
+        held.update(tracks.ids[0].tolist())
+        found.insert(0, tracks)
     return found
 
 
@@ -67,11 +71,11 @@ def _between(handle: Handle, latent: int, share: float) -> Pose:
     return (handle.poses[latent - 1] if latent else Pose()).toward(handle.poses[latent], share)
 
 
-def _one_per_cell(buffer: TrackBuffer, handle: Handle, grid: tuple[int, int]) -> Tracks:
+def _one_per_cell(buffer: TrackBuffer, handle: Handle, grid: tuple[int, int], held: Collection[int]) -> Tracks:
     height, width = handle.mask.shape
     centers = cell_centers(*grid, (height, width)).reshape(-1, 2)
     x, y = centers.long().unbind(-1)
     points = centers[torch.from_numpy(handle.mask)[y, x]]
     points = points if len(points) else torch.tensor([handle.point])
     visible = np.ones((1, len(points)), bool)
-    return Tracks.from_arrays(points[None], visible, height, width).with_ids(buffer.unused_ids(len(points))[None])
+    return Tracks.from_arrays(points[None], visible, height, width).with_ids(buffer.unused_ids(len(points), held)[None])

@@ -29,6 +29,7 @@ from stream.dragstream.frequency import butterworth
 from stream.dragstream.geometry import bounding_box, cell_centers, moved, moved_mask, sample, source_of
 
 FramePoses = Sequence[Sequence[Pose] | None]  # per latent frame: a pose per handle, or no target
+StartPoses = Sequence[Pose | None]  # per handle: where its way starts; None: it is not in the frame yet
 NO_FILTER_RATIO = 0.25  # share of the draws without a filter, beside a cutoff_range
 RANGE_DRAWS = 8  # cutoffs drawn at once from a range
 
@@ -191,7 +192,10 @@ class DragStreamObjective:
         """Cells that the handles have left: each shall look like the nearest cell beside them."""
         scene, (rows, cols) = self.scene, self.scene.latent_size
         centers = cell_centers(rows, cols, scene.size, scene.before.device)
-        was = torch.stack([scene.coverage(handle, Pose(), (rows, cols)) for handle in scene.handles]).amax(0)
+        here = [handle for handle in scene.handles if not handle.returns]
+        if not here:
+            return []
+        was = torch.stack([scene.coverage(handle, Pose(), (rows, cols)) for handle in here]).amax(0)
         now = torch.stack([scene.coverage(h, pose, (rows, cols)) for h, pose in zip(scene.handles, poses)]).amax(0)
         left, beside = was * (1 - now), centers[was <= 0]
         seen = left > 0.25

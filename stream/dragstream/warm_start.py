@@ -16,11 +16,11 @@ from torch import Tensor
 
 from stream.dragstream.drag import Pose
 from stream.dragstream.geometry import cell_centers, sample, source_of
-from stream.dragstream.objectives import FramePoses, Scene
+from stream.dragstream.objectives import FramePoses, Scene, StartPoses
 
 
 @torch.no_grad()
-def started(scene: Scene, start: Sequence[Pose], targets: FramePoses) -> Tensor:
+def started(scene: Scene, start: StartPoses, targets: FramePoses) -> Tensor:
     """Latents from which the student predicts the handles at ``targets`` instead of ``start``: [1, C, F, h, w]."""
     latents, wanted = scene.before.clone(), None
     for _ in range(scene.cfg.warm_rounds):
@@ -31,7 +31,7 @@ def started(scene: Scene, start: Sequence[Pose], targets: FramePoses) -> Tensor:
     return latents
 
 
-def warped(scene: Scene, x0: Tensor, start: Sequence[Pose], targets: FramePoses) -> Tensor:
+def warped(scene: Scene, x0: Tensor, start: StartPoses, targets: FramePoses) -> Tensor:
     """Clean latents [1, C, F, h, w] with the handles moved, and what is beside them where they were."""
     moved = x0.clone()
     for frame, poses in enumerate(targets):
@@ -40,8 +40,10 @@ def warped(scene: Scene, x0: Tensor, start: Sequence[Pose], targets: FramePoses)
     return moved
 
 
-def _without_handles(scene: Scene, clean: Tensor, poses: Sequence[Pose]) -> Tensor:
+def _without_handles(scene: Scene, clean: Tensor, poses: StartPoses) -> Tensor:
     """Clean latents [C, h, w] where each cell that a handle covers looks like the nearest one that none does."""
+    if not any(poses):
+        return clean
     covered = _coverage(scene, poses).amax(0)
     inside, outside = covered > 0, covered <= 0
     if not inside.any() or not outside.any():
@@ -63,7 +65,7 @@ def _with_handles(scene: Scene, clean: Tensor, poses: Sequence[Pose]) -> Tensor:
     return clean
 
 
-def _coverage(scene: Scene, poses: Sequence[Pose]) -> Tensor:
-    """Share of each cell that each handle covers: [handles, h, w]."""
-    pairs = zip(scene.handles, poses)
+def _coverage(scene: Scene, poses: StartPoses) -> Tensor:
+    """Share of each cell that each handle covers, if it is in the frame: [handles, h, w]."""
+    pairs = [(handle, pose) for handle, pose in zip(scene.handles, poses) if pose is not None]
     return torch.stack([scene.coverage(handle, pose, scene.latent_size) for handle, pose in pairs])

@@ -99,6 +99,13 @@ def test_an_empty_buffer_gives_no_tracks_and_another_resolution_is_refused() -> 
         TrackBuffer(8, 8, ending="stop", rng=torch.Generator())
 
 
+def test_no_frames_and_more_tracks_than_identities_are_refused() -> None:
+    with pytest.raises(ValueError, match="tracks hold 0 frames; push at least one"):
+        _buffer().push(_tracks(0))
+    with pytest.raises(ValueError, match="tracks hold 10001 tracks; a stream follows at most 10000"):
+        _buffer().push(_tracks(1, count=10_001))
+
+
 def _seen(buffer: TrackBuffer, count: int) -> dict[int, list[list[float]]]:
     """Points of each identity in the frames to come, where it is seen in all of them."""
     tracks = buffer.peek(count)

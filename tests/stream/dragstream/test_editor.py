@@ -183,6 +183,25 @@ def test_an_animation_goes_on_where_the_last_chunk_ended(shown):
     assert start == [poses[2]] and [each[0] for each in targets] == list(poses[3:])
 
 
+def test_an_edit_of_the_first_chunk_leaves_the_given_frame(shown):
+    target = Pose(dx=8.0)
+    editor = DragEditor(shown[0], config(), Drag("edit", (handle(target),)), size=SIZE, noise=NOISE, first_chunk=0)
+    assert editor._poses(0, 3) == ([Pose()], [None, [Pose(dx=4.0)], [target]])
+    assert [poses[0].dx for poses in editor._poses(1, 3)[1]] == pytest.approx([8 / 3, 16 / 3, 8])
+    assert editor._poses(0, 1) == ([Pose()], [None])
+
+
+def test_what_comes_back_has_no_way_and_no_old_place(shown):
+    reference = FeatureReader(shown[0], config(), shown[1].sigma).reference(shown[1], (None,))
+    back = replace(handle(Pose(dx=200.0), Pose(dx=100.0), Pose(dx=8.0)), reference=reference)
+    editor = DragEditor(
+        shown[0], config(), Drag("animate", (back,)), size=SIZE, noise=NOISE, first_chunk=shown[1].chunk
+    )
+    start, targets = editor._poses(shown[1].chunk, CHUNK)
+    assert start == [None]
+    assert segment_poses(start, targets, config(), SIZE[0]) == [targets]
+
+
 def test_a_handle_that_leaves_the_frame_is_no_error_and_one_far_away_has_no_pull(shown):
     far = Drag("edit", (handle(Pose(dx=500.0)),))
     cfg = config(cst_weight=0.0, edit_frames="last", segment_ratio=None, warm_rounds=0)

@@ -77,6 +77,14 @@ def test_a_moved_mask_covers_what_it_should():
     assert there.sum() == pytest.approx(8 * 20, abs=1e-3)
 
 
+def test_places_are_not_rounded_to_the_features_dtype():
+    ramp = torch.arange(104.0)[None, None].expand(1, 60, -1)
+    points = torch.tensor([[701.3, 200.7], [803.9, 411.1]])
+    found = sample(ramp.bfloat16(), points, (480, 832))
+    torch.testing.assert_close(found.float(), sample(ramp, points, (480, 832)), atol=0.0, rtol=2**-8)
+    assert found.dtype == torch.bfloat16
+
+
 def test_what_leaves_the_frame_is_gone():
     mask = torch.zeros(SIZE, dtype=torch.bool)
     mask[0:16, 0:16] = True

@@ -142,6 +142,86 @@ def test_undo_takes_back_drags_and_prompts_bit_for_bit(parts) -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
+def test_undo_takes_back_what_came_for_the_chunk_and_keeps_what_was_pushed(parts) -> None:
+    plain, session = open_session(parts), open_session(parts)
+    expected = advance(plain, 3)[-1]
+    advance(session, 2)
+    session.drag(drag("animate", LEFT))
+    session.set_prompt("a green disc on a red background")
+    session.push_tracks(Tracks.from_arrays(np.full((20, 1, 2), 9.0), np.ones((20, 1), bool), 16, 16))
+    with_tracks = session.next_chunk()
+    session.undo()
+    assert session.num_pending_track_frames == 20
+    again = session.next_chunk()
+    assert (again != with_tracks).any() and (again != expected).any()
+    bare = open_session(parts)
+    advance(bare, 2)
+    bare.push_tracks(Tracks.from_arrays(np.full((20, 1, 2), 9.0), np.ones((20, 1), bool), 16, 16))
+    np.testing.assert_array_equal(again, bare.next_chunk())
+
+
+def test_a_prompt_set_before_an_edit_holds_from_the_next_chunk_on(parts) -> None:
+    plain, edited = open_session(parts), open_session(parts)
+    shown, _ = (advance(session, 2)[-1] for session in (plain, edited))
+    for session in (plain, edited):
+        session.set_prompt("a green disc on a red background")
+    np.testing.assert_array_equal(edited.drag(drag("edit", Pose())).frames, shown)
+    np.testing.assert_array_equal(edited.next_chunk(), plain.next_chunk())
+
+
+def test_an_animation_goes_on_after_an_edit_of_its_chunk_and_one_that_waits_is_not_lost(parts) -> None:
+    session = open_session(parts)
+    advance(session, 2)
+    poses = tuple(Pose(dx=-n) for n in range(1, 7))
+    outcome = session.drag(Drag("animate", (Handle(mask(), (7.0, 7.0), poses, (7.0, 7.0)),)))
+    with pytest.raises(ValueError, match=r"animates begins with chunk 2, after chunk 1 that this one would edit"):
+        session.drag(drag("edit", LEFT))
+    session.next_chunk()
+    session.drag(drag("edit", LEFT))
+    session.next_chunk()
+    assert [log.chunk for log in outcome.logs] == [2, 3]
+
+
+@pytest.mark.parametrize(("mode", "iterations"), [("edit", 0), ("animate", 1)])
+def test_where_undo_ended_nothing_is_left_to_drag_until_the_next_chunk(parts, mode: str, iterations: int) -> None:
+    session = open_session(parts, drag=DragConfig(iterations=iterations))
+    advance(session, 5)
+    session.undo()
+    _refused(session, drag(mode, LEFT), r"chunk 3 is the furthest that undo\(\) returned to.*call next_chunk\(\) first")
+    session.next_chunk()
+    session.drag(drag(mode, LEFT))
+
+
+def test_a_chunk_that_fails_leaves_the_session_as_it_was(parts, monkeypatch) -> None:
+    plain, session = tracked_session(parts), tracked_session(parts)
+    expected = advance(plain, 4)
+    advance(session, 2)
+    before = ways(session)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError, match="full"):
+        patched.setattr(session._decoder, "push", lambda _: (_ for _ in ()).throw(MemoryError("full")))
+        session.next_chunk()
+    assert ways(session) == before and session.chunk_index == 2
+    for found, wanted in zip(advance(session, 2), expected[2:]):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_snapshot_goes_on_in_another_session(parts) -> None:
+    session, other = open_session(parts), open_session(parts)
+    advance(session, 4)
+    other.restore(session.snapshot())
+    for found, wanted in zip(advance(other, 2), advance(session, 2)):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("frames", [0, 2, 9, 18])
+def test_statistics_come_from_as_many_frames_before_as_there_are(parts, frames: int) -> None:
+    session = open_session(parts, drag=DragConfig(adsr_frames=frames))
+    for chunk in range(1, 8):
+        session.next_chunk()
+        neighbours = session._neighbours()
+        assert (0 if neighbours is None else neighbours.shape[2]) == min(frames, 3 * chunk)
+
+
 def test_the_warm_start_costs_one_pass_a_round_and_no_more(parts, monkeypatch) -> None:
     cfg = DragConfig(warm_rounds=2)
     session = open_session(parts, drag=cfg)
@@ -266,6 +346,15 @@ def test_a_handle_without_tracks_gets_one_per_cell(parts) -> None:
     centers = (np.arange(cols) + 0.5) * 16 / cols
     inside = sum(4 <= center < 10 for center in centers)
     assert taken.num_tracks == inside**2 and len(taken.ids.unique()) == inside**2 and rows == cols
+
+
+def test_every_track_that_is_led_has_its_own_identity(parts) -> None:
+    for session in (open_session(parts), tracked_session(parts)):  # without tracks on the handles, and with one
+        advance(session, 2)
+        there = Handle(mask(6, 12), (9.0, 7.0), (Pose(dy=2.0),) * 3, (9.0, 7.0))
+        session.drag(replace(drag("animate", LEFT), handles=(*drag("animate", LEFT).handles, there)))
+        ids = session._buffer.peek(12).ids[0]
+        assert len(ids.unique()) == len(ids)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +486,7 @@ def _drag_at_random(session: StreamSession, mode: str, regions: list, masked: bo
         inside = mask(x, min(16, x + width), y, min(16, y + height))
         poses = (pose,) if mode == "edit" else tuple(Pose().toward(pose, share) for share in (0.3, 0.7, 1.0))
         handles.append(Handle(inside, (x + 0.5, y + 0.5), poses, (x + 0.5, y + 0.5)))
-    if not session._boundaries:
+    if not session._boundaries:  # undone as far as it goes
         session.next_chunk()
     before = session.latest_passes[session.drag_cfg.step].noisy_latents
     outcome = session.drag(Drag(mode, tuple(handles), mask(0, 12, 0, 16) if masked else None))

@@ -82,6 +82,13 @@ def test_a_handle_that_is_elsewhere_leaves_from_there():
     assert (found - X0)[0, :, 0, ROWS, 7:9].abs().max() > 0.1
 
 
+def test_a_handle_that_comes_back_leaves_nothing():
+    pose = Pose(dx=24.0)
+    found = warped(scene(pose), X0, [None], [[pose], None])
+    assert torch.equal(found[0, :, 0, ROWS, COLS], X0[0, :, 0, ROWS, COLS])
+    assert (found - X0)[0, :, 0, ROWS, 5:7].abs().max() > 0.1
+
+
 def test_half_a_cell_is_the_mean_of_two():
     pose = Pose(dx=28.0)
     given = scene(pose)
