@@ -46,7 +46,6 @@ REQUIRES = [
 
 EXTRAS = {
     "eval": ["scipy>=1.11"],
-    "demo": ["fastapi>=0.115", "uvicorn>=0.34", "websockets>=13"],
     "deepspeed": ["deepspeed>=0.16"],
     "dev": [
         "pytest>=8",
@@ -66,7 +65,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=PACKAGES,
     install_requires=REQUIRES,
     extras_require=EXTRAS,

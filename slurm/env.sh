@@ -2,7 +2,7 @@
 export MARIONETTE_VENV="${MARIONETTE_VENV:-$PWD/.venv}"
 source "$MARIONETTE_VENV/bin/activate"
 
-# One run writes to one folder; a requeued job finds it again.
+# Snapshots of the code go to $OUTPUTS/snapshots; what a run writes goes to its output_dir.
 export OUTPUTS="${OUTPUTS:-$PWD/outputs}"
 
 # The launcher's rendezvous: first host of the allocation, a port derived from the job so that two jobs can share a host.

@@ -1,7 +1,8 @@
 """The whole chain on the sprites world, on a laptop: `make quickstart`.
 
 Runs the commands that a user would type (pipeline.py), each with the time it took, and ends with one report to open.
-Left out: every setting. What each stage does is in conf/experiment/quickstart/*.yaml.
+Left out: every setting. What each stage does is in conf/experiment/quickstart_zoo/*.yaml, which goes on from the
+shipped weights, and in conf/experiment/quickstart/*.yaml, which starts from nothing (`--start scratch`).
 """
 
 from __future__ import annotations
