@@ -73,6 +73,7 @@ class DragBenchConfig:
     hold_tracks: bool = True  # sprites: a grid of still tracks holds what is not dragged; false: until the drag only
     tracks_per_side: int = 16
     scenario_seed: int = 0
+    opening_chunks: int = 1  # at least so many are made before the first drag
     world: SpritesConfig = field(default_factory=SpritesConfig)
     locator: LocatorConfig = field(default_factory=LocatorConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)  # for labels
@@ -82,10 +83,13 @@ class DragBenchConfig:
     num_shown: int = 12  # scenarios in the report
 
     def __post_init__(self) -> None:
-        if self.num_scenarios < 1 or self.tracks_per_side < 1 or self.num_shown < 0:
+        if min(self.num_scenarios, self.tracks_per_side, self.opening_chunks) < 1:
             raise ValueError(
-                f"num_scenarios={self.num_scenarios} and tracks_per_side={self.tracks_per_side} must be at least 1"
+                f"num_scenarios={self.num_scenarios}, tracks_per_side={self.tracks_per_side} and "
+                f"opening_chunks={self.opening_chunks} must be at least 1"
             )
+        if self.num_shown < 0:
+            raise ValueError(f"num_shown={self.num_shown} must be at least 0")
         known = sorted(path.stem for path in (CONF_DIR / "drag").glob("*.yaml"))
         for name in self.baselines:
             if name not in known:
@@ -147,8 +151,9 @@ class DragBenchmark:
         if self.cfg.labels is not None:
             return labelled_scenarios(Path(self.cfg.labels), clip, chunk_frames)[: self.cfg.num_scenarios]
         return sprites_scenarios(
-            self.cfg.world, clip, chunk_frames=chunk_frames, count=self.cfg.num_scenarios, seed=self.cfg.scenario_seed
-        )
+            self.cfg.world, clip, chunk_frames=chunk_frames, count=self.cfg.num_scenarios,
+            seed=self.cfg.scenario_seed, opening_chunks=self.cfg.opening_chunks,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ streaming
     def stream(

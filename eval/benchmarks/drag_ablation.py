@@ -61,6 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tracks and warm start alone": {"iterations": 0, "tracks": "follow", **WARM_START},
     "without context": {},  # the rollout's sink and window are 0
 }
+MAX_NEIGHBOURS = max(changes.get("adsr_frames", 0) for changes in VARIANTS.values())  # frames made before a drag
 OBJMC, DAI, BACKGROUND = "objmc_px", "dai_latent", "background_psnr_db"
 
 
@@ -182,9 +183,11 @@ class DragAblation:
 
     def _drag(self, context: EvalContext, settings: Mapping[str, DragConfig]) -> dict[str, list[Verdict]]:
         cfg = self.cfg
+        opening = math.ceil(MAX_NEIGHBOURS / context.model_cfg.rollout.chunk_frames)
         bench = DragBenchmark(
-            DragBenchConfig(num_scenarios=cfg.num_scenarios, baselines=[], world=cfg.world, hold_tracks=cfg.hold_tracks)
-        )
+            DragBenchConfig(num_scenarios=cfg.num_scenarios, baselines=[], world=cfg.world,
+                            hold_tracks=cfg.hold_tracks, opening_chunks=opening)
+        )  # fmt: skip
         student, scenarios = context.load("student"), bench.scenarios(context)
         still = {"": UNTOUCHED}
         runs = bench.stream(context, student, scenarios, still | dict(settings))

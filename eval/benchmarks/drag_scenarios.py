@@ -62,14 +62,17 @@ class DragScenario:
 
 
 def sprites_scenarios(
-    world: SpritesConfig, geometry: ClipGeometry, *, chunk_frames: int, count: int, seed: int
+    world: SpritesConfig, geometry: ClipGeometry, *, chunk_frames: int, count: int, seed: int, opening_chunks: int = 1
 ) -> list[DragScenario]:
-    """The first ``count`` scenarios of a seed; the same arguments give the same ones."""
+    """The first ``count`` scenarios of a seed; the same arguments give the same ones.
+
+    The first drag comes after ``opening_chunks``, or as many more as its mode needs.
+    """
     world = replace(world, height=geometry.height, width=geometry.width, num_frames=1, fps=geometry.fps, events=False)
-    return [_scenario(world, index, chunk_frames, seed) for index in range(count)]
+    return [_scenario(world, index, chunk_frames, seed, opening_chunks) for index in range(count)]
 
 
-def _scenario(world: SpritesConfig, index: int, chunk_frames: int, seed: int) -> DragScenario:
+def _scenario(world: SpritesConfig, index: int, chunk_frames: int, seed: int, opening_chunks: int) -> DragScenario:
     mode, kind, handles = COMBINATIONS[index % len(COMBINATIONS)]
     variant = VARIANTS[index // len(COMBINATIONS) % len(VARIANTS)]
     if mode == "edit" and variant == "long":
@@ -79,7 +82,7 @@ def _scenario(world: SpritesConfig, index: int, chunk_frames: int, seed: int) ->
     rng = np.random.default_rng([seed, index])
     sprites = 2 if handles == 2 or variant == "occlusion" else 1
     scene = _still_scene(replace(world, min_sprites=sprites, max_sprites=sprites), rng)
-    chunks = EDIT_CHUNKS if mode == "edit" else ANIMATE_CHUNKS
+    chunks = max(opening_chunks, EDIT_CHUNKS if mode == "edit" else ANIMATE_CHUNKS)
     events = tuple(_events(scene, mode, kind, handles, variant, chunks, chunk_frames, rng))
     last = max(event.after_chunks + _chunks_of(event.drag, chunk_frames) for event in events)
     return DragScenario(

@@ -53,6 +53,15 @@ def test_scenarios_are_those_of_the_seed() -> None:
         assert (a.first_frame != c.first_frame).any()
 
 
+def test_a_longer_opening_changes_when_is_dragged_and_nothing_else() -> None:
+    late = sprites_scenarios(WORLD, GEOMETRY, chunk_frames=3, count=12, seed=0, opening_chunks=6)
+    for a, b in zip(scenarios(12), late):
+        assert a.events[0].after_chunks == (2 if a.mode == "edit" else 1) and b.events[0].after_chunks == 6
+        assert b.num_chunks - a.num_chunks == 6 - a.events[0].after_chunks
+        np.testing.assert_array_equal(a.first_frame, b.first_frame)
+        assert [h.poses for h in a.events[0].drag.handles] == [h.poses for h in b.events[0].drag.handles]
+
+
 def test_a_drag_follows_its_object() -> None:
     mask = np.zeros((64, 64), bool)
     mask[20:30, 20:30] = True
