@@ -8,7 +8,6 @@ CoTracker3 (CC-BY-NC 4.0) is not on PyPI; it comes from torch.hub or an installe
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,8 +20,9 @@ log = logging.getLogger(__name__)
 
 TRACKERS = ("exact", "lucas_kanade", "cotracker3")
 COTRACKER_HELP = (
-    "install it with `pip install git+https://github.com/facebookresearch/co-tracker` (its licence is "
-    "CC-BY-NC 4.0), or let torch.hub fetch it with tracker.allow_download=true"
+    "let torch.hub fetch code and weights with tracker.allow_download=true and tracker.checkpoint=null, or set "
+    "tracker.checkpoint to a weights file and install the code with "
+    "`pip install git+https://github.com/facebookresearch/co-tracker` (its licence is CC-BY-NC 4.0)"
 )
 
 
@@ -61,7 +61,7 @@ def build_tracker(cfg: TrackerConfig | str, scene: Scene | None = None) -> Track
     """The tracker of a config, or of a name with default settings.
 
     `exact` needs the scene of the clip, simulated again from the seed stored beside the video. ImportError if
-    CoTracker3 is asked for and absent.
+    CoTracker3 is asked for without weights, or its package is absent.
     """
     cfg = TrackerConfig(name=cfg) if isinstance(cfg, str) else cfg
     if cfg.name == "exact":
@@ -125,15 +125,19 @@ class CoTracker3:
             return self._installed(checkpoint)
         if allow_download:
             return torch.hub.load("facebookresearch/co-tracker", f"cotracker3_{self.mode}")
-        if "cotracker" not in sys.modules:
-            raise ImportError(f"CoTracker3 is not set up: tracker.checkpoint is null; {COTRACKER_HELP}")
-        return self._installed(None)
+        # without a checkpoint the predictors come with random weights
+        raise ImportError(
+            f"tracker.name=cotracker3 has no weights: tracker.checkpoint=null and tracker.allow_download=false; "
+            f"{COTRACKER_HELP}"
+        )
 
-    def _installed(self, checkpoint: str | None) -> Any:
+    def _installed(self, checkpoint: str) -> Any:
         try:
             from cotracker.predictor import CoTrackerOnlinePredictor, CoTrackerPredictor
         except ImportError as error:
-            raise ImportError(f"CoTracker3 needs the package `cotracker`; {COTRACKER_HELP}") from error
+            raise ImportError(
+                f"tracker.checkpoint={checkpoint} needs the package `cotracker`; {COTRACKER_HELP}"
+            ) from error
         if self.mode == "online":
             return CoTrackerOnlinePredictor(checkpoint=checkpoint)
         return CoTrackerPredictor(checkpoint=checkpoint)

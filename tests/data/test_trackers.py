@@ -261,9 +261,14 @@ def test_cotracker_online_covers_every_frame(fake_cotracker, num_frames):
 def test_cotracker_absent_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "cotracker", None)
     monkeypatch.setitem(sys.modules, "cotracker.predictor", None)
-    for settings in ({}, {"checkpoint": "weights.pth"}):
-        with pytest.raises(ImportError, match=r"pip install git\+https.*CC-BY-NC"):
-            build_tracker(TrackerConfig("cotracker3", **settings))
+    with pytest.raises(ImportError, match=r"tracker\.checkpoint=weights\.pth needs .*pip install git\+https.*CC-BY-NC"):
+        build_tracker(TrackerConfig("cotracker3", checkpoint="weights.pth"))
+
+
+def test_cotracker_without_weights_is_refused_even_if_installed(fake_cotracker):
+    """Its predictors would take random weights."""
+    with pytest.raises(ImportError, match=r"has no weights.*allow_download=true.*or set tracker\.checkpoint"):
+        build_tracker("cotracker3")
 
 
 def test_cotracker_from_the_hub(monkeypatch):
