@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,8 +61,8 @@ class TrackerConfig:
 def build_tracker(cfg: TrackerConfig | str, scene: Scene | None = None) -> Tracker:
     """The tracker of a config, or of a name with default settings.
 
-    `exact` needs the scene of the clip, simulated again from the seed stored beside the video. ImportError if
-    CoTracker3 is asked for without weights, or its package is absent.
+    `exact` needs the scene of the clip, simulated again from the seed stored beside the video. CoTracker3 is loaded
+    once per process and kept; ImportError if it is asked for without weights, or its package is absent.
     """
     cfg = TrackerConfig(name=cfg) if isinstance(cfg, str) else cfg
     if cfg.name == "exact":
@@ -72,7 +73,12 @@ def build_tracker(cfg: TrackerConfig | str, scene: Scene | None = None) -> Track
         return LucasKanadeTracker(
             LucasKanadeConfig(cfg.window_px, cfg.levels, cfg.upsample, cfg.max_roundtrip_px, cfg.max_layers)
         )
-    return CoTracker3(cfg.mode, cfg.checkpoint, cfg.allow_download, cfg.device)
+    return _kept_cotracker3(cfg.mode, cfg.checkpoint, cfg.allow_download, cfg.device)
+
+
+@lru_cache(maxsize=1)  # at most one model in device memory
+def _kept_cotracker3(mode: str, checkpoint: str | None, allow_download: bool, device: str) -> CoTracker3:
+    return CoTracker3(mode, checkpoint, allow_download, device)
 
 
 def grid_queries(height: int, width: int, rows: int, cols: int) -> np.ndarray:
