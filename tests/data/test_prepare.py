@@ -405,6 +405,15 @@ def test_openvid_filters(tmp_path):
         source.render(items["square"], geometry, tmp_path / "out2.mp4")
 
 
+def test_openvid_names_that_clash_get_other_keys(tmp_path):
+    names = ("a.b.mp4", "c.mp4", "a_b.mp4", "a b.mp4", "a-b.mp4")
+    rows = "".join(f"{name},caption,90\n" for name in names)
+    (tmp_path / "list.csv").write_text(f"video,caption,frame\n{rows}")
+    source = OpenVidSource(OpenVidSource.Config(str(tmp_path), str(tmp_path / "list.csv")))
+    found = [(item.key, item.origin) for item in source.items()]
+    assert found == list(zip(("a_b", "c", "a_b-2", "a_b-3", "a-b"), names))
+
+
 def test_vidprom_filters_and_leaves_its_prompts(tmp_path):
     columns = "uuid,prompt,time,toxicity,obscene,identity_attack,insult,threat,sexual_explicit\n"
     (tmp_path / "list.csv").write_text(
