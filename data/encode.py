@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from data.progress import done_keys, forget_others, mark, marker, stamp, write_json
+from data.progress import done_keys, forget_others, mark, marker, stamp, unmark, write_json
 from data.shards import trim_text
 from data.video import read_video
 
@@ -71,24 +71,47 @@ def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     encoders = build_encoders(cfg, model)
     mine = keys[rank::world]
-    stamps = {key: stamp(encoders.fingerprints, cfg.dtype, marker(out, "render", key)["stamp"]) for key in mine}
+    clips = {key: marker(out, "render", key) for key in mine}
+    stamps = {key: stamp(encoders.fingerprints, cfg.dtype, clip["stamp"]) for key, clip in clips.items()}
     pending = [key for key in mine if marker(out, "encode", key).get("stamp") != stamps[key]]
     log.info("encode: %d of %d clips to do", len(pending), len(mine))
     (out / "encoded").mkdir(exist_ok=True)
     if rank == 0:
         forget_others(out, "encode", set(keys))
-        about = {"text_len": encoders.text.null().shape[1], "fingerprints": encoders.fingerprints}
+        text_len = encoders.text.null().shape[1]
+        about = {"text_len": text_len, "fingerprints": encoders.fingerprints, "dtype": cfg.dtype}
         write_json(out / "encoded" / "about.json", about)
     with tqdm(total=len(pending), desc="encode", unit="clip") as bar:
         for group in _groups(pending, cfg.batch_size):
             for key, arrays, reason in _encode_group(cfg, encoders, out, group):
+                unmark(out, "encode", key)
                 if reason is None:
                     _save(out / "encoded" / f"{key}.npz", arrays)
                 else:
                     log.warning("encode: %s rejected: %s", key, reason)
-                mark(out, "encode", key, stamps[key], marker(out, "render", key)["origin"], reason)
+                mark(out, "encode", key, stamps[key], clips[key]["origin"], reason, clips[key]["stamp"])
                 bar.update()
     return len(done_keys(out, "encode")) or len(keys)
+
+
+def encoded_now(out: Path, keys: Sequence[str]) -> list[str]:
+    """Those of the keys whose latents are by the weights and dtype that encoded/about.json names, of the clip as it
+    is rendered now.
+
+    An about.json of an older version names no dtype; then each passes.
+    """
+    path = out / "encoded" / "about.json"
+    if not path.is_file():
+        return []
+    about = json.loads(path.read_text())
+    dtypes = [about["dtype"]] if "dtype" in about else list(DTYPES)
+    current = []
+    for key in keys:
+        note, clip = marker(out, "encode", key), marker(out, "render", key)["stamp"]
+        stamps = [stamp(about["fingerprints"], dtype, clip) for dtype in dtypes]
+        if note and note["rejected"] is None and note["stamp"] in stamps:
+            current.append(key)
+    return current
 
 
 def process_share() -> tuple[int, int]:

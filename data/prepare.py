@@ -8,7 +8,8 @@
     <out>/rejected.jsonl                file, step and reason of every clip left out
 
 A finished item leaves a marker with a hash of the settings that made it, so a second run does only what is
-missing or was made with other settings. Files appear under their name only when complete.
+missing or was made with other settings. Files appear under their name only when complete. Tracks and latents
+of an earlier rendering, or latents of other weights than the last step=encode had, are never packed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,20 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from data.app import build_config, build_target
-from data.encode import EncodeConfig, encode_clips, process_share
-from data.progress import Call, done_keys, marker, run_items, stamp, write_json, write_rejected
+from data.encode import EncodeConfig, encode_clips, encoded_now, process_share
+from data.progress import (
+    Call,
+    done_keys,
+    forget_others,
+    mark,
+    marker,
+    marker_path,
+    run_items,
+    stamp,
+    unmark,
+    write_json,
+    write_rejected,
+)
 from data.shards import npy_bytes, write_shards
 from data.sources import Source, SourceItem, scene_of
 from data.trackers import TrackerConfig, build_tracker, grid_queries
@@ -37,6 +50,11 @@ from models.motion.tracks import Tracks
 log = logging.getLogger(__name__)
 
 STEPS = ("render", "track", "encode", "pack")
+LACKS = {  # step to run again -> why its files are not packed
+    "track": "tracks are missing or of an earlier rendering; run step=track, then step=encode and step=pack",
+    "encode": "latents are missing, of an earlier rendering or not by the weights and dtype of the last step=encode; "
+    "run step=encode, then step=pack",
+}
 
 
 @dataclass
@@ -122,15 +140,20 @@ def track_calls(job: Job, previews: str) -> list[Call]:
     calls = []
     for key in keys:
         clip = marker(job.out, "render", key)
-        made_with = stamp(asdict(job.tracker), key in chosen, clip["stamp"])
-        calls.append(Call(key, clip["origin"], made_with, track_item, (job, key, key in chosen)))
+        made_with = _track_stamp(job.tracker, key in chosen, clip["stamp"])
+        calls.append(Call(key, clip["origin"], made_with, track_item, (job, key, key in chosen), clip["stamp"]))
     return calls
+
+
+def _track_stamp(tracker: TrackerConfig, preview: bool, clip: str) -> str:
+    return stamp(asdict(tracker), preview, clip)
 
 
 # ------------------------------------------------------------------------------------------ one item
 def render_item(job: Job, item: SourceItem) -> None:
     folder = job.out / "clips"
     folder.mkdir(parents=True, exist_ok=True)
+    unmark(job.out, "render", item.key)
     sidecar = job.source.render(item, job.geometry, folder / f"{item.key}.mp4")
     write_json(folder / f"{item.key}.json", {"caption": item.caption, **asdict(job.geometry), **sidecar})
 
@@ -142,6 +165,7 @@ def track_item(job: Job, key: str, preview: bool) -> None:
     queries = grid_queries(height, width, job.tracker.rows, job.tracker.cols)
     points, visibility = build_tracker(job.tracker, scene).track(frames, queries)
     (job.out / "tracks").mkdir(parents=True, exist_ok=True)
+    unmark(job.out, "track", key)
     partial = job.out / "tracks" / f"{key}.partial.npz"
     Tracks.from_arrays(points, visibility, height, width).save(partial)
     os.replace(partial, job.out / "tracks" / f"{key}.npz")
@@ -167,13 +191,25 @@ def _file_state(path: str | None) -> tuple[int, int] | None:
 
 # ------------------------------------------------------------------------------------------ pack
 def pack(settings: PrepareConfig, out: Path, geometry: ClipGeometry) -> int:
-    """Write the shards of all tracked clips; if any clip is encoded, only of those that are."""
-    keys, encoded = done_keys(out, "track"), set(done_keys(out, "encode"))
+    """Write the shards of the clips with current tracks; if any is encoded, only of those with current latents.
+
+    Current: made from the clip as it is rendered now, latents also by what encoded/about.json names (the index
+    repeats it). The other clips are left out and listed in rejected.jsonl with the step to run again. If nothing can
+    be packed, the shards stay as they are.
+    """
+    rendered = done_keys(out, "render")
+    tracked = [key for key in rendered if tracked_now(out, key, settings.tracker)]
+    encoded = set(encoded_now(out, tracked))
+    keys = [key for key in tracked if key in encoded] if encoded else tracked
+    forget_others(out, "pack", set())
+    _leave_out(out, "track", sorted(set(rendered) - set(tracked)))
     if encoded:
-        left_out = [key for key in keys if key not in encoded]
-        if left_out:
-            log.warning("pack: %d clips are not encoded and left out, e.g. %s", len(left_out), left_out[0])
-        keys = [key for key in keys if key in encoded]
+        _leave_out(out, "encode", sorted(set(tracked) - encoded))
+    elif stale := done_keys(out, "encode"):
+        log.warning("pack: shards without latents, though %d clips were encoded: %s", len(stale), LACKS["encode"])
+    if not keys:
+        log.error("pack: no clip can be packed; %s is left as it is", out / "shards")
+        return 0
     note = json.loads((out / "encoded" / "about.json").read_text()) if encoded else {}
     index = write_shards(
         tqdm(
@@ -190,6 +226,33 @@ def pack(settings: PrepareConfig, out: Path, geometry: ClipGeometry) -> int:
     )
     log.info("pack: %d clips in %d shards, fields %s", len(keys), len(index.shards), ", ".join(index.fields))
     return len(keys)
+
+
+def tracked_now(out: Path, key: str, tracker: TrackerConfig) -> bool:
+    """Whether a clip has tracks of the clip as it is rendered now, by any tracker.
+
+    The marker names the rendering. One of an older version has it only inside its stamp, which can be computed if
+    `tracker` is what the clip was tracked with. Otherwise the times decide: the tracks are refused only if the clip
+    was rendered after them, since to track a large data set again is dear.
+    """
+    clip, note = marker(out, "render", key)["stamp"], marker(out, "track", key)
+    if not note or note["rejected"] is not None:
+        return False
+    if note.get("clip") is not None:
+        return note["clip"] == clip
+    if note["stamp"] in [_track_stamp(tracker, preview, clip) for preview in (False, True)]:
+        return True
+    rendered, tracked = (marker_path(out, step, key).stat().st_mtime_ns for step in ("render", "track"))
+    return rendered <= tracked
+
+
+def _leave_out(out: Path, step: str, keys: list[str]) -> None:
+    """Note the clips that lack what a step makes; those that the step rejected are listed by it."""
+    keys = [key for key in keys if marker(out, step, key).get("rejected") is None]
+    for key in keys:
+        mark(out, "pack", key, "", marker(out, "render", key)["origin"], LACKS[step])
+    if keys:
+        log.warning("pack: %d clips left out, e.g. %s: %s", len(keys), keys[0], LACKS[step])
 
 
 def _members(out: Path, key: str, encoded: bool) -> dict[str, bytes]:

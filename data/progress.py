@@ -36,6 +36,7 @@ class Call:
     stamp: str  # hash of the settings
     function: Callable[..., None]
     arguments: tuple
+    clip: str | None = None  # stamp of the rendered clip that the item is made from
 
 
 def stamp(*settings: Any) -> str:
@@ -61,11 +62,18 @@ def marker(out: Path, step: str, key: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def mark(out: Path, step: str, key: str, made_with: str, origin: str, reason: str | None = None) -> None:
-    """Note that an item is done, or rejected for a reason."""
+def mark(
+    out: Path, step: str, key: str, made_with: str, origin: str, reason: str | None = None, clip: str | None = None
+) -> None:
+    """Note that an item is done, or rejected for a reason; clip is the stamp of the rendering it was made from."""
     path = marker_path(out, step, key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"stamp": made_with, "origin": origin, "rejected": reason})
+    write_json(path, {"stamp": made_with, "origin": origin, "rejected": reason, "clip": clip})
+
+
+def unmark(out: Path, step: str, key: str) -> None:
+    """Drop a marker before its item is written anew: if that is cut short, the old one does not vouch for it."""
+    marker_path(out, step, key).unlink(missing_ok=True)
 
 
 def done_keys(out: Path, step: str) -> list[str]:
@@ -104,7 +112,7 @@ def run_items(step: str, out: Path, calls: list[Call], num_workers: int) -> int:
     for call, reason in tqdm(_results(pending, num_workers), total=len(pending), desc=step, unit="clip"):
         if reason is not None:
             log.warning("%s: %s rejected: %s", step, call.origin, reason)
-        mark(out, step, call.key, call.stamp, call.origin, reason)
+        mark(out, step, call.key, call.stamp, call.origin, reason, call.clip)
     usable = len(done_keys(out, step))
     log.info("%s: %d usable, %d rejected", step, usable, len(calls) - usable)
     return usable

@@ -173,6 +173,7 @@ def _required_folder(path: str) -> Path:
 
 
 def _unused(key: str, seen: set[str]) -> str:
+    """The key, or where an earlier item has it, the key with a number: names can differ in what clip_key drops."""
     candidate, number = key, 1
     while candidate in seen:
         number += 1
@@ -239,6 +240,7 @@ class OpenVidSource:
 
     def items(self) -> Iterator[SourceItem]:
         count = 0
+        seen: set[str] = set()
         for row in _rows(Path(self.cfg.manifest), ("video", "caption", "frame")):
             if float(row["frame"] or 0) < self.cfg.min_frames or not row["caption"]:
                 continue
@@ -246,7 +248,7 @@ class OpenVidSource:
                 return
             count += 1
             path = self.folder / row["video"]
-            yield SourceItem(clip_key(path.stem), row["caption"], row["video"], path=str(path))
+            yield SourceItem(_unused(clip_key(path.stem), seen), row["caption"], row["video"], path=str(path))
 
     def render(self, item: SourceItem, geometry: ClipGeometry, target: Path) -> dict[str, Any]:
         info = probe_video(item.path or "")

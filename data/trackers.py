@@ -8,8 +8,8 @@ CoTracker3 (CC-BY-NC 4.0) is not on PyPI; it comes from torch.hub or an installe
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 
 TRACKERS = ("exact", "lucas_kanade", "cotracker3")
 COTRACKER_HELP = (
-    "install it with `pip install git+https://github.com/facebookresearch/co-tracker` (its licence is "
-    "CC-BY-NC 4.0), or let torch.hub fetch it with tracker.allow_download=true"
+    "let torch.hub fetch code and weights with tracker.allow_download=true and tracker.checkpoint=null, or set "
+    "tracker.checkpoint to a weights file and install the code with "
+    "`pip install git+https://github.com/facebookresearch/co-tracker` (its licence is CC-BY-NC 4.0)"
 )
 
 
@@ -60,8 +61,8 @@ class TrackerConfig:
 def build_tracker(cfg: TrackerConfig | str, scene: Scene | None = None) -> Tracker:
     """The tracker of a config, or of a name with default settings.
 
-    `exact` needs the scene of the clip, simulated again from the seed stored beside the video. ImportError if
-    CoTracker3 is asked for and absent.
+    `exact` needs the scene of the clip, simulated again from the seed stored beside the video. CoTracker3 is loaded
+    once per process and kept; ImportError if it is asked for without weights, or its package is absent.
     """
     cfg = TrackerConfig(name=cfg) if isinstance(cfg, str) else cfg
     if cfg.name == "exact":
@@ -72,7 +73,12 @@ def build_tracker(cfg: TrackerConfig | str, scene: Scene | None = None) -> Track
         return LucasKanadeTracker(
             LucasKanadeConfig(cfg.window_px, cfg.levels, cfg.upsample, cfg.max_roundtrip_px, cfg.max_layers)
         )
-    return CoTracker3(cfg.mode, cfg.checkpoint, cfg.allow_download, cfg.device)
+    return _kept_cotracker3(cfg.mode, cfg.checkpoint, cfg.allow_download, cfg.device)
+
+
+@lru_cache(maxsize=1)  # at most one model in device memory
+def _kept_cotracker3(mode: str, checkpoint: str | None, allow_download: bool, device: str) -> CoTracker3:
+    return CoTracker3(mode, checkpoint, allow_download, device)
 
 
 def grid_queries(height: int, width: int, rows: int, cols: int) -> np.ndarray:
@@ -125,15 +131,19 @@ class CoTracker3:
             return self._installed(checkpoint)
         if allow_download:
             return torch.hub.load("facebookresearch/co-tracker", f"cotracker3_{self.mode}")
-        if "cotracker" not in sys.modules:
-            raise ImportError(f"CoTracker3 is not set up: tracker.checkpoint is null; {COTRACKER_HELP}")
-        return self._installed(None)
+        # without a checkpoint the predictors come with random weights
+        raise ImportError(
+            f"tracker.name=cotracker3 has no weights: tracker.checkpoint=null and tracker.allow_download=false; "
+            f"{COTRACKER_HELP}"
+        )
 
-    def _installed(self, checkpoint: str | None) -> Any:
+    def _installed(self, checkpoint: str) -> Any:
         try:
             from cotracker.predictor import CoTrackerOnlinePredictor, CoTrackerPredictor
         except ImportError as error:
-            raise ImportError(f"CoTracker3 needs the package `cotracker`; {COTRACKER_HELP}") from error
+            raise ImportError(
+                f"tracker.checkpoint={checkpoint} needs the package `cotracker`; {COTRACKER_HELP}"
+            ) from error
         if self.mode == "online":
             return CoTrackerOnlinePredictor(checkpoint=checkpoint)
         return CoTrackerPredictor(checkpoint=checkpoint)

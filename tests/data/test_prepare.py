@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import prepare, progress
+from data import encode, prepare, progress
 from data.app import build_config, compose_config
 from data.encode import EncodeConfig, fingerprint
 from data.progress import Call, done_keys, run_items
@@ -157,9 +157,8 @@ def test_encode_stores_what_the_encoders_give(tmp_path):
 
 def test_processes_share_the_clips_to_encode(tmp_path, monkeypatch):
     """Each takes every second clip; together they leave nothing out, and no other step may be run so."""
-    WanVae.from_config(build_config(compose_config("data", ["model=tiny"]).model).vae, seed=0).save(tmp_path / "vae")
+    vae = save_vae(tmp_path / "vae", seed=0)
     common = ("source=sprites", "source.num_clips=5", f"out={tmp_path / 'out'}", "previews=0")
-    vae = f"model.vae.path={tmp_path / 'vae'}"
     run(*common)
     monkeypatch.setenv("WORLD_SIZE", "2")
     encoded = []
@@ -173,6 +172,129 @@ def test_processes_share_the_clips_to_encode(tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE")
     assert run(*common, vae, "step=pack") == 0
     assert len(ShardDataset(tmp_path / "out/shards", ["latents"])) == 5
+
+
+def save_vae(path: Path, seed: int) -> str:
+    """Fresh VAE weights in a folder; the override that names them."""
+    WanVae.from_config(build_config(compose_config("data", ["model=tiny"]).model).vae, seed=seed).save(path)
+    return f"model.vae.path={path}"
+
+
+@pytest.fixture
+def encoded_clips(tmp_path):
+    """Three sprites encoded with VAE A and packed: the overrides of data set and VAE, and the folder."""
+    out = tmp_path / "out"
+    common = ("source=sprites", "source.num_clips=3", f"out={out}", "previews=0", "encode.batch_size=1")
+    vae = save_vae(tmp_path / "a", seed=0)
+    assert run(*common, vae) == 0
+    return common, vae, out
+
+
+def latents(out: Path) -> torch.Tensor:
+    """What the shards hold: [N, C, F, h, w]."""
+    dataset = ShardDataset(out / "shards", ["latents"])
+    return torch.stack([dataset[n].latents for n in range(len(dataset))])
+
+
+def cut_short(monkeypatch, module, name: str, calls: int) -> None:
+    """Let a function of the module be called so often and then fail, as a killed process would."""
+    function, left = getattr(module, name), iter(range(calls))
+
+    def limited(*args, **kwargs):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, limited)
+
+
+@pytest.mark.parametrize("function", ["_encode_group", "mark"])
+def test_half_encoded_with_another_vae_is_packed_half(tmp_path, monkeypatch, caplog, encoded_clips, function):
+    common, vae, out = encoded_clips
+    before = latents(out)
+    cut_short(monkeypatch, encode, function, calls=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(*common, save_vae(tmp_path / "b", seed=1), "step=encode")
+    monkeypatch.undo()
+    assert run(*common, "step=pack") == 0
+    dataset = ShardDataset(out / "shards", ["latents"])
+    assert [sample.key for sample in dataset.index.samples] == ["train-000000"]
+    assert not torch.equal(dataset[0].latents, before[0])
+    assert dataset.index.fingerprints["vae"] == fingerprint(str(tmp_path / "b"))
+    assert "2 clips left out, e.g. train-000001" in caplog.text
+    lines = rejected(out).values()
+    assert {(line["key"], line["step"]) for line in lines} == {("train-000001", "pack"), ("train-000002", "pack")}
+    assert all("run step=encode, then step=pack" in line["reason"] for line in lines)
+    assert run(*common, vae) == 0
+    assert torch.equal(latents(out), before) and not rejected(out), "all are of the first weights again"
+
+
+def test_latents_in_another_dtype_are_not_mixed(monkeypatch, encoded_clips):
+    common, vae, out = encoded_clips
+    cut_short(monkeypatch, encode, "_encode_group", calls=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(*common, vae, "step=encode", "encode.dtype=bfloat16")
+    monkeypatch.undo()
+    run(*common, vae, "step=pack")
+    assert len(ShardDataset(out / "shards", ["latents"])) == 2
+
+
+def test_latents_of_a_version_that_noted_no_dtype_are_packed(encoded_clips):
+    common, _, out = encoded_clips
+    about = json.loads((out / "encoded/about.json").read_text())
+    del about["dtype"]
+    (out / "encoded/about.json").write_text(json.dumps(about))
+    assert run(*common, "step=pack") == 0
+    assert len(ShardDataset(out / "shards", ["latents"])) == 3
+
+
+def test_a_clip_rendered_again_is_not_packed_with_its_old_tracks(caplog, encoded_clips):
+    common, vae, out = encoded_clips
+    (out / "markers/render/train-000001.json").write_text('{"stamp": "new", "origin": "seed 3", "rejected": null}')
+    assert run(*common, "step=pack") == 0
+    assert [s.key for s in ShardDataset(out / "shards", ["latents"]).index.samples] == ["train-000000", "train-000002"]
+    assert "1 clips left out, e.g. train-000001" in caplog.text
+    assert "run step=track" in rejected(out)["seed 3"]["reason"]
+    assert run(*common, vae) == 0
+    assert len(ShardDataset(out / "shards", ["latents"])) == 3 and not rejected(out)
+
+
+def test_clips_rendered_again_lose_their_old_latents(caplog, encoded_clips):
+    common, vae, out = encoded_clips
+    old = (out / "shards/index.json").read_bytes()
+    run(*common, "source.crf=30", "step=render")
+    assert run(*common, "step=pack") == 1, "no clip has tracks"
+    assert "no clip can be packed" in caplog.text and (out / "shards/index.json").read_bytes() == old
+    assert run(*common, "source.crf=30") == 0
+    assert ShardDataset(out / "shards", ["pixels", "tracks"]).index.fields == ["pixels", "tracks"]
+    assert "shards without latents, though 3 clips were encoded" in caplog.text
+    assert run(*common, "source.crf=30", vae) == 0
+    assert len(ShardDataset(out / "shards", ["latents"])) == 3
+
+
+def test_a_rendering_cut_short_is_not_packed_with_tracks_of_the_last_one(monkeypatch, encoded_clips):
+    common, _, out = encoded_clips
+    cut_short(monkeypatch, progress, "mark", calls=0)
+    with pytest.raises(KeyboardInterrupt):
+        run(*common, "source.crf=30", "step=render")
+    monkeypatch.undo()
+    assert run(*common, "step=pack") == 0
+    assert [s.key for s in ShardDataset(out / "shards").index.samples] == ["train-000001", "train-000002"]
+
+
+def test_tracks_of_a_version_that_noted_no_rendering(encoded_clips):
+    """They are packed, under other tracker settings too, unless the clip was rendered after them."""
+    common, _, out = encoded_clips
+    for path in (out / "markers/track").iterdir():
+        note = json.loads(path.read_text())
+        del note["clip"]
+        path.write_text(json.dumps(note))
+    for tracker in ("tracker.rows=16", "tracker.rows=4"):
+        assert run(*common, tracker, "step=pack") == 0
+        assert len(ShardDataset(out / "shards", ["tracks"])) == 3
+    run(*common, "source.crf=30", "step=render")
+    for tracker in ("tracker.rows=16", "tracker.rows=4"):
+        assert run(*common, tracker, "step=pack") == 1
 
 
 def test_encode_alone_needs_a_vae(tmp_path):
@@ -281,6 +403,15 @@ def test_openvid_filters(tmp_path):
     assert source.render(items["wide"], geometry, tmp_path / "out.mp4") == {"source": "wide.mp4"}
     with pytest.raises(VideoError, match="aspect 64x64"):
         source.render(items["square"], geometry, tmp_path / "out2.mp4")
+
+
+def test_openvid_names_that_clash_get_other_keys(tmp_path):
+    names = ("a.b.mp4", "c.mp4", "a_b.mp4", "a b.mp4", "a-b.mp4")
+    rows = "".join(f"{name},caption,90\n" for name in names)
+    (tmp_path / "list.csv").write_text(f"video,caption,frame\n{rows}")
+    source = OpenVidSource(OpenVidSource.Config(str(tmp_path), str(tmp_path / "list.csv")))
+    found = [(item.key, item.origin) for item in source.items()]
+    assert found == list(zip(("a_b", "c", "a_b-2", "a_b-3", "a-b"), names))
 
 
 def test_vidprom_filters_and_leaves_its_prompts(tmp_path):

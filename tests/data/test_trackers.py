@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import trackers
 from data.layer_alignment import Target, _by_soft_colors, _predicted
 from data.lucas_kanade import LucasKanadeConfig
 from data.motion_layers import _smoothed, fit_motion
@@ -221,13 +222,20 @@ class FakeOnline(torch.nn.Module):
 
     def forward(self, video_chunk, is_first_step=False, queries=None):
         if is_first_step:
-            self.queries = queries
+            self.queries, self.seen = queries, 0
             return None, None
         assert queries is None and video_chunk.shape[1] <= 2 * self.step
         self.windows.append(video_chunk.shape[1])
         self.seen = video_chunk.shape[1] if self.seen == 0 else self.seen + video_chunk.shape[1] - self.step
         points = self.queries[0, None, :, 1:].expand(self.seen, -1, -1)
         return points[None], torch.ones(1, self.seen, points.shape[1], dtype=torch.bool)
+
+
+@pytest.fixture(autouse=True)
+def no_kept_model():
+    trackers._kept_cotracker3.cache_clear()
+    yield
+    trackers._kept_cotracker3.cache_clear()
 
 
 @pytest.fixture
@@ -253,6 +261,7 @@ def test_cotracker_online_covers_every_frame(fake_cotracker, num_frames):
     frames = np.repeat(shifting_noise(1)[0], num_frames, axis=0)
     queries = grid_queries(64, 64, 3, 3)
     tracker = CoTracker3("online", checkpoint="scaled_online.pth")
+    tracker.track(np.repeat(frames, 2, axis=0), queries[:2])  # another video before leaves nothing behind
     points, visibility = tracker.track(frames, queries)
     assert points.shape == (num_frames, 9, 2) and visibility.shape == (num_frames, 9)
     assert np.allclose(points, queries, atol=1e-4)
@@ -261,13 +270,21 @@ def test_cotracker_online_covers_every_frame(fake_cotracker, num_frames):
 def test_cotracker_absent_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "cotracker", None)
     monkeypatch.setitem(sys.modules, "cotracker.predictor", None)
-    for settings in ({}, {"checkpoint": "weights.pth"}):
-        with pytest.raises(ImportError, match=r"pip install git\+https.*CC-BY-NC"):
-            build_tracker(TrackerConfig("cotracker3", **settings))
+    with pytest.raises(ImportError, match=r"tracker\.checkpoint=weights\.pth needs .*pip install git\+https.*CC-BY-NC"):
+        build_tracker(TrackerConfig("cotracker3", checkpoint="weights.pth"))
 
 
-def test_cotracker_from_the_hub(monkeypatch):
+def test_cotracker_without_weights_is_refused_even_if_installed(fake_cotracker):
+    """Its predictors would take random weights."""
+    with pytest.raises(ImportError, match=r"has no weights.*allow_download=true.*or set tracker\.checkpoint"):
+        build_tracker("cotracker3")
+
+
+def test_cotracker_from_the_hub_is_loaded_once(monkeypatch):
+    """Until other settings are asked for."""
     asked = []
-    monkeypatch.setattr(torch.hub, "load", lambda *args: asked.append(args) or FakeOffline())
-    build_tracker(TrackerConfig("cotracker3", allow_download=True))
-    assert asked == [("facebookresearch/co-tracker", "cotracker3_offline")]
+    monkeypatch.setattr(torch.hub, "load", lambda *args: asked.append(args[1]) or FakeOffline())
+    first, second = (build_tracker(TrackerConfig("cotracker3", rows=n, allow_download=True)) for n in (2, 3))
+    assert first is second and asked == ["cotracker3_offline"]
+    build_tracker(TrackerConfig("cotracker3", mode="online", allow_download=True))
+    assert asked == ["cotracker3_offline", "cotracker3_online"]
