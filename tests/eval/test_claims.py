@@ -109,15 +109,50 @@ def test_a_run_is_made_once_and_again_only_where_its_settings_changed(tmp_path, 
     assert len(made) == 2
 
 
-def test_ablations_are_read_over_all_seeds_and_absent_ones_are_said(tmp_path):
-    path = tmp_path / "ablations.json"
-    seeds = {"0": [1.0, None], "1": [3.0, 4.0], "2": [5.0]}
-    entry = {"seeds": {seed: {"per_clip": {"teacher.epe_px": values}} for seed, values in seeds.items()}}
-    unfinished = {"seeds": {seed: entry["seeds"][seed] for seed in "01"}}
-    path.write_text(json.dumps({"mine": entry, "theirs": unfinished}))  # seed 2 cannot be compared yet
-    seen = observations(tmp_path, ablations=str(path))
-    values = seen.values("mine", "teacher.epe_px")
-    assert values[0] == 1.0 and math.isnan(values[1]) and values[2:] == [3.0, 4.0]
+def ablations(path: Path, key: str, **names: dict[str, list]) -> str:
+    """A file of ablations: values by name and seed."""
+    stored = {
+        name: {"seeds": {seed: {"per_clip": {key: values}} for seed, values in seeds.items()}}
+        for name, seeds in names.items()
+    }
+    path.write_text(json.dumps(stored))
+    return str(path)
+
+
+def test_seeds_are_averaged_clip_by_clip_over_those_that_the_compared_ablations_have(tmp_path):
+    key, mine = "teacher.epe_px", {"0": [1.0, None, None], "1": [3.0, 4.0, None], "2": [8.0, 4.0, None]}
+    path = ablations(tmp_path / "a.json", key, mine=mine, theirs={"0": [5.0] * 3, "1": [7.0] * 3},
+                     first={"0": [2.0] * 3}, third={"3": [2.0] * 3})  # fmt: skip
+    seen = observations(tmp_path, ablations=path)
+    assert seen.values("mine", key)[:2] == [4.0, 4.0] and math.isnan(seen.values("mine", key)[2])
+    assert seen.pairs("mine", "theirs", key)[:2] == [(2.0, 6.0), (4.0, 6.0)]
+    assert seen.pairs("theirs", "first", key) == [(5.0, 2.0)] * 3
+    assert seen.less("", "mine", "theirs", key).interval.count == 2  # clips, not clips times seeds
+    row = replace(ROWS[0], effects=lambda seen: [seen.less("", "theirs", "third", key)])
+    assert row.find(seen).why_absent.endswith(
+        "theirs has 0, 1; third has 3; make them with `python -m train.ablations --seeds 0 1 3`"
+    )
+
+
+def test_more_seeds_of_the_same_clips_are_not_more_clips(tmp_path):
+    key, clips = "teacher.epe_px", [0.0, 1.0, 2.0, 5.0]
+    once, thrice = ({str(seed): clips for seed in range(count)} for count in (1, 3))
+    zero = {str(seed): [0.0] * 4 for seed in range(3)}
+    path = ablations(tmp_path / "a.json", key, once=once, thrice=thrice, zero=zero)
+    seen = observations(tmp_path, ablations=path)
+    assert seen.more("", "thrice", "zero", key) == seen.more("", "once", "zero", key)
+
+
+def test_timings_of_all_common_seeds_stand_in_turn(tmp_path):
+    key = "student.seconds_per_frame"
+    path = ablations(tmp_path / "a.json", key, fast={"0": [1.0, 2.0], "1": [3.0]}, slow={"0": [4.0], "2": [5.0]})
+    seen = observations(tmp_path, ablations=path)
+    assert seen.values("fast", key) == [1.0, 2.0, 3.0]
+    assert seen.together(("fast", "slow"), key) == [[1.0, 2.0], [4.0]]
+
+
+def test_absent_ablations_are_said(tmp_path):
+    seen = observations(tmp_path, ablations=ablations(tmp_path / "a.json", "teacher.epe_px", mine={"0": [1.0]}))
     row = replace(ROWS[0], effects=lambda seen: [seen.less("", "mine", "other", "teacher.epe_px")])
     absent = row.find(seen)
     assert absent.verdict == "not measured" and "train.ablations" in absent.to_json()["ours"]

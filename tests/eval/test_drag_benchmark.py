@@ -197,7 +197,10 @@ def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path
     assert len(by_claim["Two iterations already drag"]["interval"]) == 3
     assert "| ADSR: without it objects do not arrive |" in (tmp_path / "claims.md").read_text()
     per_clip = json.loads((tmp_path / "per_clip.json").read_text())
-    assert len(per_clip["full.objmc_px"]) == 4  # scenarios times seeds
+    assert len(per_clip["full.objmc_px"]) == 2  # a scenario's mean over the seeds
+    seeds = [json.loads((tmp_path / f"seed_{n}.json").read_text())["verdicts"]["full"] for n in (0, 1)]
+    means = [np.mean([one[n]["objmc_px"] for one in seeds]) for n in (0, 1)]
+    assert per_clip["full.objmc_px"] == pytest.approx(means)
     assert json.loads((tmp_path / "metrics.json").read_text())["I 0.seconds_ratio"] == 1.0
 
     monkeypatch.setattr("eval.benchmarks.drag.DragBenchmark.stream", None)  # finished seeds are not dragged again
@@ -211,6 +214,23 @@ def test_a_profile_that_optimises_nothing_has_nothing_to_ablate(tiny_weights, tm
     overrides = [*tiny_weights.overrides, "bench=drag_ablation", f"out={tmp_path}"]
     with pytest.raises(ValueError, match="drag.iterations=0 leaves nothing to ablate; use drag=paper"):
         main(compose_config("eval", overrides))
+
+
+def test_a_scenario_counts_once_however_many_seeds_drag_it() -> None:
+    from eval.benchmarks.drag_ablation import CLAIMS, DragAblation, DragAblationConfig, over_seeds
+
+    def verdicts(*objmc: float) -> list[Verdict]:
+        figures = dict.fromkeys(Verdict.__dataclass_fields__, 1.0)
+        return [Verdict(**figures | {"objmc_px": value}) for value in objmc]
+
+    merged = over_seeds([verdicts(1.0, float("nan")), verdicts(3.0, 5.0)])
+    assert [verdict.objmc_px for verdict in merged] == [2.0, 5.0] and merged[0].dai_rgb == 1.0
+    bench, full, without = DragAblation(DragAblationConfig()), verdicts(1.0, 1.0, 1.0), verdicts(1.0, 2.0, 5.0)
+    once, thrice = (
+        bench.finding(1, CLAIMS[0], {"full": over_seeds([full] * n), "without ADSR": over_seeds([without] * n)}, seed=0)
+        for n in (1, 3)
+    )
+    assert once.effects == thrice.effects and once.effects[0].interval.count == 3
 
 
 def test_a_claim_holds_where_its_interval_lies_above_zero() -> None:
