@@ -30,7 +30,7 @@ import torch
 
 from data.sprites import SpritesConfig
 from data.trackers import TrackerConfig
-from eval.benchmarks.context import EvalContext, Outcome
+from eval.benchmarks.context import EvalContext, Outcome, content_of
 from eval.benchmarks.latency import Latency, LatencyConfig
 from eval.benchmarks.long_video import LongVideo, LongVideoConfig
 from eval.benchmarks.motion_transfer import MotionTransfer, MotionTransferConfig, load_clips
@@ -38,6 +38,7 @@ from eval.clips import stack_tracks
 from eval.metrics.interval import Interval, bootstrap_interval, mean_over_seeds
 from eval.report import Section, Table
 from eval.results import Results, write_json
+from eval.roles import ROLES
 from models.motion.embedding import scatter_tracks
 from models.motion.rgb import draw_tracks
 from models.motion.track_head import TrackHead
@@ -77,6 +78,11 @@ class Run:
     guidance: Mapping[str, float] = field(default_factory=dict)  # weights that differ from model.guidance
     rollout: Mapping[str, Any] = field(default_factory=dict)  # fields that differ from model.rollout
     tiny: bool = False  # decode with model.tiny_vae
+
+    @property
+    def roles(self) -> Sequence[str]:
+        """Whose weights it reads; only a motion transfer can name others than the student."""
+        return self.settings.get("roles", ROLES if self.bench == "motion_transfer" else ("student",))
 
 
 @dataclass(frozen=True)
@@ -212,7 +218,8 @@ class Observations:
 
     def _read_or_run(self, name: str) -> Values:
         path, run = self.context.out / "runs" / f"{name}.json", self.runs[name]
-        made_with = {"run": asdict(run), "claims": self._settings(), "model": str(self.context.model_cfg)}
+        made_with = {"run": asdict(run), "claims": self._settings(), "features": content_of(self.cfg.features)}
+        made_with |= self.context.made_with(run.roles, tiny=run.tiny)
         if path.is_file():
             kept = json.loads(path.read_text())
             if kept["made_with"] == made_with:

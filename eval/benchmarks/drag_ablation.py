@@ -158,10 +158,11 @@ class DragAblation:
         return Outcome(results, self._sections(findings, found))
 
     def _of_seed(self, context: EvalContext) -> dict[str, list[Verdict]]:
-        """Verdicts by variant; read from OUT/seed_<n>.json where they were made with the same settings."""
+        """Verdicts by variant; read from OUT/seed_<n>.json where they were made with the same settings and weights."""
         path = context.out / f"seed_{context.seed}.json"
-        settings = (replace(self.cfg, num_seeds=1), context.drag, context.model_cfg)
-        made_with = [*map(str, settings), str({name: VARIANTS[name] for name in self.cfg.variants})]
+        variants = {name: VARIANTS[name] for name in self.cfg.variants}
+        settings = [str(each) for each in (replace(self.cfg, num_seeds=1), context.drag, variants)]
+        made_with = {"settings": settings, **context.made_with(["student"])}
         kept = json.loads(path.read_text()) if path.is_file() else {}
         if kept.get("made_with") == made_with:
             return {name: [_verdict(figures) for figures in found] for name, found in kept["verdicts"].items()}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.app import compose_config
 from eval.benchmarks.claim_rows import ROWS, RUNS
@@ -16,6 +18,7 @@ from eval.benchmarks.context import EvalContext
 from eval.metrics.interval import Interval
 from eval.results import Results
 from eval.run import main
+from stream.codecs import Codecs
 
 
 def finding(*intervals: Interval) -> Finding:
@@ -81,31 +84,83 @@ def test_every_run_is_asked_for_and_valid(tiny_weights):
         assert rollout.num_steps == len(rollout.step_indices)
 
 
-def observations(tmp_path: Path, **changes) -> Observations:
-    context = EvalContext("model", None, None, 0, tmp_path)  # type: ignore[arg-type]
-    return Observations(context, replace(ClaimsConfig(), **changes), {"student": Run("latency")})
+NO_CONTEXT = EvalContext(None, None, None, 0, Path())  # type: ignore[arg-type]
 
 
-def test_a_run_is_made_once_and_again_only_where_its_settings_changed(tmp_path, monkeypatch):
-    made = []
+def observations(tmp_path: Path, context: EvalContext = NO_CONTEXT, **changes) -> Observations:
+    settings = replace(ClaimsConfig(), **changes)
+    return Observations(replace(context, out=tmp_path), settings, {"student": Run("latency")})
+
+
+@pytest.fixture
+def context(tiny_weights, tmp_path) -> EvalContext:
+    """Of a copy of the tiny model, whose weights may be changed."""
+    weights = {role: str(tmp_path / role) for role in ("teacher", "student")}
+    for role, path in weights.items():
+        shutil.copytree(tiny_weights.folder / role, path)
+    model_cfg = replace(tiny_weights.model_cfg, **weights)
+    return EvalContext(model_cfg, Codecs.load(model_cfg), torch.device("cpu"), 0, tmp_path)
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[Run]:
+    """The runs that were made, with figures of no model."""
+    runs = []
 
     def run(self, run):
-        made.append(run)
+        runs.append(run)
         results = Results(seed=0)
         results.add("student.epe_px", [1.0, math.nan])
         results.put("student.frames_per_second", 7.0)
         return results
 
     monkeypatch.setattr(Observations, "_run", run)
-    first = observations(tmp_path)
+    return runs
+
+
+def test_a_run_is_made_once_and_again_only_where_its_settings_changed(context, made, tmp_path):
+    first = observations(tmp_path, context)
     assert first.values("student", "student.epe_px")[0] == 1.0
-    again = observations(tmp_path)
+    again = observations(tmp_path, context)
     assert math.isnan(again.values("student", "student.epe_px")[1])
     assert again.figure("student", "student.frames_per_second") == 7.0
     assert len(made) == 1
-    observations(tmp_path, rows=[2], num_workers=2).values("student", "student.epe_px")  # no figure depends on these
+    no_matter = observations(tmp_path, context, rows=[2], num_workers=2)  # no figure depends on these
+    no_matter.values("student", "student.epe_px")
     assert len(made) == 1
-    observations(tmp_path, num_clips=8).values("student", "student.epe_px")
+    observations(tmp_path, context, num_clips=8).values("student", "student.epe_px")
+    assert len(made) == 2
+
+
+def test_a_run_is_made_again_with_another_seed_decoder_device_or_content_of_the_weights(context, made, tmp_path):
+    def runs_made(context: EvalContext) -> int:
+        observations(tmp_path, context).values("student", "student.epe_px")
+        return len(made)
+
+    assert [runs_made(context) for _ in range(2)] == [1, 1]
+    assert [runs_made(replace(context, seed=1)) for _ in range(2)] == [2, 2]
+    tiny = context.codecs.under(context.model_cfg)
+    tiny.decoder = tiny_vae = torch.nn.Identity()
+    assert tiny_vae is not tiny.vae and runs_made(replace(context, codecs=tiny)) == 3
+    assert runs_made(replace(context, device=torch.device("cuda"))) == 4
+    runs_made(context)
+    (weights,) = Path(context.model_cfg.student).glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert [runs_made(context) for _ in range(2)] == [6, 6]
+    (weights,) = Path(context.model_cfg.teacher).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert runs_made(context) == 6  # the latency of a student reads no teacher
+
+
+def test_a_stored_run_that_does_not_say_what_it_was_made_with_is_made_again(context, made, tmp_path):
+    observations(tmp_path, context).values("student", "student.epe_px")
+    path = tmp_path / "runs" / "student.json"
+    kept = json.loads(path.read_text())
+    kept["made_with"] = {key: kept["made_with"][key] for key in ("run", "claims", "model")}
+    path.write_text(json.dumps(kept))
+    observations(tmp_path, context).values("student", "student.epe_px")
     assert len(made) == 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -208,6 +209,15 @@ def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path
     assert json.loads((tmp_path / "per_clip.json").read_text()) == per_clip
     with pytest.raises(TypeError):
         main(compose_config("eval", [*tiny_weights.overrides, *overrides, "drag.lr=0.3"]))
+    trained = tmp_path / "trained"
+    shutil.copytree(tiny_weights.folder / "student", trained)
+    for kept in tmp_path.glob("seed_*.json"):
+        kept.write_text(kept.read_text().replace(str(tiny_weights.folder / "student"), str(trained)))
+    overrides += [f"model.student={trained}"]
+    assert main(compose_config("eval", [*tiny_weights.overrides, *overrides])) == 0
+    shutil.copytree(tiny_weights.folder / "teacher", trained, dirs_exist_ok=True)  # other weights in the same place
+    with pytest.raises(TypeError):
+        main(compose_config("eval", [*tiny_weights.overrides, *overrides]))
 
 
 def test_a_profile_that_optimises_nothing_has_nothing_to_ablate(tiny_weights, tmp_path: Path) -> None:
