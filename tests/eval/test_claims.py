@@ -12,12 +12,23 @@ import pytest
 import torch
 
 from data.app import compose_config
+from data.trackers import TrackerConfig
 from eval.benchmarks.claim_rows import ROWS, RUNS
-from eval.benchmarks.claims import BENCHMARKS, Claims, ClaimsConfig, Effect, Finding, Observations, Run
+from eval.benchmarks.claims import (
+    BENCHMARKS,
+    TIMED_REPEATS,
+    Claims,
+    ClaimsConfig,
+    Effect,
+    Finding,
+    Observations,
+    Run,
+)
 from eval.benchmarks.context import EvalContext
 from eval.metrics.interval import Interval
 from eval.results import Results
 from eval.run import main
+from models.motion.track_head import TrackHead
 from stream.codecs import Codecs
 
 
@@ -224,6 +235,24 @@ def test_claims_of_a_tiny_model(tiny_weights, tmp_path):
     assert set(lines[1]) == {"row", "claim", "paper", "ours", "interval", "verdict"}
     assert lines[0]["verdict"] == "not measured" and lines[1]["verdict"] != "not measured"
     assert (tmp_path / "runs/student.json").is_file()
+
+
+def test_tracks_are_encoded_where_and_as_the_model_is_and_timed_by_the_clock_of_its_device(context, monkeypatch):
+    model_cfg = replace(context.model_cfg, dtype="bfloat16")
+    codecs = Codecs.load(model_cfg)
+    seen, ticks = {}, iter(range(10**6))
+    forward = TrackHead.forward
+
+    def by_head(head, track_map):
+        seen["dtypes"] = (head.compress.weight.dtype, track_map.dtype)
+        return forward(head, track_map)
+
+    monkeypatch.setattr(TrackHead, "forward", by_head)
+    monkeypatch.setattr(codecs, "clock", lambda: float(next(ticks)))
+    observed = observations(context.out, replace(context, model_cfg=model_cfg, codecs=codecs),
+                            tracker=TrackerConfig(rows=4, cols=4))  # fmt: skip
+    assert observed.track_encoding_seconds() == ([1.0] * TIMED_REPEATS,) * 2
+    assert seen["dtypes"] == (torch.bfloat16, torch.bfloat16)
 
 
 def test_an_unknown_row_is_refused():
