@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -15,13 +17,15 @@ from data.app import compose_config
 from data.sprites import SpritesConfig
 from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict
 from eval.benchmarks.drag_pictures import pick_shown
-from eval.benchmarks.drag_runs import DraggedChunks, Run, pasted
-from eval.benchmarks.drag_scenarios import COMBINATIONS, labelled_scenarios, moved_to, sprites_scenarios
+from eval.benchmarks.drag_runs import DraggedChunks, Replay, Run, pasted
+from eval.benchmarks.drag_scenarios import COMBINATIONS, DragEvent, labelled_scenarios, moved_to, sprites_scenarios
+from eval.metrics.drag import LocatorConfig
 from eval.run import main
 from models.condition import ClipGeometry
 from stream.dragstream.drag import Drag, Handle, Pose, check_drag
 from stream.dragstream.labels import DragLabel
 from stream.provenance import peak_bytes
+from stream.session import DragOutcome
 
 GEOMETRY = ClipGeometry(64, 64, 33, 16)
 WORLD = SpritesConfig(max_sprites=2, min_size=0.3, max_size=0.4)
@@ -173,6 +177,38 @@ def test_the_peak_is_what_is_held_at_once() -> None:
         del pair
 
     assert peak_bytes(run, torch.device("cpu")) == pytest.approx(6 << 20, rel=0.01)
+
+
+class TimedSession:
+    """A session whose drags take 10 s and chunks 1 s, by its own clock; an edit makes its chunk again within."""
+
+    def __init__(self) -> None:
+        self.now, self.num_frames, self.chunk_index = 0.0, 12, 1
+        self.latents, self.frames = torch.zeros(1, 2, 3, 16, 16), np.zeros((12, 64, 64, 3), np.uint8)
+        rollout = SimpleNamespace(chunk_frames=3)
+        self.codecs = SimpleNamespace(clock=lambda: self.now, model_cfg=SimpleNamespace(rollout=rollout))
+        self.timing = SimpleNamespace(total_seconds=1.0)
+
+    def next_chunk(self) -> np.ndarray:
+        self.now += 1.0
+        self.chunk_index += 1
+        self.num_frames += 12
+        return self.frames
+
+    def drag(self, drag: Drag) -> DragOutcome:
+        self.now += 10.0
+        return DragOutcome(self.frames if drag.mode == "edit" else None, (), [])
+
+
+@pytest.mark.parametrize(("mode", "poses", "seconds"), [("edit", 3, [10.0]), ("animate", 6, [11.0, 1.0])])
+def test_the_time_of_a_drag_has_what_starting_it_took(mode, poses, seconds) -> None:
+    session = TimedSession()
+    mask = np.zeros((64, 64), bool)
+    mask[20:30, 20:30] = True
+    drag = Drag(mode, (Handle(mask, (25, 25), (Pose(dx=2),) * poses, (25, 25)),))
+    scenario = replace(scenarios(1)[0], events=(DragEvent(1, drag),), num_chunks=4)
+    run = Replay(session, scenario, LocatorConfig(), session.frames, session.latents, 1.0).run()
+    assert [dragged.seconds for dragged in run.drags] == [seconds] and set(run.plain_seconds) == {1.0}
 
 
 def test_every_operation_is_shown_before_a_second_of_its_kind() -> None:
