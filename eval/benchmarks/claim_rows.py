@@ -100,7 +100,7 @@ def _window(seen: Observations) -> list[Effect]:
 
 
 def _chunk(seen: Observations) -> list[Effect]:
-    fast, slow = (seen.values(name, "student.seconds_per_frame") for name in ("base_latency", "chunk_1_latency"))
+    fast, slow = seen.together(("base_latency", "chunk_1_latency"), "student.seconds_per_frame")
     return [
         seen.less("EPE of chunk 1 minus chunk 3, 241 frames (px)", "base_long", "chunk_1_long", "student.epe_px"),
         seen.effect("seconds a frame, chunk 1 over chunk 3, minus 1", _ratio_margin(slow, fast, 1.0)),
@@ -162,7 +162,7 @@ def _withheld(seen: Observations) -> list[Effect]:
 
 
 def _merged(seen: Observations) -> list[Effect]:
-    base, merged = (seen.values(name, "student.epe_px") for name in ("base_student", "merged_cache"))
+    base, merged = seen.together(("base_student", "merged_cache"), "student.epe_px")
     slow, fast = (seen.values(f"latency_{name}", "student.denoise_seconds") for name in ("own_pass", "merged"))
     return [
         seen.effect("1.1 x EPE with its own cache pass minus merged (px)", _margin(base, merged, 1.1)),
@@ -171,12 +171,12 @@ def _merged(seen: Observations) -> list[Effect]:
 
 
 def _causal_teacher(seen: Observations) -> list[Effect]:
-    base, other = (seen.values(name, "student.epe_px") for name in ("base_student", "causal_teacher"))
+    base, other = seen.together(("base_student", "causal_teacher"), "student.epe_px")
     return [seen.effect("1.1 x EPE from ODE pairs minus EPE from a causal teacher (px)", _margin(base, other, 1.1))]
 
 
 def _random_contexts(seen: Observations) -> list[Effect]:
-    base, random = (seen.values(name, "student.epe_px") for name in ("base_student", "random_context"))
+    base, random = seen.together(("base_student", "random_context"), "student.epe_px")
     return [
         seen.effect("1.1 x EPE of the c3s1w1 student minus the random one's, at c3s1w1 (px)",
                     _margin(base, random, 1.1)),

@@ -3,7 +3,9 @@
 A row compares *observations*. Some are made here, from the weights at hand under other settings of the model (a
 `Run`); they are kept in OUT/runs, and made again only where what they were made with has changed. The others are
 ablations of training, made by `python -m train.ablations` and stored with the run that made them. An effect is a
-difference over the same clips that is positive where the finding holds; its interval decides:
+difference over the same clips that is positive where the finding holds. Its interval is a bootstrap over clips: the
+seeds of an ablation judge the same clips, so a clip's figure is its mean over the seeds that all observations compared
+have. It decides:
 
     holds            every effect's interval lies above zero
     does not hold    some effect's interval lies below zero
@@ -16,24 +18,26 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from data.sprites import SpritesConfig
 from data.trackers import TrackerConfig
-from eval.benchmarks.context import EvalContext, Outcome
+from eval.benchmarks.context import EvalContext, Outcome, content_of
 from eval.benchmarks.latency import Latency, LatencyConfig
 from eval.benchmarks.long_video import LongVideo, LongVideoConfig
 from eval.benchmarks.motion_transfer import MotionTransfer, MotionTransferConfig, load_clips
 from eval.clips import stack_tracks
-from eval.metrics.interval import Interval, bootstrap_interval
+from eval.metrics.interval import Interval, bootstrap_interval, mean_over_seeds
 from eval.report import Section, Table
 from eval.results import Results, write_json
+from eval.roles import ROLES
 from models.motion.embedding import scatter_tracks
 from models.motion.rgb import draw_tracks
 from models.motion.track_head import TrackHead
@@ -73,6 +77,11 @@ class Run:
     guidance: Mapping[str, float] = field(default_factory=dict)  # weights that differ from model.guidance
     rollout: Mapping[str, Any] = field(default_factory=dict)  # fields that differ from model.rollout
     tiny: bool = False  # decode with model.tiny_vae
+
+    @property
+    def roles(self) -> Sequence[str]:
+        """Whose weights it reads; only a motion transfer can name others than the student."""
+        return self.settings.get("roles", ROLES if self.bench == "motion_transfer" else ("student",))
 
 
 @dataclass(frozen=True)
@@ -129,16 +138,21 @@ Values = dict[str, list[float]]  # key -> one value per clip (or per chunk)
 class Observations:
     """What has been measured, by name; each is made when it is first asked for."""
 
+    stored: Mapping[str, dict[str, Any]] = MappingProxyType({})  # the ablations by name
+    seeds: Sequence[str] | None = None  # of the ablations; null: all that each has
+
     def __init__(self, context: EvalContext, cfg: ClaimsConfig, runs: Mapping[str, Run]) -> None:
         self.context, self.cfg, self.runs = context, cfg, runs
         self.made: dict[str, Values] = {}
         self.figures: dict[str, dict[str, Any]] = {}
         path = Path(cfg.ablations)
-        self.stored: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
-        self.seeds = common_seeds(self.stored)
+        self.stored = json.loads(path.read_text()) if path.is_file() else {}
 
     def values(self, name: str, key: str) -> list[float]:
-        """One value per clip; nan where nothing could be measured. Ablations: the clips of all seeds in turn."""
+        """One value per clip; nan where nothing could be measured.
+
+        Ablations: a clip's mean over `seeds`; of timings, which are no clips, those of all seeds in turn.
+        """
         found = self.values_of(name)
         if key not in found:
             raise NotMeasuredError(f"{name} has no {key}; it has {', '.join(sorted(found))}")
@@ -147,6 +161,22 @@ class Observations:
     def values_of(self, name: str) -> Values:
         """Every key of an observation."""
         return self._made(name) if name in self.runs else self._stored(name)
+
+    def together(self, names: Sequence[str], key: str) -> list[list[float]]:
+        """The `values` of each name, to be compared clip by clip: ablations over the seeds that all of them have.
+
+        Raises NotMeasuredError where they have no seed in common.
+        """
+        stored = {name: self.stored[name] for name in names if name in self.stored}
+        seen = copy(self)
+        seen.seeds = common_seeds(stored) if stored else None
+        if seen.seeds == []:
+            have = "; ".join(f"{name} has {', '.join(sorted(one['seeds']))}" for name, one in stored.items())
+            wanted = " ".join(sorted(set.union(*(set(one["seeds"]) for one in stored.values()))))
+            raise NotMeasuredError(
+                f"no seed in common: {have}; make them with `python -m train.ablations --seeds {wanted}`"
+            )
+        return [seen.values(name, key) for name in names]
 
     def figure(self, name: str, key: str) -> float:
         """One figure of a run made here, such as a throughput."""
@@ -165,7 +195,7 @@ class Observations:
         return self.effect(what, [a - b for a, b in self.pairs(better, worse, key)])
 
     def pairs(self, first: str, second: str, key: str) -> list[tuple[float, float]]:
-        return list(zip(self.values(first, key), self.values(second, key), strict=True))
+        return list(zip(*self.together((first, second), key), strict=True))
 
     def effect(self, what: str, values: Sequence[float]) -> Effect:
         return Effect(what, bootstrap_interval(values, seed=self.context.seed))
@@ -175,9 +205,10 @@ class Observations:
             raise NotMeasuredError(
                 f"{self.cfg.ablations} has no ablation '{name}'; make it with `python -m train.ablations`"
             )
-        seeds = [self.stored[name]["seeds"][seed]["per_clip"] for seed in self.seeds]
+        by_seed = self.stored[name]["seeds"]
+        seeds = [by_seed[seed]["per_clip"] for seed in (sorted(by_seed) if self.seeds is None else self.seeds)]
         keys = set.intersection(*(set(one) for one in seeds))
-        return {key: [as_float(value) for one in seeds for value in one[key]] for key in sorted(keys)}
+        return {key: merged_seeds(key, [[as_float(v) for v in one[key]] for one in seeds]) for key in sorted(keys)}
 
     def _made(self, name: str) -> Values:
         if name not in self.made:
@@ -186,7 +217,8 @@ class Observations:
 
     def _read_or_run(self, name: str) -> Values:
         path, run = self.context.out / "runs" / f"{name}.json", self.runs[name]
-        made_with = {"run": asdict(run), "claims": self._settings(), "model": str(self.context.model_cfg)}
+        made_with = {"run": asdict(run), "claims": self._settings(), "features": content_of(self.cfg.features)}
+        made_with |= self.context.made_with(run.roles, tiny=run.tiny)
         if path.is_file():
             kept = json.loads(path.read_text())
             if kept["made_with"] == made_with:
@@ -228,38 +260,51 @@ class Observations:
         }  # fmt: skip
 
     def track_encoding_seconds(self) -> tuple[list[float], list[float]]:
-        """Seconds to encode a clip's tracks by the track head, and by drawing them and encoding that with the VAE."""
+        """Seconds to encode a clip's tracks by the track head, and by drawing them and encoding that with the VAE.
+
+        Both on the device and in the dtype of the model.
+        """
         codecs, dit = self.context.codecs, self.context.model_cfg.dit
+        dtype = self.context.model_cfg.torch_dtype
         settings = MotionTransferConfig(num_clips=1, world=self.cfg.world, tracker=self.cfg.tracker)
-        tracks = stack_tracks(load_clips(settings, self.context))
+        tracks = stack_tracks(load_clips(settings, self.context)).to(codecs.device)
         head = TrackHead(dit.track_map_dim, dit.track_hidden, dit.track_channels or dit.latent_channels)
+        head.to(codecs.device, dtype)
         height, width = codecs.latent_size
 
         def by_head() -> None:
-            head(scatter_tracks(
+            track_map = scatter_tracks(
                 tracks, dim=dit.track_id_dim, height_cells=height, width_cells=width, cell_px=codecs.cell_px,
                 with_offsets=dit.track_offsets,
-            ))  # fmt: skip
+            )  # fmt: skip
+            head(track_map.to(dtype))
 
         def by_vae() -> None:
-            codecs.vae.encode(draw_tracks(tracks).to(codecs.device))
+            codecs.vae.encode(draw_tracks(tracks))
 
         with torch.no_grad():
-            return _timed(by_head), _timed(by_vae)
+            return _timed(by_head, codecs.clock), _timed(by_vae, codecs.clock)
 
 
 def common_seeds(stored: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Seeds that every stored observation has: only their clips can be compared, one by one."""
+    """Seeds that every stored observation has: only over these can they be compared."""
     return sorted(set.intersection(*(set(one["seeds"]) for one in stored.values()))) if stored else []
 
 
-def _timed(call) -> list[float]:
+def merged_seeds(key: str, seeds: Sequence[Sequence[float]]) -> list[float]:
+    """The values of several seeds as one list: means of the same clips; timings, which are no clips, in turn."""
+    is_timing = "seconds" in key.split(".")[-1]
+    return [value for one in seeds for value in one] if is_timing else mean_over_seeds(seeds)
+
+
+def _timed(call: Callable[[], None], clock: Callable[[], float]) -> list[float]:
+    """Seconds of each call after the first, by a clock that waits for the device."""
     call()
     seconds = []
     for _ in range(TIMED_REPEATS):
-        started = time.perf_counter()
+        started = clock()
         call()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return seconds
 
 

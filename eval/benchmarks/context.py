@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from data.encode import fingerprint, fingerprints
 from eval.report import Section
 from eval.results import Results
 from models.assemble import ModelConfig, load_for_inference
@@ -51,6 +52,24 @@ class EvalContext:
         """The weights of "teacher" or "student" on the device."""
         return load_for_inference(self.model_cfg, role, self.device)
 
+    def made_with(self, roles: Sequence[str], *, tiny: bool = False) -> dict[str, Any]:
+        """What figures depend on beside a benchmark's settings, as JSON; weights are known by their content.
+
+        Args:
+            roles: "teacher" and/or "student", whose weights are read.
+            tiny: the decoder will be model.tiny_vae; otherwise it is that of `codecs`.
+        """
+        cfg, tiny = self.model_cfg, tiny or self.codecs.decoder is not self.codecs.vae
+        paths = {role: {"teacher": cfg.teacher, "student": cfg.student}[role] for role in roles}
+        paths |= {"tiny_vae": cfg.tiny_vae} if tiny else {}
+        return {
+            "model": str(cfg),
+            "seed": self.seed,
+            "device": self.device.type,
+            "decoder": "tiny" if tiny else "full",
+            "weights": fingerprints(cfg) | {name: content_of(path) for name, path in paths.items()},
+        }
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -64,6 +83,11 @@ class Benchmark(Protocol):
     """Constructed from its `Config`; conf/bench/<name>.yaml names the class."""
 
     def run(self, context: EvalContext) -> Outcome: ...
+
+
+def content_of(path: str | None) -> str | None:
+    """Hash of the files at a path, cheap for large ones; None where nothing is there."""
+    return fingerprint(path) if path is not None and Path(path).exists() else None
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """The ablations of the DragStream paper as one sweep, and a line per claim: holds, does not hold, within noise.
 
 Figures 6, 7 and 16, tables 1 and 3 to 7 of arXiv 2510.03550, on the drag benchmark's scenarios (drag.py). Every
-variant changes the settings of `drag` in one way and drags the same streams with the same noise, for several seeds;
-effects are paired differences over scenarios and seeds. A claim of improvement holds where the variant without the
-part is worse beyond its interval; a claim of robustness where the variant is not worse by more than a fifth. No track
-holds anything once the drag has begun, unless `hold_tracks` says so: the paper's student takes none. A seed that is
-finished is kept in OUT/seed_<n>.json and not dragged again.
+variant changes the settings of `drag` in one way and drags the same streams with the same noise, for several seeds.
+Every seed drags the same scenarios, so a scenario's figure is its mean over the seeds, and effects are paired
+differences over scenarios. A claim of improvement holds where the variant without the part is worse beyond its
+interval; a claim of robustness where the variant is not worse by more than a fifth. No track holds anything once the
+drag has begun, unless `hold_tracks` says so: the paper's student takes none. A seed that is finished is kept in
+OUT/seed_<n>.json and not dragged again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from data.sprites import SpritesConfig
 from eval.benchmarks.claims import Effect, Finding, as_float, table_of, write_findings
 from eval.benchmarks.context import EvalContext, Outcome
 from eval.benchmarks.drag import UNTOUCHED, DragBenchConfig, DragBenchmark, Verdict, put_verdicts
-from eval.metrics.interval import Interval, paired_difference
+from eval.metrics.interval import Interval, mean_over_seeds, paired_difference
 from eval.report import Section, Table
 from eval.results import Results, write_json
 from stream.dragstream.config import DragConfig
@@ -145,10 +146,9 @@ class DragAblation:
         """
         if not context.drag.iterations:
             raise ValueError("drag.iterations=0 leaves nothing to ablate; use drag=paper, or set drag.iterations=4")
-        found: dict[str, list[Verdict]] = {name: [] for name in self.cfg.variants}
-        for seed in range(context.seed, context.seed + self.cfg.num_seeds):
-            for name, verdicts in self._of_seed(replace(context, seed=seed)).items():
-                found[name] += verdicts
+        numbers = range(context.seed, context.seed + self.cfg.num_seeds)
+        seeds = [self._of_seed(replace(context, seed=seed)) for seed in numbers]
+        found = {name: over_seeds([one[name] for one in seeds]) for name in self.cfg.variants}
         results = Results(seed=context.seed)
         for name, verdicts in found.items():
             put_verdicts(results, name.replace(".", ","), verdicts)
@@ -159,10 +159,11 @@ class DragAblation:
         return Outcome(results, self._sections(findings, found))
 
     def _of_seed(self, context: EvalContext) -> dict[str, list[Verdict]]:
-        """Verdicts by variant; read from OUT/seed_<n>.json where they were made with the same settings."""
+        """Verdicts by variant; read from OUT/seed_<n>.json where they were made with the same settings and weights."""
         path = context.out / f"seed_{context.seed}.json"
-        settings = (replace(self.cfg, num_seeds=1), context.drag, context.model_cfg)
-        made_with = [*map(str, settings), str({name: VARIANTS[name] for name in self.cfg.variants})]
+        variants = {name: VARIANTS[name] for name in self.cfg.variants}
+        settings = [str(each) for each in (replace(self.cfg, num_seeds=1), context.drag, variants)]
+        made_with = {"settings": settings, **context.made_with(["student"])}
         kept = json.loads(path.read_text()) if path.is_file() else {}
         if kept.get("made_with") == made_with:
             return {name: [_verdict(figures) for figures in found] for name, found in kept["verdicts"].items()}
@@ -209,8 +210,15 @@ class DragAblation:
             [name, *(f"{np.nanmean([getattr(v, column) for v in verdicts]):.3g}" for column in columns)]
             for name, verdicts in found.items()
         ]
-        text = f"{self.cfg.num_scenarios} scenarios, {self.cfg.num_seeds} seeds; intervals over scenarios and seeds."
+        text = f"{self.cfg.num_scenarios} scenarios, means over {self.cfg.num_seeds} seeds; intervals over scenarios."
         return [Section("Claims", text, table_of(findings)), Section("Variants", table=Table(["", *columns], rows))]
+
+
+def over_seeds(seeds: Sequence[Sequence[Verdict]]) -> list[Verdict]:
+    """One verdict per scenario, each figure its mean over the seeds that measured it; nan where none did."""
+    names = Verdict.__dataclass_fields__
+    figures = {name: mean_over_seeds([_figures(name, verdicts) for verdicts in seeds]) for name in names}
+    return [Verdict(**{name: figures[name][n] for name in names}) for n in range(len(seeds[0]))]
 
 
 def _figures_of(verdict: Verdict) -> dict[str, float | None]:

@@ -36,7 +36,7 @@ class DraggedChunks:
     frames: np.ndarray  # uint8 [T, H, W, 3]
     latents: Tensor  # [C, F, h, w]
     first_frame: int  # of ``frames`` in the video
-    seconds: list[float]  # per chunk
+    seconds: list[float]  # per chunk; the first with what starting the drag took
 
     @property
     def poses(self) -> list[tuple[int, list[Pose]]]:
@@ -127,16 +127,19 @@ class Replay:
         return moved_to(drag, [RegionLocator(frame, h.mask, self.locator).locate(now).pose for h in first.handles])
 
     def _drag(self, drag: Drag, before: np.ndarray, before_latent: Tensor) -> None:
-        session = self.session
+        session, clock = self.session, self.session.codecs.clock
         first_frame = session.num_frames - self.start
+        started = clock()
         outcome = session.drag(drag)
+        drag_seconds = clock() - started  # its references read; an edit's chunk made again
         if outcome.frames is not None:
             self.chunks[-1], self.latents[-1] = outcome.frames, self._latents()
             first_frame -= len(outcome.frames)
-            frames, latents, seconds = outcome.frames, self.latents[-1], [session.timing.total_seconds]
+            frames, latents, seconds = outcome.frames, self.latents[-1], [drag_seconds]
         else:
             count = drag.num_frames // session.codecs.model_cfg.rollout.chunk_frames
             seconds = [self._next(is_plain=False) for _ in range(count)]
+            seconds[0] += drag_seconds
             frames, latents = np.concatenate(self.chunks[-count:]), torch.cat(self.latents[-count:], dim=1)
         self.references.append(outcome.references)
         self.dragged.append(DraggedChunks(drag, before, before_latent, frames, latents, first_frame, seconds))

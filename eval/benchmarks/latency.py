@@ -54,6 +54,8 @@ class Latency:
 
     def run(self, context: EvalContext) -> Outcome:
         """Stream, and report percentiles, throughput and growth."""
+        if context.device.type == "cuda":  # the peak is this stream's, not that of what ran before it
+            torch.cuda.reset_peak_memory_stats(context.device)
         codecs, clip = context.codecs, context.model_cfg.clip
         student = context.load("student")
         started = codecs.clock()
@@ -135,10 +137,11 @@ class Latency:
                 caption="Memory in use after every chunk.",
             ),
         ]
+        cached = ", the last of which is cached" if rollout.merged_cache else " and one cache pass"
         text = (
             f"One stream, {rollout.chunk_frames} latent frames a chunk, {rollout.sink_chunks} sink and "
-            f"{rollout.window_chunks} window chunks, {len(rollout.step_indices)} denoising passes and one "
-            f"cache pass, on {context.device.type}."
+            f"{rollout.window_chunks} window chunks, {len(rollout.step_indices)} denoising passes{cached}, on "
+            f"{context.device.type}."
         )
         return Section("Latency", text, results.others(), curves)
 

@@ -1,7 +1,8 @@
 """Confidence intervals over clips: a percentile bootstrap, seeded, and its paired form for a difference.
 
 The clip is the unit that is resampled: frames and points of one clip are not independent. Values that are nan
-(a clip in which nothing could be measured) are left out, and `count` says how many were used.
+(a clip in which nothing could be measured) are left out, and `count` says how many were used. Nor are several seeds
+on one clip independent: their mean (`mean_over_seeds`) is the clip's figure.
 """
 
 from __future__ import annotations
@@ -49,6 +50,24 @@ def bootstrap_interval(values: Sequence[float], *, seed: int, level: float = 0.9
     picks = np.random.default_rng(seed).integers(0, finite.size, size=(resamples, finite.size))
     low, high = np.quantile(finite[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(finite.mean()), float(low), float(high), int(finite.size))
+
+
+def mean_over_seeds(seeds: Sequence[Sequence[float]]) -> list[float]:
+    """One figure per clip: its mean over the seeds in which it was measured.
+
+    Args:
+        seeds: for each seed, at least one, the figures of the same clips in the same order; nan means not measured.
+
+    Returns:
+        One figure per clip, nan where no seed measured it.
+
+    Raises:
+        ValueError: the seeds have different numbers of clips.
+    """
+    if len(counts := {len(values) for values in seeds}) > 1:
+        raise ValueError(f"a mean over seeds needs the same clips in each; got {sorted(counts)} values")
+    finite = [[value for value in clip if math.isfinite(value)] for clip in zip(*seeds, strict=True)]
+    return [math.fsum(values) / len(values) if values else math.nan for values in finite]
 
 
 def paired_difference(

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data.app import build_config, compose_config
 from data.config_errors import ConfigError
 from data.sprites import SpritesConfig, render_clip
 from data.trackers import TrackerConfig
 from data.video import write_video
-from eval.benchmarks.context import progress_bar
-from eval.benchmarks.latency import growth
+from eval.benchmarks.context import EvalContext, progress_bar
+from eval.benchmarks.latency import Latency, LatencyConfig, growth
 from eval.benchmarks.long_video import LongVideoConfig
 from eval.clips import sprites_clips
 from eval.judge import Judge, still_error
@@ -153,6 +154,28 @@ def test_segments_cover_every_frame_once() -> None:
 def test_latency_of_a_growing_window(tiny_weights, tmp_path: Path) -> None:
     metrics = _run(tiny_weights, tmp_path, "bench=latency", "bench.num_chunks=30", "model.rollout.window_chunks=null")
     assert metrics["num_chunks"] == 30
+
+
+def test_the_peak_of_memory_is_that_of_the_stream_alone(tiny_weights, monkeypatch, tmp_path: Path) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: called.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: called.append("read") or 5 << 20)
+    monkeypatch.setattr("eval.benchmarks.latency.used_memory", lambda device: 1 << 20)
+    codecs = Codecs.load(tiny_weights.model_cfg)
+    context = EvalContext(tiny_weights.model_cfg, codecs, torch.device("cuda"), 0, tmp_path)
+    student = load_for_inference(tiny_weights.model_cfg, "student", "cpu")
+    monkeypatch.setattr(EvalContext, "load", lambda self, role: called.append("load") or student)
+    results = Latency(LatencyConfig(num_chunks=30)).run(context).results
+    assert called == ["reset", "load", "read"] and results.values["student.peak_device_mib"] == 5
+
+
+@pytest.mark.parametrize(
+    ("merged", "passes"),
+    [("true", "3 denoising passes, the last of which is cached"), ("false", "3 denoising passes and one cache pass")],
+)
+def test_latency_says_how_many_passes_a_chunk_takes(tiny_weights, tmp_path: Path, merged, passes) -> None:
+    _run(tiny_weights, tmp_path, "bench=latency", "bench.num_chunks=30", f"model.rollout.merged_cache={merged}")
+    assert f"{passes}, on " in (tmp_path / "report.html").read_text()
 
 
 def test_latency_reports_and_its_ratio_sees_growth(tiny_weights, tmp_path: Path) -> None:

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.app import compose_config
+from data.trackers import TrackerConfig
 from eval.benchmarks.claim_rows import ROWS, RUNS
-from eval.benchmarks.claims import BENCHMARKS, Claims, ClaimsConfig, Effect, Finding, Observations, Run
+from eval.benchmarks.claims import (
+    BENCHMARKS,
+    TIMED_REPEATS,
+    Claims,
+    ClaimsConfig,
+    Effect,
+    Finding,
+    Observations,
+    Run,
+)
 from eval.benchmarks.context import EvalContext
 from eval.metrics.interval import Interval
 from eval.results import Results
 from eval.run import main
+from models.motion.track_head import TrackHead
+from stream.codecs import Codecs
 
 
 def finding(*intervals: Interval) -> Finding:
@@ -81,43 +95,130 @@ def test_every_run_is_asked_for_and_valid(tiny_weights):
         assert rollout.num_steps == len(rollout.step_indices)
 
 
-def observations(tmp_path: Path, **changes) -> Observations:
-    context = EvalContext("model", None, None, 0, tmp_path)  # type: ignore[arg-type]
-    return Observations(context, replace(ClaimsConfig(), **changes), {"student": Run("latency")})
+NO_CONTEXT = EvalContext(None, None, None, 0, Path())  # type: ignore[arg-type]
 
 
-def test_a_run_is_made_once_and_again_only_where_its_settings_changed(tmp_path, monkeypatch):
-    made = []
+def observations(tmp_path: Path, context: EvalContext = NO_CONTEXT, **changes) -> Observations:
+    settings = replace(ClaimsConfig(), **changes)
+    return Observations(replace(context, out=tmp_path), settings, {"student": Run("latency")})
+
+
+@pytest.fixture
+def context(tiny_weights, tmp_path) -> EvalContext:
+    """Of a copy of the tiny model, whose weights may be changed."""
+    weights = {role: str(tmp_path / role) for role in ("teacher", "student")}
+    for role, path in weights.items():
+        shutil.copytree(tiny_weights.folder / role, path)
+    model_cfg = replace(tiny_weights.model_cfg, **weights)
+    return EvalContext(model_cfg, Codecs.load(model_cfg), torch.device("cpu"), 0, tmp_path)
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[Run]:
+    """The runs that were made, with figures of no model."""
+    runs = []
 
     def run(self, run):
-        made.append(run)
+        runs.append(run)
         results = Results(seed=0)
         results.add("student.epe_px", [1.0, math.nan])
         results.put("student.frames_per_second", 7.0)
         return results
 
     monkeypatch.setattr(Observations, "_run", run)
-    first = observations(tmp_path)
+    return runs
+
+
+def test_a_run_is_made_once_and_again_only_where_its_settings_changed(context, made, tmp_path):
+    first = observations(tmp_path, context)
     assert first.values("student", "student.epe_px")[0] == 1.0
-    again = observations(tmp_path)
+    again = observations(tmp_path, context)
     assert math.isnan(again.values("student", "student.epe_px")[1])
     assert again.figure("student", "student.frames_per_second") == 7.0
     assert len(made) == 1
-    observations(tmp_path, rows=[2], num_workers=2).values("student", "student.epe_px")  # no figure depends on these
+    no_matter = observations(tmp_path, context, rows=[2], num_workers=2)  # no figure depends on these
+    no_matter.values("student", "student.epe_px")
     assert len(made) == 1
-    observations(tmp_path, num_clips=8).values("student", "student.epe_px")
+    observations(tmp_path, context, num_clips=8).values("student", "student.epe_px")
     assert len(made) == 2
 
 
-def test_ablations_are_read_over_all_seeds_and_absent_ones_are_said(tmp_path):
-    path = tmp_path / "ablations.json"
-    seeds = {"0": [1.0, None], "1": [3.0, 4.0], "2": [5.0]}
-    entry = {"seeds": {seed: {"per_clip": {"teacher.epe_px": values}} for seed, values in seeds.items()}}
-    unfinished = {"seeds": {seed: entry["seeds"][seed] for seed in "01"}}
-    path.write_text(json.dumps({"mine": entry, "theirs": unfinished}))  # seed 2 cannot be compared yet
-    seen = observations(tmp_path, ablations=str(path))
-    values = seen.values("mine", "teacher.epe_px")
-    assert values[0] == 1.0 and math.isnan(values[1]) and values[2:] == [3.0, 4.0]
+def test_a_run_is_made_again_with_another_seed_decoder_device_or_content_of_the_weights(context, made, tmp_path):
+    def runs_made(context: EvalContext) -> int:
+        observations(tmp_path, context).values("student", "student.epe_px")
+        return len(made)
+
+    assert [runs_made(context) for _ in range(2)] == [1, 1]
+    assert [runs_made(replace(context, seed=1)) for _ in range(2)] == [2, 2]
+    tiny = context.codecs.under(context.model_cfg)
+    tiny.decoder = tiny_vae = torch.nn.Identity()
+    assert tiny_vae is not tiny.vae and runs_made(replace(context, codecs=tiny)) == 3
+    assert runs_made(replace(context, device=torch.device("cuda"))) == 4
+    runs_made(context)
+    (weights,) = Path(context.model_cfg.student).glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert [runs_made(context) for _ in range(2)] == [6, 6]
+    (weights,) = Path(context.model_cfg.teacher).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert runs_made(context) == 6  # the latency of a student reads no teacher
+
+
+def test_a_stored_run_that_does_not_say_what_it_was_made_with_is_made_again(context, made, tmp_path):
+    observations(tmp_path, context).values("student", "student.epe_px")
+    path = tmp_path / "runs" / "student.json"
+    kept = json.loads(path.read_text())
+    kept["made_with"] = {key: kept["made_with"][key] for key in ("run", "claims", "model")}
+    path.write_text(json.dumps(kept))
+    observations(tmp_path, context).values("student", "student.epe_px")
+    assert len(made) == 2
+
+
+def ablations(path: Path, key: str, **names: dict[str, list]) -> str:
+    """A file of ablations: values by name and seed."""
+    stored = {
+        name: {"seeds": {seed: {"per_clip": {key: values}} for seed, values in seeds.items()}}
+        for name, seeds in names.items()
+    }
+    path.write_text(json.dumps(stored))
+    return str(path)
+
+
+def test_seeds_are_averaged_clip_by_clip_over_those_that_the_compared_ablations_have(tmp_path):
+    key, mine = "teacher.epe_px", {"0": [1.0, None, None], "1": [3.0, 4.0, None], "2": [8.0, 4.0, None]}
+    path = ablations(tmp_path / "a.json", key, mine=mine, theirs={"0": [5.0] * 3, "1": [7.0] * 3},
+                     first={"0": [2.0] * 3}, third={"3": [2.0] * 3})  # fmt: skip
+    seen = observations(tmp_path, ablations=path)
+    assert seen.values("mine", key)[:2] == [4.0, 4.0] and math.isnan(seen.values("mine", key)[2])
+    assert seen.pairs("mine", "theirs", key)[:2] == [(2.0, 6.0), (4.0, 6.0)]
+    assert seen.pairs("theirs", "first", key) == [(5.0, 2.0)] * 3
+    assert seen.less("", "mine", "theirs", key).interval.count == 2  # clips, not clips times seeds
+    row = replace(ROWS[0], effects=lambda seen: [seen.less("", "theirs", "third", key)])
+    assert row.find(seen).why_absent.endswith(
+        "theirs has 0, 1; third has 3; make them with `python -m train.ablations --seeds 0 1 3`"
+    )
+
+
+def test_more_seeds_of_the_same_clips_are_not_more_clips(tmp_path):
+    key, clips = "teacher.epe_px", [0.0, 1.0, 2.0, 5.0]
+    once, thrice = ({str(seed): clips for seed in range(count)} for count in (1, 3))
+    zero = {str(seed): [0.0] * 4 for seed in range(3)}
+    path = ablations(tmp_path / "a.json", key, once=once, thrice=thrice, zero=zero)
+    seen = observations(tmp_path, ablations=path)
+    assert seen.more("", "thrice", "zero", key) == seen.more("", "once", "zero", key)
+
+
+def test_timings_of_all_common_seeds_stand_in_turn(tmp_path):
+    key = "student.seconds_per_frame"
+    path = ablations(tmp_path / "a.json", key, fast={"0": [1.0, 2.0], "1": [3.0]}, slow={"0": [4.0], "2": [5.0]})
+    seen = observations(tmp_path, ablations=path)
+    assert seen.values("fast", key) == [1.0, 2.0, 3.0]
+    assert seen.together(("fast", "slow"), key) == [[1.0, 2.0], [4.0]]
+
+
+def test_absent_ablations_are_said(tmp_path):
+    seen = observations(tmp_path, ablations=ablations(tmp_path / "a.json", "teacher.epe_px", mine={"0": [1.0]}))
     row = replace(ROWS[0], effects=lambda seen: [seen.less("", "mine", "other", "teacher.epe_px")])
     absent = row.find(seen)
     assert absent.verdict == "not measured" and "train.ablations" in absent.to_json()["ours"]
@@ -134,6 +235,24 @@ def test_claims_of_a_tiny_model(tiny_weights, tmp_path):
     assert set(lines[1]) == {"row", "claim", "paper", "ours", "interval", "verdict"}
     assert lines[0]["verdict"] == "not measured" and lines[1]["verdict"] != "not measured"
     assert (tmp_path / "runs/student.json").is_file()
+
+
+def test_tracks_are_encoded_where_and_as_the_model_is_and_timed_by_the_clock_of_its_device(context, monkeypatch):
+    model_cfg = replace(context.model_cfg, dtype="bfloat16")
+    codecs = Codecs.load(model_cfg)
+    seen, ticks = {}, iter(range(10**6))
+    forward = TrackHead.forward
+
+    def by_head(head, track_map):
+        seen["dtypes"] = (head.compress.weight.dtype, track_map.dtype)
+        return forward(head, track_map)
+
+    monkeypatch.setattr(TrackHead, "forward", by_head)
+    monkeypatch.setattr(codecs, "clock", lambda: float(next(ticks)))
+    observed = observations(context.out, replace(context, model_cfg=model_cfg, codecs=codecs),
+                            tracker=TrackerConfig(rows=4, cols=4))  # fmt: skip
+    assert observed.track_encoding_seconds() == ([1.0] * TIMED_REPEATS,) * 2
+    assert seen["dtypes"] == (torch.bfloat16, torch.bfloat16)
 
 
 def test_an_unknown_row_is_refused():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -14,13 +17,15 @@ from data.app import compose_config
 from data.sprites import SpritesConfig
 from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict
 from eval.benchmarks.drag_pictures import pick_shown
-from eval.benchmarks.drag_runs import DraggedChunks, Run, pasted
-from eval.benchmarks.drag_scenarios import COMBINATIONS, labelled_scenarios, moved_to, sprites_scenarios
+from eval.benchmarks.drag_runs import DraggedChunks, Replay, Run, pasted
+from eval.benchmarks.drag_scenarios import COMBINATIONS, DragEvent, labelled_scenarios, moved_to, sprites_scenarios
+from eval.metrics.drag import LocatorConfig
 from eval.run import main
 from models.condition import ClipGeometry
 from stream.dragstream.drag import Drag, Handle, Pose, check_drag
 from stream.dragstream.labels import DragLabel
 from stream.provenance import peak_bytes
+from stream.session import DragOutcome
 
 GEOMETRY = ClipGeometry(64, 64, 33, 16)
 WORLD = SpritesConfig(max_sprites=2, min_size=0.3, max_size=0.4)
@@ -183,6 +188,38 @@ def test_the_peak_is_what_is_held_at_once() -> None:
     assert peak_bytes(run, torch.device("cpu")) == pytest.approx(6 << 20, rel=0.01)
 
 
+class TimedSession:
+    """A session whose drags take 10 s and chunks 1 s, by its own clock; an edit makes its chunk again within."""
+
+    def __init__(self) -> None:
+        self.now, self.num_frames, self.chunk_index = 0.0, 12, 1
+        self.latents, self.frames = torch.zeros(1, 2, 3, 16, 16), np.zeros((12, 64, 64, 3), np.uint8)
+        rollout = SimpleNamespace(chunk_frames=3)
+        self.codecs = SimpleNamespace(clock=lambda: self.now, model_cfg=SimpleNamespace(rollout=rollout))
+        self.timing = SimpleNamespace(total_seconds=1.0)
+
+    def next_chunk(self) -> np.ndarray:
+        self.now += 1.0
+        self.chunk_index += 1
+        self.num_frames += 12
+        return self.frames
+
+    def drag(self, drag: Drag) -> DragOutcome:
+        self.now += 10.0
+        return DragOutcome(self.frames if drag.mode == "edit" else None, (), [])
+
+
+@pytest.mark.parametrize(("mode", "poses", "seconds"), [("edit", 3, [10.0]), ("animate", 6, [11.0, 1.0])])
+def test_the_time_of_a_drag_has_what_starting_it_took(mode, poses, seconds) -> None:
+    session = TimedSession()
+    mask = np.zeros((64, 64), bool)
+    mask[20:30, 20:30] = True
+    drag = Drag(mode, (Handle(mask, (25, 25), (Pose(dx=2),) * poses, (25, 25)),))
+    scenario = replace(scenarios(1)[0], events=(DragEvent(1, drag),), num_chunks=4)
+    run = Replay(session, scenario, LocatorConfig(), session.frames, session.latents, 1.0).run()
+    assert [dragged.seconds for dragged in run.drags] == [seconds] and set(run.plain_seconds) == {1.0}
+
+
 def test_every_operation_is_shown_before_a_second_of_its_kind() -> None:
     scenarios = sprites_scenarios(WORLD, GEOMETRY, chunk_frames=3, count=204, seed=0)
     shown = [scenarios[n] for n in pick_shown(scenarios, 12)]
@@ -206,7 +243,10 @@ def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path
     assert len(by_claim["Two iterations already drag"]["interval"]) == 3
     assert "| ADSR: without it objects do not arrive |" in (tmp_path / "claims.md").read_text()
     per_clip = json.loads((tmp_path / "per_clip.json").read_text())
-    assert len(per_clip["full.objmc_px"]) == 4  # scenarios times seeds
+    assert len(per_clip["full.objmc_px"]) == 2  # a scenario's mean over the seeds
+    seeds = [json.loads((tmp_path / f"seed_{n}.json").read_text())["verdicts"]["full"] for n in (0, 1)]
+    means = [np.mean([one[n]["objmc_px"] for one in seeds]) for n in (0, 1)]
+    assert per_clip["full.objmc_px"] == pytest.approx(means)
     assert json.loads((tmp_path / "metrics.json").read_text())["I 0.seconds_ratio"] == 1.0
 
     monkeypatch.setattr("eval.benchmarks.drag.DragBenchmark.stream", None)  # finished seeds are not dragged again
@@ -214,12 +254,38 @@ def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path
     assert json.loads((tmp_path / "per_clip.json").read_text()) == per_clip
     with pytest.raises(TypeError):
         main(compose_config("eval", [*tiny_weights.overrides, *overrides, "drag.lr=0.3"]))
+    trained = tmp_path / "trained"
+    shutil.copytree(tiny_weights.folder / "student", trained)
+    for kept in tmp_path.glob("seed_*.json"):
+        kept.write_text(kept.read_text().replace(str(tiny_weights.folder / "student"), str(trained)))
+    overrides += [f"model.student={trained}"]
+    assert main(compose_config("eval", [*tiny_weights.overrides, *overrides])) == 0
+    shutil.copytree(tiny_weights.folder / "teacher", trained, dirs_exist_ok=True)  # other weights in the same place
+    with pytest.raises(TypeError):
+        main(compose_config("eval", [*tiny_weights.overrides, *overrides]))
 
 
 def test_a_profile_that_optimises_nothing_has_nothing_to_ablate(tiny_weights, tmp_path: Path) -> None:
     overrides = [*tiny_weights.overrides, "bench=drag_ablation", f"out={tmp_path}"]
     with pytest.raises(ValueError, match="drag.iterations=0 leaves nothing to ablate; use drag=paper"):
         main(compose_config("eval", overrides))
+
+
+def test_a_scenario_counts_once_however_many_seeds_drag_it() -> None:
+    from eval.benchmarks.drag_ablation import CLAIMS, DragAblation, DragAblationConfig, over_seeds
+
+    def verdicts(*objmc: float) -> list[Verdict]:
+        figures = dict.fromkeys(Verdict.__dataclass_fields__, 1.0)
+        return [Verdict(**figures | {"objmc_px": value}) for value in objmc]
+
+    merged = over_seeds([verdicts(1.0, float("nan")), verdicts(3.0, 5.0)])
+    assert [verdict.objmc_px for verdict in merged] == [2.0, 5.0] and merged[0].dai_rgb == 1.0
+    bench, full, without = DragAblation(DragAblationConfig()), verdicts(1.0, 1.0, 1.0), verdicts(1.0, 2.0, 5.0)
+    once, thrice = (
+        bench.finding(1, CLAIMS[0], {"full": over_seeds([full] * n), "without ADSR": over_seeds([without] * n)}, seed=0)
+        for n in (1, 3)
+    )
+    assert once.effects == thrice.effects and once.effects[0].interval.count == 3
 
 
 def test_a_claim_holds_where_its_interval_lies_above_zero() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.metrics.interval import bootstrap_interval, paired_difference
+from eval.metrics.interval import bootstrap_interval, mean_over_seeds, paired_difference
 
 
 def test_covers_the_true_mean_about_as_often_as_promised() -> None:
@@ -40,3 +40,11 @@ def test_nothing_measured_and_one_clip() -> None:
     assert str(one) == "3"
     with pytest.raises(ValueError, match="level=95"):
         bootstrap_interval([1.0, 2.0], seed=0, level=95)
+
+
+def test_a_clip_is_its_mean_over_the_seeds_that_measured_it() -> None:
+    nan = float("nan")
+    means = mean_over_seeds([[1.0, nan, nan, 2.0], [3.0, 5.0, nan, 2.0]])
+    np.testing.assert_equal(means, [2.0, 5.0, nan, 2.0])
+    with pytest.raises(ValueError, match=r"the same clips in each; got \[1, 2\] values"):
+        mean_over_seeds([[1.0], [1.0, 2.0]])
