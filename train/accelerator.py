@@ -94,7 +94,7 @@ class Parallel:
             return
         whole = {}
         for name, module in modules.items():
-            state = full_state(module.state_dict())
+            state = full_state(module.state_dict(), keep=self.is_main)
             if self.is_main:
                 whole[name] = copy.deepcopy(self._shells[name])
                 whole[name].load_state_dict(state, assign=True)

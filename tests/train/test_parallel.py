@@ -19,6 +19,7 @@ from models.assemble import build_dit
 from models.condition import Condition
 from models.wan.cache import CacheSpec, KVCache
 from models.wan.checkpoint import load_dit
+from train import state as train_state
 from train.accelerator import Parallel, entry_points
 from train.build import build_trainer, read_settings
 
@@ -108,6 +109,21 @@ def test_sharded_checkpoint_resumes_on_one_process(alone, tiny_shards, tmp_path)
     }
     train(tmp_path, tiny_shards, "steps=4")
     np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=2e-4)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_only_the_writing_process_holds_whole_states(tiny_shards, tmp_path, mode):
+    run_forked(_train_without_whole_states, mode, (tmp_path, tiny_shards, "steps=1"))
+    assert (tmp_path / "checkpoints/step_00000001").is_dir() and (tmp_path / "export/teacher").is_dir()
+
+
+def _train_without_whole_states(folder, shards, *overrides):
+    def refuse(tensor):
+        raise AssertionError(f"a process that writes nothing copied {tuple(tensor.shape)} to the CPU")
+
+    if os.environ["RANK"] != "0":
+        train_state.full = refuse
+    train(folder, shards, *overrides)
 
 
 def test_every_entry_point_works_on_shards(tiny_model, tmp_path):
