@@ -191,6 +191,8 @@ def shard(module: nn.Module, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP shards no other layout; a VAE's may be channels last
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = list(dict(module.named_children()).get("blocks", nn.ModuleList()).children())
     for part in [*blocks, module]:

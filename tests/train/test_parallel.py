@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from data.app import compose_config
-from models.assemble import build_dit
+from models.assemble import build_dit, build_vae
 from models.condition import Condition
 from models.wan.cache import CacheSpec, KVCache
 from models.wan.checkpoint import load_dit
@@ -25,11 +26,15 @@ from train.build import build_trainer, read_settings
 
 
 def train(folder, shards, *overrides):
-    """The run that all of these tests compare, in this process."""
+    """The teacher's run that most of these tests compare, in this process."""
+    run(folder, shards, "stage.tracks_min=2", "stage.tracks_max=8", *overrides)
+
+
+def run(folder, shards, *overrides):
     cfg = compose_config("train", [
         "model=tiny", "precision=fp32", "device=cpu", "optim=scratch", "global_batch=4",
         "optim.warmup_updates=0", "optim.ema_decay=0.9", "optim.decay_updates=4", "micro_batch=1",
-        "log_every=1", "logger.progress=false", "stage.tracks_min=2", "stage.tracks_max=8",
+        "log_every=1", "logger.progress=false",
         f"shards={shards}", f"output_dir={folder}", *overrides,
     ])  # fmt: skip
     trainer = build_trainer(read_settings(cfg))
@@ -177,6 +182,36 @@ def _outputs(dit, model_cfg):
             dit.predict_x0(latents, sigma, prepared),
             torch.stack([layer.key for layer in layers]),
         ]
+
+
+@pytest.mark.parametrize("stage", ["vae", "tiny_vae"])
+def test_a_vae_is_trained_on_shards_as_whole(pixel_shards, tiny_model, tmp_path, stage):
+    """Losses and gradient norms of three steps, and what was exported."""
+    build_vae(tiny_model, seed=0).save(tmp_path / "full")
+    overrides = ["model.clip.height=32", "model.clip.width=32", f"stage={stage}", "stage.num_frames=9"]
+    if stage == "vae":
+        overrides += ["stage.normalisation_clips=2"]
+    else:
+        overrides += [
+            f"model.vae.path={tmp_path / 'full'}", "stage.preset=sprites", "stage.crop_px=16", "stage.gan_start=1",
+            "stage.discriminator_widths=[8,16]",
+        ]  # fmt: skip
+    overrides += [f"validation_shards={pixel_shards}", "validation_clips=1", "steps=3"]
+    run_forked(run, "single", (tmp_path / "one", pixel_shards, *overrides), world=1)
+    run_forked(run, "fsdp", (tmp_path / "two", pixel_shards, *overrides))
+    one, two = (_records(tmp_path / folder, stage) for folder in ("one", "two"))
+    assert len(one) == 3 and one[-1].keys() == two[-1].keys()
+    for first, second in zip(one, two, strict=True):
+        np.testing.assert_allclose(list(second.values()), list(first.values()), rtol=1e-3, err_msg=str(list(first)))
+    first, second = (load_file(next((tmp_path / f / "export" / stage).glob("*.safetensors"))) for f in ("one", "two"))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def _records(folder, stage):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    wanted = ("/loss", "/grad_norm", "/l1")
+    return [{k: line[k] for k in line if k.endswith(wanted)} for line in lines if f"{stage}/loss" in line]
 
 
 def test_deepspeed_takes_one_module(monkeypatch):
