@@ -66,7 +66,8 @@ class TrainConfig:
     resume: str = "auto"  # auto: continue from the last good checkpoint | never: refuse a used output_dir
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "log_every", "checkpoint_every", "keep_last"):
+        counts = ("steps", "global_batch", "micro_batch", "log_every", "checkpoint_every", "keep_last")
+        for name in (*counts, "validation_clips"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name}={vars(self)[name]} must be at least 1")
         if self.resume not in ("auto", "never"):

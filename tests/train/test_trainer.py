@@ -267,6 +267,11 @@ def test_impossible_batches_name_what_works(batch, micro, world, message):
     assert message in str(info.value)
 
 
+def test_validation_needs_a_clip():
+    with pytest.raises(ValueError, match="validation_clips=0 must be at least 1"):
+        TrainConfig(validation_clips=0)
+
+
 def test_accumulation():
     assert accumulation_of(128, 4, 8) == 4
     assert accumulation_of(8, 8, 1) == 1
