@@ -84,6 +84,7 @@ class Parallel:
             settings["train_micro_batch_size_per_gpu"] = 1  # only DeepSpeed's own loader would read it
             settings["gradient_clipping"] = max_norm
             self._engine, optimizer = self.accelerator.prepare(module, optimizer)
+            self._engine.optimizer.check_grad_overflow = True  # off in fp32: its step would take a NaN gradient
         return optimizer
 
     @contextlib.contextmanager
@@ -125,8 +126,13 @@ class Parallel:
             average_gradients([p for p in module.parameters() if p.requires_grad], self.world)
 
     def clip(self, module: nn.Module, max_norm: float) -> float:
-        """Clip the gradient norm of the module and return what it was; max_norm 0 only measures."""
+        """Clip the gradient norm of the module and return what it was; max_norm 0 only measures.
+
+        inf where DeepSpeed skipped the update for a gradient that is not finite: its norm is the one before.
+        """
         if self.mode == "deepspeed":
+            if getattr(self._engine.optimizer, "overflow", False):
+                return float("inf")
             return float(self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm() or 0.0)
         parameters = [p for p in module.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"), foreach=self.mode != "fsdp")

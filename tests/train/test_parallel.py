@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from data.app import compose_config
+from distill.self_forcing import SelfForcing, SelfForcingConfig
 from models.assemble import build_dit, build_vae
 from models.condition import Condition
 from models.wan.cache import CacheSpec, KVCache
@@ -23,6 +25,7 @@ from models.wan.checkpoint import load_dit
 from train import state as train_state
 from train.accelerator import Parallel, entry_points
 from train.build import build_trainer, read_settings
+from train.stage import StepContext
 
 
 def train(folder, shards, *overrides):
@@ -221,6 +224,38 @@ def test_deepspeed_takes_one_module(monkeypatch):
         ValueError, match=r"deepspeed trains one module and this stage has 2 .student, critic.; use conf"
     ):
         parallel.prepare({"student": nn.Linear(1, 1), "critic": nn.Linear(1, 1)})
+
+
+def test_deepspeed_skips_a_gradient_that_is_not_finite():
+    zero = SimpleNamespace(check_grad_overflow=False, overflow=False)
+    engine, plugin = SimpleNamespace(optimizer=zero), SimpleNamespace(deepspeed_config={})
+    parallel = Parallel(device="cpu", precision="fp32")
+    parallel.mode = "deepspeed"
+    parallel.accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+        prepare=lambda module, optimizer: (engine, optimizer),
+        deepspeed_engine_wrapped=SimpleNamespace(get_global_grad_norm=lambda: 0.5),
+    )
+    module = nn.Linear(1, 1)
+    parallel.prepare_optimizer(module, torch.optim.SGD(module.parameters(), 0.1), 1.0)
+    assert zero.check_grad_overflow
+    assert parallel.clip(module, 1.0) == 0.5
+    zero.overflow = True
+    assert parallel.clip(module, 1.0) == float("inf")
+
+
+def test_health_is_that_of_all_processes():
+    run_forked(_measure_health, "ddp", ())
+
+
+def _measure_health():
+    parallel = Parallel(device="cpu", precision="fp32")
+    stage = SelfForcing(SelfForcingConfig())
+    stage.device = parallel.device
+    measures = {"score_gap": 0.5 + parallel.rank, "latent_std_ratio": 1.0}
+    told = stage._health(measures, StepContext(0, "student", 0, parallel.rank, parallel.world, 0))
+    assert told == stage.smoothed == {"score_gap": 1.0, "latent_std_ratio": 1.0}
+    parallel.close()
 
 
 def test_entry_points_are_read_from_the_class():
