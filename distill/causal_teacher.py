@@ -28,12 +28,15 @@ from models.diffusion.prediction import add_noise, velocity_target
 from models.diffusion.schedule import NUM_TRAIN_TIMESTEPS, bell_weight
 from models.wan.checkpoint import save_dit
 from train.stage import StepContext, StepOutput, ValidationOutput
-from train.teacher import TEACHER, Teacher, TeacherConfig
+from train.teacher import TEACHER, Teacher, TeacherConfig, first_frames
 
 
 @dataclass
 class CausalTeacherConfig(TeacherConfig):
-    """Settings of stage=causal_teacher: the teacher's, and what the masks are drawn from."""
+    """Settings of stage=causal_teacher: the teacher's, and what the masks are drawn from.
+
+    It logs one loss and makes no validation clips, so loss_buckets and validation_steps must keep their defaults.
+    """
 
     sink_chunks: list[int] = field(default_factory=lambda: [0, 1, 2])  # drawn per step
     window_chunks: list[int | None] = field(default_factory=lambda: [1, 2, 3, 6, None])  # null: all
@@ -54,11 +57,20 @@ class CausalTeacher(Teacher):
     cfg: CausalTeacherConfig
 
     def check(self, model_cfg: ModelConfig) -> None:
+        """Refuses what the teacher refuses, a part of a chunk, and settings that would have no effect."""
         super().check(model_cfg)
-        model_cfg.rollout.validate_clip(model_cfg.clip.num_latents)
+        self.require_whole_chunks(model_cfg, "stage=causal_teacher")
+        for name in ("loss_buckets", "validation_steps"):
+            value, default = vars(self.cfg)[name], vars(CausalTeacherConfig())[name]
+            if value != default:
+                raise ValueError(
+                    f"stage.{name}={value} has no effect on stage=causal_teacher, which logs one loss and makes no "
+                    f"validation clips; leave it at {'null' if default is None else default}"
+                )
 
     def train_step(self, batch: Batch, context: StepContext) -> StepOutput:
         self.steps_done = context.step + 1
+        batch = batch if self.cfg.num_frames is None else first_frames(batch, self.cfg.num_frames)
         x0 = self.encoder.latents(batch)
         condition = self.training_condition(batch, x0, context.step)
         sigma = self.draw_chunk_sigma(batch.sample_ids, context.step, x0.shape[2]).to(x0.device)  # [B, F]
@@ -70,7 +82,8 @@ class CausalTeacher(Teacher):
         velocity = self.dit(noisy_latents, NUM_TRAIN_TIMESTEPS * sigma, condition, attention=mask)
         error = (velocity.float() - velocity_target(x0, eps)).square().mean(dim=(1, 3, 4))  # [B, F]
         counted = (sigma > 0) & self.dit.generated_frames(condition, x0.shape[2])
-        loss = masked_mean(bell_weight(sigma, self.cfg.shift) * error, counted)
+        weight = bell_weight(sigma, self.cfg.shift) if self.cfg.bell_weighting else torch.ones_like(sigma)
+        loss = masked_mean(weight * error, counted)
         return StepOutput(loss, {"loss": loss.detach()})
 
     def draw_chunk_sigma(self, sample_ids: Sequence[int], step: int, num_frames: int) -> Tensor:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.batch import Batch
@@ -267,7 +268,13 @@ class SelfForcing:
         return metrics | self._health({"score_gap": float(gradient.score_gap.mean())}, context)
 
     def _health(self, measures: dict[str, float], context: StepContext) -> dict[str, float]:
-        """Raises CollapseError where the smoothed measures are beyond the limits of the config."""
+        """Means over the processes. Raises CollapseError where they, smoothed, are beyond the limits of the config:
+        on all processes or on none.
+        """
+        if measures and context.world > 1:
+            values = torch.tensor(list(measures.values()), device=self.device)
+            dist.all_reduce(values)
+            measures = dict(zip(measures, (values / context.world).tolist(), strict=True))
         self.smoothed = smooth(self.smoothed, measures, self.cfg.health.smoothing)
         if context.step >= self.cfg.health.warmup_steps:
             check_health(self.smoothed, self.cfg.health)

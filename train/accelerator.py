@@ -84,6 +84,7 @@ class Parallel:
             settings["train_micro_batch_size_per_gpu"] = 1  # only DeepSpeed's own loader would read it
             settings["gradient_clipping"] = max_norm
             self._engine, optimizer = self.accelerator.prepare(module, optimizer)
+            self._engine.optimizer.check_grad_overflow = True  # off in fp32: its step would take a NaN gradient
         return optimizer
 
     @contextlib.contextmanager
@@ -94,7 +95,7 @@ class Parallel:
             return
         whole = {}
         for name, module in modules.items():
-            state = full_state(module.state_dict())
+            state = full_state(module.state_dict(), keep=self.is_main)
             if self.is_main:
                 whole[name] = copy.deepcopy(self._shells[name])
                 whole[name].load_state_dict(state, assign=True)
@@ -125,8 +126,13 @@ class Parallel:
             average_gradients([p for p in module.parameters() if p.requires_grad], self.world)
 
     def clip(self, module: nn.Module, max_norm: float) -> float:
-        """Clip the gradient norm of the module and return what it was; max_norm 0 only measures."""
+        """Clip the gradient norm of the module and return what it was; max_norm 0 only measures.
+
+        inf where DeepSpeed skipped the update for a gradient that is not finite: its norm is the one before.
+        """
         if self.mode == "deepspeed":
+            if getattr(self._engine.optimizer, "overflow", False):
+                return float("inf")
             return float(self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm() or 0.0)
         parameters = [p for p in module.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"), foreach=self.mode != "fsdp")
@@ -191,6 +197,8 @@ def shard(module: nn.Module, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP shards no other layout; a VAE's may be channels last
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = list(dict(module.named_children()).get("blocks", nn.ModuleList()).children())
     for part in [*blocks, module]:

@@ -64,7 +64,7 @@ class CheckpointStore:
         partial.rename(final)
         _fsync(self.folder)
         self._point_at(final)
-        self._prune()
+        self._prune(step)
         return final
 
     def _point_at(self, final: Path) -> None:
@@ -75,10 +75,18 @@ class CheckpointStore:
         os.replace(fresh, pointer)
         _fsync(self.folder)
 
-    def _prune(self) -> None:
-        for step in self.steps()[: -self.keep_last]:
-            if not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(self.path(step))
+    def _prune(self, newest: int) -> None:
+        """Keep the last `keep_last` up to `newest`, which `last_good` names. What is later belongs to a course that
+        the run left when it resumed from before it, and goes.
+        """
+        steps = self.steps()
+        kept = [step for step in steps if step <= newest][-self.keep_last :]
+        for step in steps:
+            if step in kept or (self.keep_every and step % self.keep_every == 0):
+                continue
+            if step > newest:
+                log.warning("removing %s: the run went back and is at step %d", self.path(step), newest)
+            shutil.rmtree(self.path(step))
         for leftover in self.folder.glob(f"step_*{PARTIAL}"):
             shutil.rmtree(leftover)
 

@@ -52,17 +52,19 @@ class ClipEncoder:
 
     @property
     def null_prompt_embeds(self) -> Tensor:
-        """[1, text_len, text_dim]: what a dropped text means."""
+        """[1, text_len, text_dim]: what a dropped text means.
+
+        A text encoder that is built for this alone is not kept: UMT5 has 11 GB.
+        """
         if self._null is None:
+            before = self._text
             self._null = self._text_encoder().null().to(self.device)
+            self._text = before
         return self._null
 
     def latents(self, batch: Batch) -> Tensor:
         """Normalised latents [B, C, F, h, w] float32, stored or encoded."""
-        if batch.latents is not None:
-            return batch.latents.float()
-        with torch.autocast(self.device.type, enabled=False):
-            return self.vae.encode(batch.model_pixels())
+        return batch.latents.float() if batch.latents is not None else self._encode(batch.model_pixels())
 
     def prompt_embeds(self, batch: Batch) -> Tensor:
         """[B, text_len, text_dim], stored or encoded from the captions."""
@@ -96,7 +98,7 @@ class ClipEncoder:
         if tracks is not None and (tracks.height, tracks.width) != (clip.height, clip.width):
             tracks = tracks.resize_to(clip.height, clip.width)
         if tracks is not None and dit.track_channels and dit.track_encoding == "rgb":  # MotionStream Table 3
-            track_latents = self.vae.encode(draw_tracks(tracks))
+            track_latents = self._encode(draw_tracks(tracks))
         return build_condition(
             prompt_embeds=self.prompt_embeds(batch),
             null_prompt_embeds=self.null_prompt_embeds,
@@ -108,6 +110,10 @@ class ClipEncoder:
             clip_embeds=self.clip_embeds(batch),
             track_latents=track_latents,
         )
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):  # as stored latents were made
+            return self.vae.encode(pixels)
 
     def _text_encoder(self) -> TextEncoder:
         if self._text is None:

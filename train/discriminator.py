@@ -86,7 +86,9 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.next = int(state["next"])
-        self.stretches, self.latents = (list(state.get(name, ())) for name in ("stretches", "latents"))
+        # copies: views would keep the checkpoint's file mapped, and all of it while one of them is left
+        stored = ([each.clone() for each in state.get(name, ())] for name in ("stretches", "latents"))
+        self.stretches, self.latents = stored
 
 
 def stretch_of(video: Tensor, latents: Tensor, starts: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Whole states of sharded things: a checkpoint does not depend on how many processes wrote it.
 
 Under FSDP2 parameters, optimizer moments and EMA values are DTensors, each knowing its mesh and placement.
-They are gathered one tensor at a time for saving, and cut again by the loading process's own placement.
+They are gathered one tensor at a time for saving, kept by the process that writes them only, and cut again by the
+loading process's own placement.
 (Saving the plain local shards under one name would let one process's values replace another's.)
 
 Left out: DeepSpeed, whose optimizer state only DeepSpeed can save (`accelerator.py`).
@@ -33,6 +34,14 @@ def full(tensor: Tensor) -> Tensor:
     return whole.detach().to("cpu", copy=True)
 
 
+def take_part(tensor: Tensor) -> None:
+    """What another process's `full` needs of this one: the collective where it is sharded, else nothing."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(tensor, DTensor):
+        tensor.full_tensor()
+
+
 @torch.no_grad()
 def fill(target: Tensor, whole: Tensor) -> None:
     """Write a whole tensor into `target`, keeping this process's part where `target` is sharded."""
@@ -46,9 +55,13 @@ def fill(target: Tensor, whole: Tensor) -> None:
         target.copy_(whole)
 
 
-def full_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole CPU copies by name."""
-    return {name: full(tensor) for name, tensor in tensors.items()}
+def full_state(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Whole CPU copies by name. keep=False takes part in the gathering, holds one tensor at a time and returns {}."""
+    if keep:
+        return {name: full(tensor) for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        take_part(tensor)
+    return {}
 
 
 def fill_state(targets: Mapping[str, Tensor], whole: Mapping[str, Tensor], owner: str) -> None:
@@ -68,10 +81,12 @@ def fill_state(targets: Mapping[str, Tensor], whole: Mapping[str, Tensor], owner
         fill(target, whole[name])
 
 
-def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Moments and step counts by parameter name; empty for parameters never stepped."""
+def optimizer_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True
+) -> dict[str, dict[str, Tensor]]:
+    """Moments and step counts by parameter name, without those never stepped; keep as in `full_state`."""
     return {
-        name: {key: full(value) for key, value in optimizer.state[parameter].items()}
+        name: full_state(optimizer.state[parameter], keep)
         for name, parameter in module.named_parameters()
         if parameter in optimizer.state
     }
@@ -87,7 +102,8 @@ def fill_optimizer(
         parameter = parameters[name]
         step_device = local(parameter).device if optimizer.defaults.get("fused") else torch.device("cpu")
         optimizer.state[parameter] = {
-            key: value.to(step_device) if value.ndim == 0 else _moment_like(parameter, value)
+            # copies: a view of what was read would keep the checkpoint's file mapped
+            key: value.to(step_device, copy=True) if value.ndim == 0 else _moment_like(parameter, value)
             for key, value in moments.items()
         }
 
@@ -98,12 +114,18 @@ def _moment_like(parameter: Tensor, value: Tensor) -> Tensor:
     return moment
 
 
-def plain(value: Any) -> Any:
-    """A state made of tensors, numbers, strings, lists and dicts, with tensors on the CPU."""
+def plain(value: Any, keep: bool = True) -> Any:
+    """A state made of tensors, numbers, strings, lists and dicts, with tensors whole and on the CPU.
+
+    keep=False takes part in the gathering and has None in their place.
+    """
     if isinstance(value, Tensor):
-        return full(value)
+        if keep:
+            return full(value)
+        take_part(value)
+        return None
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: plain(item, keep) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [plain(item, keep) for item in value]
     return value

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from models.assemble import ModelConfig, build_dit
-from models.condition import FRAMES_PER_LATENT, Condition
+from models.condition import FRAMES_PER_LATENT, Condition, num_latent_frames
 from models.diffusion.guidance import Guidance
 from models.diffusion.noise import KeyedNoise
 from models.diffusion.prediction import add_noise, velocity_target
@@ -93,11 +93,22 @@ class Teacher:
         clip_frames = model_cfg.clip.num_frames
         if self.cfg.num_frames is not None and self.cfg.num_frames > clip_frames:
             raise ValueError(f"stage.num_frames={self.cfg.num_frames} must be at most {clip_frames}, model.clip's")
+        if self.cfg.mid_mask_probability:
+            self.require_whole_chunks(model_cfg, f"stage.mid_mask_probability={self.cfg.mid_mask_probability}")
         if self.cfg.init_from is not None and not Path(self.cfg.init_from).exists():
             raise FileNotFoundError(
                 f"stage.init_from={self.cfg.init_from}: there is nothing; pass the folder or file "
                 "of a DiT, or null for fresh weights"
             )
+
+    def require_whole_chunks(self, model_cfg: ModelConfig, needed_by: str) -> None:
+        """Raises ValueError, naming the setting, where the frames trained on are no whole number of chunks."""
+        field = "model.clip.num_frames" if self.cfg.num_frames is None else "stage.num_frames"
+        frames = self.cfg.num_frames or model_cfg.clip.num_frames
+        try:
+            model_cfg.rollout.validate_clip(num_latent_frames(frames))
+        except ValueError as error:
+            raise ValueError(f"{field}={frames} must be whole chunks, as {needed_by} draws for each: {error}") from None
 
     def data_fields(self, model_cfg: ModelConfig, available: Sequence[str]) -> list[str]:
         """Stored latents, text and CLIP features where there are, else pixels and captions."""

@@ -35,7 +35,7 @@ from train.state import fill_optimizer, full_state, optimizer_state, plain
 log = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: preempted with a checkpoint on the disk, run the same command again
-MAX_NONFINITE = 10  # skipped updates in a row before the run is given up
+MAX_NONFINITE = 10  # skipped updates of a module in a row before the run is given up
 
 
 @dataclass
@@ -66,7 +66,8 @@ class TrainConfig:
     resume: str = "auto"  # auto: continue from the last good checkpoint | never: refuse a used output_dir
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "log_every", "checkpoint_every", "keep_last"):
+        counts = ("steps", "global_batch", "micro_batch", "log_every", "checkpoint_every", "keep_last")
+        for name in (*counts, "validation_clips"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name}={vars(self)[name]} must be at least 1")
         if self.resume not in ("auto", "never"):
@@ -98,7 +99,7 @@ def accumulation_of(global_batch: int, micro_batch: int, world: int) -> int:
 class _Counters:
     step: int = 0  # finished steps
     updates: dict[str, int] = field(default_factory=dict)  # per module
-    nonfinite: int = 0  # skipped updates in a row
+    nonfinite: dict[str, int] = field(default_factory=dict)  # per module: skipped updates in a row
 
 
 class Trainer:
@@ -220,7 +221,7 @@ class Trainer:
         if not math.isfinite(norm):
             self._skip(name, norm)
         else:
-            self.counters.nonfinite = 0
+            self.counters.nonfinite[name] = 0
             if self.parallel.mode != "deepspeed":  # there the engine stepped in `backward`
                 optimizer.step()
             self.counters.updates[name] += 1
@@ -230,11 +231,12 @@ class Trainer:
         self._set_rate(name)
 
     def _skip(self, name: str, norm: float) -> None:
-        self.counters.nonfinite += 1
+        in_a_row = self.counters.nonfinite.get(name, 0) + 1
+        self.counters.nonfinite[name] = in_a_row
         log.warning("step %d: gradient norm of %s is %s; update skipped", self.counters.step, name, norm)
-        if self.counters.nonfinite >= MAX_NONFINITE:
+        if in_a_row >= MAX_NONFINITE:
             raise RuntimeError(
-                f"{MAX_NONFINITE} updates in a row had a gradient that is not finite (last: {name}, step "
+                f"{MAX_NONFINITE} updates in a row had a gradient that is not finite ({name}, step "
                 f"{self.counters.step}); lower optim.lr or try precision=fp32. Last good checkpoint: "
                 f"{self.store.last_good()}"
             )
@@ -316,14 +318,14 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ state
     def save(self) -> None:
         """Write a checkpoint and export the weights. A collective."""
-        step = self.counters.step
+        step, keep = self.counters.step, self.parallel.is_main
         tensors = {
-            "modules": {name: full_state(module.state_dict()) for name, module in self.modules.items()},
+            "modules": {name: full_state(module.state_dict(), keep) for name, module in self.modules.items()},
             "optimizers": {} if self.parallel.mode == "deepspeed" else {
-                name: optimizer_state(self.modules[name], self.optimizers[name]) for name in self.modules
+                name: optimizer_state(self.modules[name], self.optimizers[name], keep) for name in self.modules
             },
-            "ema": {name: full_state(ema.values) for name, ema in self.emas.items()},
-            "stage": plain(self.stage.state_dict()),
+            "ema": {name: full_state(ema.values, keep) for name, ema in self.emas.items()},
+            "stage": plain(self.stage.state_dict(), keep),
         }  # fmt: skip
         windows = self.parallel.gather(self.window.state_dict())
         trainer = {
@@ -366,7 +368,10 @@ class Trainer:
             self.loader.load_state_dict(trainer["loader"])
         windows = trainer["windows"]
         self.window.load_state_dict(windows[self.parallel.rank] if self.parallel.rank < len(windows) else {})
-        self.counters = _Counters(trainer["step"], dict(trainer["updates"]), trainer["nonfinite"])
+        nonfinite = trainer["nonfinite"]
+        if isinstance(nonfinite, int):  # checkpoints from before the modules were counted apart
+            nonfinite = dict.fromkeys(self.modules, nonfinite)
+        self.counters = _Counters(trainer["step"], dict(trainer["updates"]), dict(nonfinite))
         for name in self.modules:
             self._set_rate(name)
         log.info("resumed from %s at step %d", path, self.counters.step)

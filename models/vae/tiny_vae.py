@@ -176,6 +176,8 @@ class TinyEncoder(nn.Sequential):
 class TinyVae(nn.Module):
     """Normalised latents [B, C, F, h, w] of one latent space <-> pixels [B, 3, T, H, W] in [-1, 1]."""
 
+    ENTRY_POINTS = ("reconstruct", "approximate_latents")  # every public method reads parameters through these two
+
     def __init__(self, cfg: TinyVaeConfig, latent_space: LatentSpace) -> None:
         super().__init__()
         if not latent_space.normalised:

@@ -96,6 +96,8 @@ class VaeConfig:
 class WanVae(nn.Module):
     """Pixels [B, 3, T, H, W] in [-1, 1] <-> normalised latents [B, C, F, h, w], F = 1 + (T-1)/4."""
 
+    ENTRY_POINTS = ("_encode_moments", "_decode_raw")  # every public method reads parameters through these two
+
     def __init__(self, autoencoder: AutoencoderKLWan, latents_per_call: int | None = 1) -> None:
         super().__init__()
         replace_norms(autoencoder)
@@ -233,8 +235,8 @@ class WanVae(nn.Module):
     def forward(self, pixels: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Pixels -> (reconstruction, posterior mean, posterior log variance): one training pass, all raw.
 
-        noise [B, C, F, h, w] draws the sample that is decoded; None decodes the mode. One call, so that the
-        hooks of DDP and FSDP see it.
+        noise [B, C, F, h, w] draws the sample that is decoded; None decodes the mode. `train/vae.py` takes the two
+        halves by themselves: the noise it draws has the shape of the posterior.
         """
         posterior = self.posterior(pixels)
         sample = posterior.mean if noise is None else posterior.mean + posterior.std * noise

@@ -53,6 +53,33 @@ def test_a_chunk_does_not_see_later_ones(model_cfg, tmp_path):
     assert not torch.allclose(first[:, :, 6:], second[:, :, 6:], atol=1e-4)
 
 
+def test_short_clips_are_the_first_chunks_and_the_weighting_can_be_left_out(model_cfg, tmp_path):
+    stage = build(model_cfg, tmp_path, num_frames=21, bell_weighting=False, clean_ratio=0.0)  # 6 latents, 2 chunks
+    stage.dit.forward = lambda noisy_latents, *_, **__: torch.zeros_like(noisy_latents)
+    batch = make_batch(model_cfg, [0, 1])
+    loss = stage.train_step(batch, step_context(0, TEACHER)).losses
+    x0 = batch.latents[:, :, :6].float()
+    eps = stage.noise.normal(x0.shape[1:], [0, 1], TEACHER, "noise", 0)
+    error = (eps - x0).square().mean(dim=(1, 3, 4))[:, stage.dit.config.image_conditioning != "none" :]
+    torch.testing.assert_close(loss, error.mean())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"num_frames": 13},
+            r"stage.num_frames=13 must be whole chunks, as stage=causal_teacher .*nearest valid: 3 \(9",
+        ),
+        ({"loss_buckets": 3}, "stage.loss_buckets=3 has no effect on stage=causal_teacher, .* leave it at 5"),
+        ({"validation_steps": 10}, "stage.validation_steps=10 has no effect .* leave it at null"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(model_cfg, settings, message):
+    with pytest.raises(ValueError, match=message):
+        CausalTeacher(CausalTeacherConfig(**settings)).check(model_cfg)
+
+
 def test_the_export_is_a_student(model_cfg, tmp_path):
     stage = build(model_cfg, tmp_path)
     stage.export(tmp_path, stage.modules())

@@ -77,3 +77,15 @@ def test_pickled_code_is_not_run(tmp_path):
     path = store.save(1, {"stage": {"x": Evil()}}, {"step": 1})
     with pytest.raises(Exception, match=r"[Ww]eights"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_damaged_later_step_does_not_count_as_the_latest(tmp_path, keep_last):
+    before, store = CheckpointStore(tmp_path, 2), CheckpointStore(tmp_path, keep_last)
+    for step in (500, 1000):
+        save(before, step)
+    (store.path(1000) / "modules.pt").unlink()
+    assert store.last_good() == store.path(500)
+    save(store, 700)  # resumed from 500, told to stop at 700
+    assert store.last_good() == store.path(700)
+    assert store.steps() == [500, 700][-keep_last:]

@@ -7,28 +7,37 @@ import multiprocessing
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from data.app import compose_config
-from models.assemble import build_dit
+from distill.self_forcing import SelfForcing, SelfForcingConfig
+from models.assemble import build_dit, build_vae
 from models.condition import Condition
 from models.wan.cache import CacheSpec, KVCache
 from models.wan.checkpoint import load_dit
+from train import state as train_state
 from train.accelerator import Parallel, entry_points
 from train.build import build_trainer, read_settings
+from train.stage import StepContext
 
 
 def train(folder, shards, *overrides):
-    """The run that all of these tests compare, in this process."""
+    """The teacher's run that most of these tests compare, in this process."""
+    run(folder, shards, "stage.tracks_min=2", "stage.tracks_max=8", *overrides)
+
+
+def run(folder, shards, *overrides):
     cfg = compose_config("train", [
         "model=tiny", "precision=fp32", "device=cpu", "optim=scratch", "global_batch=4",
         "optim.warmup_updates=0", "optim.ema_decay=0.9", "optim.decay_updates=4", "micro_batch=1",
-        "log_every=1", "logger.progress=false", "stage.tracks_min=2", "stage.tracks_max=8",
+        "log_every=1", "logger.progress=false",
         f"shards={shards}", f"output_dir={folder}", *overrides,
     ])  # fmt: skip
     trainer = build_trainer(read_settings(cfg))
@@ -110,6 +119,21 @@ def test_sharded_checkpoint_resumes_on_one_process(alone, tiny_shards, tmp_path)
     np.testing.assert_allclose(losses(tmp_path), losses(alone), rtol=2e-4)
 
 
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_only_the_writing_process_holds_whole_states(tiny_shards, tmp_path, mode):
+    run_forked(_train_without_whole_states, mode, (tmp_path, tiny_shards, "steps=1"))
+    assert (tmp_path / "checkpoints/step_00000001").is_dir() and (tmp_path / "export/teacher").is_dir()
+
+
+def _train_without_whole_states(folder, shards, *overrides):
+    def refuse(tensor):
+        raise AssertionError(f"a process that writes nothing copied {tuple(tensor.shape)} to the CPU")
+
+    if os.environ["RANK"] != "0":
+        train_state.full = refuse
+    train(folder, shards, *overrides)
+
+
 def test_every_entry_point_works_on_shards(tiny_model, tmp_path):
     run_forked(_compare_entry_points, "fsdp", (tiny_model,))
 
@@ -163,6 +187,36 @@ def _outputs(dit, model_cfg):
         ]
 
 
+@pytest.mark.parametrize("stage", ["vae", "tiny_vae"])
+def test_a_vae_is_trained_on_shards_as_whole(pixel_shards, tiny_model, tmp_path, stage):
+    """Losses and gradient norms of three steps, and what was exported."""
+    build_vae(tiny_model, seed=0).save(tmp_path / "full")
+    overrides = ["model.clip.height=32", "model.clip.width=32", f"stage={stage}", "stage.num_frames=9"]
+    if stage == "vae":
+        overrides += ["stage.normalisation_clips=2"]
+    else:
+        overrides += [
+            f"model.vae.path={tmp_path / 'full'}", "stage.preset=sprites", "stage.crop_px=16", "stage.gan_start=1",
+            "stage.discriminator_widths=[8,16]",
+        ]  # fmt: skip
+    overrides += [f"validation_shards={pixel_shards}", "validation_clips=1", "steps=3"]
+    run_forked(run, "single", (tmp_path / "one", pixel_shards, *overrides), world=1)
+    run_forked(run, "fsdp", (tmp_path / "two", pixel_shards, *overrides))
+    one, two = (_records(tmp_path / folder, stage) for folder in ("one", "two"))
+    assert len(one) == 3 and one[-1].keys() == two[-1].keys()
+    for first, second in zip(one, two, strict=True):
+        np.testing.assert_allclose(list(second.values()), list(first.values()), rtol=1e-3, err_msg=str(list(first)))
+    first, second = (load_file(next((tmp_path / f / "export" / stage).glob("*.safetensors"))) for f in ("one", "two"))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def _records(folder, stage):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    wanted = ("/loss", "/grad_norm", "/l1")
+    return [{k: line[k] for k in line if k.endswith(wanted)} for line in lines if f"{stage}/loss" in line]
+
+
 def test_deepspeed_takes_one_module(monkeypatch):
     parallel = Parallel(device="cpu", precision="fp32")
     parallel.mode = "deepspeed"
@@ -170,6 +224,38 @@ def test_deepspeed_takes_one_module(monkeypatch):
         ValueError, match=r"deepspeed trains one module and this stage has 2 .student, critic.; use conf"
     ):
         parallel.prepare({"student": nn.Linear(1, 1), "critic": nn.Linear(1, 1)})
+
+
+def test_deepspeed_skips_a_gradient_that_is_not_finite():
+    zero = SimpleNamespace(check_grad_overflow=False, overflow=False)
+    engine, plugin = SimpleNamespace(optimizer=zero), SimpleNamespace(deepspeed_config={})
+    parallel = Parallel(device="cpu", precision="fp32")
+    parallel.mode = "deepspeed"
+    parallel.accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+        prepare=lambda module, optimizer: (engine, optimizer),
+        deepspeed_engine_wrapped=SimpleNamespace(get_global_grad_norm=lambda: 0.5),
+    )
+    module = nn.Linear(1, 1)
+    parallel.prepare_optimizer(module, torch.optim.SGD(module.parameters(), 0.1), 1.0)
+    assert zero.check_grad_overflow
+    assert parallel.clip(module, 1.0) == 0.5
+    zero.overflow = True
+    assert parallel.clip(module, 1.0) == float("inf")
+
+
+def test_health_is_that_of_all_processes():
+    run_forked(_measure_health, "ddp", ())
+
+
+def _measure_health():
+    parallel = Parallel(device="cpu", precision="fp32")
+    stage = SelfForcing(SelfForcingConfig())
+    stage.device = parallel.device
+    measures = {"score_gap": 0.5 + parallel.rank, "latent_std_ratio": 1.0}
+    told = stage._health(measures, StepContext(0, "student", 0, parallel.rank, parallel.world, 0))
+    assert told == stage.smoothed == {"score_gap": 1.0, "latent_std_ratio": 1.0}
+    parallel.close()
 
 
 def test_entry_points_are_read_from_the_class():

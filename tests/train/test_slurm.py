@@ -81,3 +81,38 @@ def test_a_job_queued_again_runs_its_copy_and_a_refused_one_is_not(cluster, tmp_
     )  # fmt: skip
     assert "of_the_copy" in script.stdout + script.stderr
     assert script.returncode != 0 and not (tmp_path / "scontrol.log").exists()
+
+
+LAUNCHER = """
+import os, signal, subprocess, sys
+signal.signal(signal.SIGTERM, lambda *_: open("said", "a").write("launcher told;"))
+sys.exit(subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())]).wait())
+"""
+WORKER = """
+import signal, sys
+def leave(*_):
+    open("said", "a").write("worker told;")
+    sys.exit(3)
+signal.signal(signal.SIGUSR1, leave)
+open("launcher", "w").write(sys.argv[1] + ";")
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_node_hands_signals_to_the_training_processes_alone(cluster, tmp_path, number):
+    """A stand-in for accelerate, with one training process; USR1 to itself must not end the launcher."""
+    (tmp_path / "accelerate.py").write_text(LAUNCHER)
+    (tmp_path / "worker.py").write_text(WORKER)
+    stand_in = f'#!/bin/bash\ncd {tmp_path}; exec {sys.executable} accelerate.py "$(<worker.py)"\n'
+    (tmp_path / "bin/accelerate").write_text(stand_in)
+    (tmp_path / "bin/accelerate").chmod(0o755)
+    environment = cluster | {"SNAPSHOT": str(ROOT), "LAUNCH": "cpu"}
+    node = subprocess.Popen(["bash", "slurm/node.sh"], cwd=ROOT, env=environment)
+    launcher, deadline = tmp_path / "launcher", time.monotonic() + SECONDS
+    while not (launcher.is_file() and launcher.read_text().endswith(";")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(int(launcher.read_text()[:-1]), signal.SIGUSR1)
+    node.send_signal(number)
+    assert node.wait(timeout=SECONDS) == 3
+    assert (tmp_path / "said").read_text() == "worker told;"

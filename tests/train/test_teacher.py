@@ -196,6 +196,21 @@ def test_rgb_tracks_go_through_the_vae(tiny_model, tiny_shards, tmp_path):
     assert condition.track_map.shape == batch.latents.shape
     assert condition.track_map[:, :, :3].any() and not condition.track_map[:, :, 3:].any()
     assert torch.isfinite(stage.train_step(batch, at()).losses)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # a VAE encodes tracks in full precision, as it does clips
+        assert torch.equal(stage.training_condition(batch, batch.latents, 0).track_map, condition.track_map)
+
+
+def test_a_text_encoder_needed_for_the_dropped_text_alone_is_not_kept(tiny_model, tiny_shards, tmp_path):
+    encoder = stage_of(tiny_model, tmp_path).encoder
+    batch = batch_of(tiny_shards, [0, 1])
+    stored = encoder.condition(batch, batch.latents, batch.tracks)
+    assert encoder._text is None
+    without = batch_of(tiny_shards, [0, 1], ("latents", "tracks"))
+    assert torch.equal(
+        encoder.condition(without, batch.latents, batch.tracks).null_prompt_embeds, stored.null_prompt_embeds
+    )
+    assert encoder._text is not None  # captions are encoded: it stays
+    assert encoder.condition(batch, batch.latents, batch.tracks) is not None and encoder._text is not None
 
 
 def test_frozen_track_head_and_start_from_a_folder(tiny_model, tmp_path):
@@ -217,6 +232,11 @@ def test_frozen_track_head_and_start_from_a_folder(tiny_model, tmp_path):
         ({"mid_mask_probability": 0.2}, {"track_channels": 0}, "needs a model with tracks"),
         ({"freeze_track_head": True}, {"track_encoding": "rgb"}, "has no track head"),
         ({"num_frames": 8}, {}, "stage.num_frames=8 must be 1 \\+ 4k; nearest valid: 9"),
+        (
+            {"num_frames": 13, "mid_mask_probability": 0.2},
+            {},
+            r"stage.num_frames=13 must be whole chunks, as stage.mid_mask_probability=0.2 .*chunk_frames=3; nearest",
+        ),
         ({"num_frames": 41}, {}, "stage.num_frames=41 must be at most 33"),
         ({"init_from": "/nowhere"}, {}, "stage.init_from=/nowhere: there is nothing"),
     ],

@@ -98,8 +98,10 @@ def test_the_replay_buffer_gives_back_older_ones_in_half_the_batch():
     mixed, of = buffer.exchange(2 * first, latents + 10, [0, 0, 1, 5])
     assert mixed[:, 0, 0, 0].tolist() == [2, 2, 1, 1]
     assert of.flatten().tolist() == [10, 11, 1, 2]  # picks 1 and 5 of the stored latents 3, 1, 2
-    again = ReplayBuffer(size=3)
-    again.load_state_dict(buffer.state_dict())
+    again, state = ReplayBuffer(size=3), buffer.state_dict()
+    again.load_state_dict(state)
+    storages = {each.untyped_storage().data_ptr() for each in again.stretches}
+    assert len(storages) == 3 and state["stretches"].untyped_storage().data_ptr() not in storages
     for one, other in zip(again.exchange(first, latents, [2] * 4), buffer.exchange(first, latents, [2] * 4)):
         assert torch.equal(one, other)
 

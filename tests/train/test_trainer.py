@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import torch
 from toy_stage import Toy
 
 from models.diffusion.noise import KeyedNoise
+from train import checkpoint
 from train.accelerator import Parallel
 from train.monitor import LoggerConfig, Monitor
 from train.optim import ModuleOptim, OptimConfig
@@ -185,6 +187,46 @@ def test_nonfinite_gradient_is_skipped_then_given_up(tmp_path, caplog):
         trainer_of(tmp_path / "b", steps=100, stage=endless).fit()
 
 
+def test_each_module_counts_its_own_nonfinite_gradients(tmp_path):
+    """The critic's finite updates do not hide that the student has none."""
+    stage = Toy(KeyedNoise(0))
+    train_step = stage.train_step
+
+    def broken_student(batch, context):
+        output = train_step(batch, context)
+        return _nan(output) if context.update == "student" else output
+
+    stage.train_step = broken_student
+    settings = {"steps": 100, "stage": stage, "checkpoint_every": 4}
+    with pytest.raises(RuntimeError, match=rf"{MAX_NONFINITE} updates in a row .*\(student, step 27\)"):
+        trainer_of(tmp_path, **settings).fit()
+    stage.trace.clear()
+    with pytest.raises(RuntimeError, match=r"\(student, step 27\)"):
+        trainer_of(tmp_path, **settings).fit()  # the count goes on where the checkpoint left it
+    assert stage.trace[0][0] == 24
+
+
+def test_a_checkpoint_with_one_count_for_all_modules_is_resumed(tmp_path):
+    trainer_of(tmp_path, steps=3).fit()
+    path = tmp_path / "checkpoints/step_00000003"
+    trainer = json.loads((path / "trainer.json").read_text()) | {"nonfinite": 4}
+    (path / "trainer.json").write_text(json.dumps(trainer))
+    (path / "manifest.json").write_text(json.dumps(checkpoint._manifest(path)))
+    resumed = trainer_of(tmp_path, steps=6)
+    resumed.resume()
+    assert resumed.counters.nonfinite == {"student": 4, "critic": 4}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads which files are mapped from /proc")
+def test_a_resumed_run_keeps_no_file_of_the_checkpoint_mapped(tmp_path):
+    trainer_of(tmp_path, steps=3).fit()
+    resumed = trainer_of(tmp_path, steps=6)
+    resumed.resume()
+    gc.collect()
+    assert str(tmp_path / "checkpoints") not in Path("/proc/self/maps").read_text()
+    assert resumed.counters.step == 3
+
+
 def _nan(output):
     output.losses = sum(output.losses) * float("nan")
     return output
@@ -223,6 +265,11 @@ def test_impossible_batches_name_what_works(batch, micro, world, message):
     with pytest.raises(ValueError) as info:
         accumulation_of(batch, micro, world)
     assert message in str(info.value)
+
+
+def test_validation_needs_a_clip():
+    with pytest.raises(ValueError, match="validation_clips=0 must be at least 1"):
+        TrainConfig(validation_clips=0)
 
 
 def test_accumulation():
