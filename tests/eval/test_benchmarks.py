@@ -199,7 +199,7 @@ def test_latency_reports_and_its_ratio_sees_growth(tiny_weights, tmp_path: Path)
         (["model.teacher=null"], "model.teacher is not set"),
         (["model.dit.ffn_dim=64"], "ffn_dim"),
         (["decoder=huge"], "decoder=huge must be full or tiny"),
-        (["bench.lpips_weights=/nowhere", "bench.tracker.name=cotracker3"], "CoTracker3"),
+        (["bench.lpips_weights=/nowhere", "bench.tracker.name=cotracker3"], "cotracker3 has no weights"),
     ],
 )  # fmt: skip
 def test_wrong_settings_say_what_is_wanted(tiny_weights, tmp_path: Path, overrides, message) -> None:
