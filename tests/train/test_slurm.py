@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,9 @@ SECONDS = 120  # that the run may take to start
 @pytest.fixture
 def cluster(tmp_path):
     """Environment of a job of one node with two "GPUs"."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, script in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -40,7 +44,7 @@ def cluster(tmp_path):
         **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "MARIONETTE_VENV": str(virtual.parent),
         "OUTPUTS": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1",
         "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "2", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29617",
+        "MASTER_PORT": str(port),
     }  # fmt: skip
 
 
