@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.batch import Batch
@@ -64,6 +63,7 @@ from models.rollout import (
 )
 from models.wan.checkpoint import save_dit
 from models.wan.dit import WanDiT
+from train.accelerator import average_measures
 from train.conditioning import ClipEncoder
 from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
 from train.teacher import fixed_identities
@@ -271,10 +271,7 @@ class SelfForcing:
         """Means over the processes. Raises CollapseError where they, smoothed, are beyond the limits of the config:
         on all processes or on none.
         """
-        if measures and context.world > 1:
-            values = torch.tensor(list(measures.values()), device=self.device)
-            dist.all_reduce(values)
-            measures = dict(zip(measures, (values / context.world).tolist(), strict=True))
+        measures = average_measures(measures, context.world, self.device)
         self.smoothed = smooth(self.smoothed, measures, self.cfg.health.smoothing)
         if context.step >= self.cfg.health.warmup_steps:
             check_health(self.smoothed, self.cfg.health)

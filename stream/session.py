@@ -6,8 +6,8 @@ memory per chunk do not depend on the length of the stream. The latest chunk bou
 any of which a snapshot was taken, bit for bit.
 
 The chunk loop is `models.rollout.Rollout`; here it gets its conditions and its decoder. A drag (DragStream) makes
-the latest chunk again or bends the next ones; how is in stream/dragstream, when is here. Leaves out drawing and
-transport.
+the latest chunk again or bends the next ones; how is in stream/dragstream, when is here. What a session remembers is
+in session_state.py. Leaves out drawing and transport.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,85 +24,19 @@ from torch import Tensor
 from models.condition import FRAMES_PER_LATENT, Condition, pixel_frames_of
 from models.diffusion.noise import KeyedNoise
 from models.motion.tracks import Tracks
-from models.rollout import ChunkPass, CleanEdit, LatentEdit, Rollout, RolloutSnapshot
-from models.vae.streaming_decode import StreamState
+from models.rollout import ChunkPass, CleanEdit, LatentEdit, Rollout
 from models.wan.dit import WanDiT
 from models.wan.static_cache import StaticKVCache
 from stream.codecs import Codecs, to_frames
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, check_drag
-from stream.dragstream.editor import DragEditor, DragLog, read_references
+from stream.dragstream.editor import DragEditor, read_references
 from stream.dragstream.features import FeatureReader, Reference
 from stream.dragstream.geometry import swept_region
 from stream.dragstream.led_tracks import along, led, tracks_on
 from stream.dragstream.statistics import match_clean
-from stream.track_buffer import TrackBuffer, TrackBufferState
-
-
-@dataclass(frozen=True)
-class ChunkTiming:
-    """Wall-clock seconds of one chunk, the accelerator waited for."""
-
-    index: int
-    num_frames: int
-    condition_seconds: float  # tracks to the track map, image and text features
-    denoise_seconds: float  # denoising passes and cache pass
-    decode_seconds: float
-
-    @property
-    def total_seconds(self) -> float:
-        return self.condition_seconds + self.denoise_seconds + self.decode_seconds
-
-
-@dataclass(frozen=True, eq=False)
-class DragOutcome:
-    """What a drag did at once; an animation does the rest in the chunks that follow."""
-
-    frames: np.ndarray | None  # edit: the latest chunk as it is now, uint8 [n, H, W, 3]; animate: None
-    references: tuple[Reference, ...]  # features of each handle, for a later drag to bring them back
-    logs: list[DragLog]  # one per chunk, filled as chunks are made
-
-
-@dataclass(frozen=True, eq=False)
-class _Memory:
-    """What drags need of the chunks before: all of it is replaced, never changed."""
-
-    passes: tuple[ChunkPass, ...] = ()  # of the latest chunk, one per denoising step
-    noisy: tuple[tuple[Tensor, ...], ...] = ()  # inputs of the latest chunks' steps, [1, C, c, h, w] each
-    clean: tuple[Tensor, ...] = ()  # latents of the latest two chunks but the stream's first
-    asked: _Steering | None = None  # what the latest chunk was made with
-
-
-@dataclass(frozen=True, eq=False)
-class _Steering:
-    """What the user has asked for."""
-
-    prompt_embeds: Tensor
-    tracks: TrackBufferState
-    active: tuple[DragEditor, int] | None  # a drag that goes on, and the chunk at which it ends
-
-
-@dataclass(frozen=True, eq=False)
-class _Boundary:
-    """A chunk boundary, but for the cache."""
-
-    decoder: StreamState
-    track_encoder: StreamState
-    steering: _Steering
-    settled: _Steering
-    chunk_index: int
-    num_frames: int
-    memory: _Memory
-    latest: tuple[ChunkTiming, Tensor] | None  # of the chunk before it; None: the stream's first
-
-
-@dataclass(frozen=True, eq=False)
-class SessionState:
-    """A chunk boundary to return to with `StreamSession.restore`."""
-
-    rollout: RolloutSnapshot
-    boundary: _Boundary
-    previous: _Boundary | None  # before the latest chunk, so that it can be made again
+from stream.session_state import Boundary, ChunkTiming, DragOutcome, Memory, SessionState, Steering
+from stream.track_buffer import TrackBuffer
 
 
 class StreamSession:
@@ -165,10 +99,10 @@ class StreamSession:
         )
         self.student, self._noise = student, noise
         self.drag_cfg = drag or DragConfig()
-        self._memory = _Memory()
+        self._memory = Memory()
         self._active: tuple[DragEditor, int] | None = None
         self._settled = self._steering()  # as it was when the latest chunk was done
-        self._boundaries: deque[_Boundary] = deque(maxlen=undo_chunks)
+        self._boundaries: deque[Boundary] = deque(maxlen=undo_chunks)
         self._decoder = codecs.streaming_decoder()
         self._track_encoder = codecs.vae.streaming_encoder()
         self._chunk_index = 0
@@ -223,9 +157,10 @@ class StreamSession:
             self._boundaries.append(state.previous)
 
     def undo(self, chunks: int = 1) -> None:
-        """Take back the latest chunks, with the drags and prompts that came for them; what was pushed stays.
+        """Take back the latest chunks, with the drags and prompts that came for them and all that came since.
 
-        Going on makes them bit for bit as they were before any drag. Raises ValueError beyond `undo_chunks`.
+        Tracks pushed until the first of them was made stay. Going on makes them bit for bit as they were before any
+        drag. Raises ValueError beyond `undo_chunks`.
         """
         if not 1 <= chunks <= len(self._boundaries):
             raise ValueError(
@@ -273,6 +208,7 @@ class StreamSession:
         references = self._references(drag)
         assert asked is not None, "a chunk that can be edited was made with something"
         self.undo()
+        undone = self._steering()
         self._follow(asked)
         paths = self._buffer.peek(self.frames_in_next_chunk)
         self._steer(drag, on_the_way, [along(paths, tracks) for tracks in on_handles])
@@ -282,7 +218,11 @@ class StreamSession:
         def edit(shown: ChunkPass) -> Tensor:
             return editor(replace(shown, noisy_latents=start) if shown.step == self.drag_cfg.step else shown)
 
-        frames = self.next_chunk(edit=edit)
+        try:
+            frames = self.next_chunk(edit=edit)
+        except BaseException:
+            self._follow(undone)
+            raise
         self._boundaries[-1] = boundary  # taking the chunk back takes back what the drag did to the tracks
         self._prompt_embeds = now.prompt_embeds  # what came since the chunk is kept
         self._buffer.restore(replace(self._buffer.snapshot(), pushed=now.tracks.pushed))
@@ -449,7 +389,7 @@ class StreamSession:
         previous = torch.cat(self._memory.clean, dim=2)
         return lambda x0: match_clean(x0, previous)
 
-    def _remember(self, passes: list[ChunkPass], x0: Tensor, asked: _Steering) -> None:
+    def _remember(self, passes: list[ChunkPass], x0: Tensor, asked: Steering) -> None:
         memory, chunks = self._memory, math.ceil(self.drag_cfg.adsr_frames / x0.shape[2])
         noisy = (*memory.noisy, tuple(shown.noisy_latents for shown in passes))
         clean = (*memory.clean, x0)[-2:] if self._chunk_index else ()
@@ -461,8 +401,8 @@ class StreamSession:
             asked=asked,
         )
 
-    def _boundary(self) -> _Boundary:
-        return _Boundary(
+    def _boundary(self) -> Boundary:
+        return Boundary(
             self._decoder.snapshot(),
             self._track_encoder.snapshot(),
             self._steering(),
@@ -473,7 +413,7 @@ class StreamSession:
             self._latest,
         )
 
-    def _return_to(self, boundary: _Boundary) -> None:
+    def _return_to(self, boundary: Boundary) -> None:
         self._decoder.restore(boundary.decoder)
         self._track_encoder.restore(boundary.track_encoder)
         self._follow(boundary.steering)
@@ -481,10 +421,10 @@ class StreamSession:
         self._chunk_index, self._num_frames = boundary.chunk_index, boundary.num_frames
         self._memory, self._latest = boundary.memory, boundary.latest
 
-    def _steering(self) -> _Steering:
-        return _Steering(self._prompt_embeds, self._buffer.snapshot(), self._active)
+    def _steering(self) -> Steering:
+        return Steering(self._prompt_embeds, self._buffer.snapshot(), self._active)
 
-    def _follow(self, steering: _Steering) -> None:
+    def _follow(self, steering: Steering) -> None:
         self._prompt_embeds, self._active = steering.prompt_embeds, steering.active
         self._buffer.restore(steering.tracks)
 

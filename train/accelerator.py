@@ -131,7 +131,7 @@ class Parallel:
         inf where DeepSpeed skipped the update for a gradient that is not finite: its norm is the one before.
         """
         if self.mode == "deepspeed":
-            if getattr(self._engine.optimizer, "overflow", False):
+            if self._engine.optimizer.overflow:
                 return float("inf")
             return float(self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm() or 0.0)
         parameters = [p for p in module.parameters() if p.grad is not None]
@@ -237,6 +237,15 @@ def _gather_around_entry_points(module: nn.Module) -> None:
         register_fsdp_forward_method(module, name)
         setattr(module, name, outermost(plain, getattr(module, name)))
     module.forward = counted(module.forward)  # type: ignore[method-assign]
+
+
+def average_measures(measures: Mapping[str, float], world: int, device: torch.device) -> dict[str, float]:
+    """Means over the processes, which all give the same names in the same order. A collective."""
+    if world == 1 or not measures:
+        return dict(measures)
+    values = torch.tensor(list(measures.values()), device=device)
+    dist.all_reduce(values)
+    return dict(zip(measures, (values / world).tolist(), strict=True))
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], world: int) -> None:

@@ -19,10 +19,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -138,29 +136,27 @@ Values = dict[str, list[float]]  # key -> one value per clip (or per chunk)
 class Observations:
     """What has been measured, by name; each is made when it is first asked for."""
 
-    stored: Mapping[str, dict[str, Any]] = MappingProxyType({})  # the ablations by name
-    seeds: Sequence[str] | None = None  # of the ablations; null: all that each has
-
     def __init__(self, context: EvalContext, cfg: ClaimsConfig, runs: Mapping[str, Run]) -> None:
         self.context, self.cfg, self.runs = context, cfg, runs
         self.made: dict[str, Values] = {}
         self.figures: dict[str, dict[str, Any]] = {}
         path = Path(cfg.ablations)
-        self.stored = json.loads(path.read_text()) if path.is_file() else {}
+        self.stored: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
 
-    def values(self, name: str, key: str) -> list[float]:
+    def values(self, name: str, key: str, seeds: Sequence[str] | None = None) -> list[float]:
         """One value per clip; nan where nothing could be measured.
 
-        Ablations: a clip's mean over `seeds`; of timings, which are no clips, those of all seeds in turn.
+        Ablations: a clip's mean over ``seeds`` (None: all there are); of timings, which are no clips, those of all
+        seeds in turn.
         """
-        found = self.values_of(name)
+        found = self.values_of(name, seeds)
         if key not in found:
             raise NotMeasuredError(f"{name} has no {key}; it has {', '.join(sorted(found))}")
         return found[key]
 
-    def values_of(self, name: str) -> Values:
+    def values_of(self, name: str, seeds: Sequence[str] | None = None) -> Values:
         """Every key of an observation."""
-        return self._made(name) if name in self.runs else self._stored(name)
+        return self._made(name) if name in self.runs else self._stored(name, seeds)
 
     def together(self, names: Sequence[str], key: str) -> list[list[float]]:
         """The `values` of each name, to be compared clip by clip: ablations over the seeds that all of them have.
@@ -168,15 +164,14 @@ class Observations:
         Raises NotMeasuredError where they have no seed in common.
         """
         stored = {name: self.stored[name] for name in names if name in self.stored}
-        seen = copy(self)
-        seen.seeds = common_seeds(stored) if stored else None
-        if seen.seeds == []:
+        seeds = common_seeds(stored) if stored else None
+        if seeds == []:
             have = "; ".join(f"{name} has {', '.join(sorted(one['seeds']))}" for name, one in stored.items())
             wanted = " ".join(sorted(set.union(*(set(one["seeds"]) for one in stored.values()))))
             raise NotMeasuredError(
                 f"no seed in common: {have}; make them with `python -m train.ablations --seeds {wanted}`"
             )
-        return [seen.values(name, key) for name in names]
+        return [self.values(name, key, seeds) for name in names]
 
     def figure(self, name: str, key: str) -> float:
         """One figure of a run made here, such as a throughput."""
@@ -200,15 +195,15 @@ class Observations:
     def effect(self, what: str, values: Sequence[float]) -> Effect:
         return Effect(what, bootstrap_interval(values, seed=self.context.seed))
 
-    def _stored(self, name: str) -> Values:
+    def _stored(self, name: str, seeds: Sequence[str] | None) -> Values:
         if name not in self.stored:
             raise NotMeasuredError(
                 f"{self.cfg.ablations} has no ablation '{name}'; make it with `python -m train.ablations`"
             )
         by_seed = self.stored[name]["seeds"]
-        seeds = [by_seed[seed]["per_clip"] for seed in (sorted(by_seed) if self.seeds is None else self.seeds)]
-        keys = set.intersection(*(set(one) for one in seeds))
-        return {key: merged_seeds(key, [[as_float(v) for v in one[key]] for one in seeds]) for key in sorted(keys)}
+        found = [by_seed[seed]["per_clip"] for seed in (sorted(by_seed) if seeds is None else seeds)]
+        keys = set.intersection(*(set(one) for one in found))
+        return {key: merged_seeds(key, [[as_float(v) for v in one[key]] for one in found]) for key in sorted(keys)}
 
     def _made(self, name: str) -> Values:
         if name not in self.made:

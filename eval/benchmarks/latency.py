@@ -22,7 +22,8 @@ from eval.report import Section, line_figure
 from eval.results import Results
 from models.condition import FRAMES_PER_LATENT
 from models.motion.tracks import Tracks
-from stream.session import ChunkTiming, StreamSession
+from stream.session import StreamSession
+from stream.session_state import ChunkTiming
 
 REFERENCE_CHUNK = 20  # early, but past warm-up and the filling of the cache
 SPAN = 20  # chunks whose median stands for one

@@ -110,7 +110,8 @@ class StaticKVCache:
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Puts the current chunk's rotated keys and values into its slot; returns all that it sees."""
         if layer == len(self._keys):
-            self._allocate(key)
+            batch, heads, length, head_dim = key.shape
+            self._allocate((batch, self.num_slots * length, heads, head_dim), key)
         keys, values = self._keys[layer], self._values[layer]
         length = key.shape[2]
         if keys.shape[1] != self.num_slots * length or keys.shape[0] != key.shape[0]:
@@ -193,7 +194,8 @@ class StaticKVCache:
         Raises ValueError where the snapshot's buffers are not those of this cache.
         """
         if not self._keys:
-            self._allocate_like(snapshot.buffers)
+            for buffer in snapshot.buffers[: self.num_layers]:  # the keys: values and raw keys are as large
+                self._allocate(tuple(buffer.shape), buffer)
         found, wanted = ([tuple(each.shape) for each in group] for group in (snapshot.buffers, self._all_buffers()))
         if found and found != wanted:  # empty: before the first chunk
             raise ValueError(
@@ -228,18 +230,11 @@ class StaticKVCache:
         index = chunk if chunk < self.num_slots else sinks + (chunk - sinks) % (self.num_slots - sinks)
         return slice(index * length, (index + 1) * length)
 
-    def _allocate(self, key: Tensor) -> None:
-        batch, heads, length, head_dim = key.shape
+    def _allocate(self, shape: tuple[int, ...], like: Tensor) -> None:
+        """The next layer's buffers, each [B, tokens, heads, head_dim]."""
         with torch.inference_mode(False):  # else only inference mode could write to them later
-            shape = (batch, self.num_slots * length, heads, head_dim)
             for group in (self._keys, self._values, self._raw_keys) if self.rerotates else (self._keys, self._values):
-                group.append(torch.zeros(shape, dtype=key.dtype, device=key.device))
-
-    def _allocate_like(self, buffers: Sequence[Tensor]) -> None:
-        groups = (self._keys, self._values, self._raw_keys) if self.rerotates else (self._keys, self._values)
-        with torch.inference_mode(False):
-            for group, like in zip(groups, zip(*[iter(buffers)] * self.num_layers)):
-                group.extend(torch.empty_like(buffer) for buffer in like)
+                group.append(torch.zeros(shape, dtype=like.dtype, device=like.device))
 
     def _rotate_window_of(self, current: int) -> None:
         """Rotates what ``current`` saw in its window for its view again, and ``current`` for the view after it."""

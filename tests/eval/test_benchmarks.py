@@ -23,7 +23,7 @@ from eval.run import EvalConfig, main
 from models.assemble import load_for_inference
 from models.diffusion.noise import KeyedNoise
 from stream.codecs import Codecs
-from stream.session import ChunkTiming
+from stream.session_state import ChunkTiming
 from stream.track_source import query_grid
 
 QUICK = ["bench.num_clips=3", "bench.tracker.rows=4", "bench.tracker.cols=4", "bench.num_shown=1"]

@@ -62,9 +62,10 @@ class Recorder(Observations):
 
     def __init__(self) -> None:
         self.asked: set[str] = set()
+        self.stored = {}
         self.context = EvalContext(None, None, None, 0, Path())  # type: ignore[arg-type]
 
-    def values(self, name, key):
+    def values(self, name, key, seeds=None):
         self.asked.add(name)
         return [1.0, 2.0, 3.0]
 

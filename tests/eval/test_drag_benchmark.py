@@ -25,7 +25,7 @@ from models.condition import ClipGeometry
 from stream.dragstream.drag import Drag, Handle, Pose, check_drag
 from stream.dragstream.labels import DragLabel
 from stream.provenance import peak_bytes
-from stream.session import DragOutcome
+from stream.session_state import DragOutcome
 
 GEOMETRY = ClipGeometry(64, 64, 33, 16)
 WORLD = SpritesConfig(max_sprites=2, min_size=0.3, max_size=0.4)

@@ -43,9 +43,10 @@ class Asked(Observations):
 
     def __init__(self) -> None:
         self.names: set[str] = set()
+        self.stored = {}
         self.context = EvalContext(None, None, None, 0, Path())  # type: ignore[arg-type]
 
-    def values(self, name, key):
+    def values(self, name, key, seeds=None):
         self.names.add(name)
         return [1.0, 2.0]
 

@@ -205,6 +205,18 @@ def test_a_chunk_that_fails_leaves_the_session_as_it_was(parts, monkeypatch) -> 
         np.testing.assert_array_equal(found, wanted)
 
 
+def test_an_edit_that_fails_leaves_its_chunk_taken_back(parts, monkeypatch) -> None:
+    session = tracked_session(parts)
+    session.next_chunk()
+    before = ways(session)
+    shown = session.next_chunk()
+    with monkeypatch.context() as patched, pytest.raises(MemoryError, match="full"):
+        patched.setattr(session._decoder, "push", lambda _: (_ for _ in ()).throw(MemoryError("full")))
+        session.drag(drag("edit", LEFT))
+    assert ways(session) == before and session.chunk_index == 1
+    np.testing.assert_array_equal(session.next_chunk(), shown)
+
+
 def test_a_snapshot_goes_on_in_another_session(parts) -> None:
     session, other = open_session(parts), open_session(parts)
     advance(session, 4)

@@ -1,0 +1,85 @@
+"""What a stream session tells of its chunks, remembers of them, and returns to.
+
+All of it is immutable: a session replaces these and never changes one, so a boundary costs nothing to keep but the
+tensors that it names. Leaves out the keys and values of the cache (models/wan/static_cache.py) and the loop
+(session.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from models.rollout import ChunkPass, RolloutSnapshot
+from models.vae.streaming_decode import StreamState
+from stream.dragstream.editor import DragEditor, DragLog
+from stream.dragstream.features import Reference
+from stream.track_buffer import TrackBufferState
+
+
+@dataclass(frozen=True)
+class ChunkTiming:
+    """Wall-clock seconds of one chunk, the accelerator waited for."""
+
+    index: int
+    num_frames: int
+    condition_seconds: float  # tracks to the track map, image and text features
+    denoise_seconds: float  # denoising passes and cache pass
+    decode_seconds: float
+
+    @property
+    def total_seconds(self) -> float:
+        return self.condition_seconds + self.denoise_seconds + self.decode_seconds
+
+
+@dataclass(frozen=True, eq=False)
+class DragOutcome:
+    """What a drag did at once; an animation does the rest in the chunks that follow."""
+
+    frames: np.ndarray | None  # edit: the latest chunk as it is now, uint8 [n, H, W, 3]; animate: None
+    references: tuple[Reference, ...]  # features of each handle, for a later drag to bring them back
+    logs: list[DragLog]  # one per chunk, filled as chunks are made
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """What the user has asked for."""
+
+    prompt_embeds: Tensor
+    tracks: TrackBufferState
+    active: tuple[DragEditor, int] | None  # a drag that goes on, and the chunk at which it ends
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """What drags need of the chunks before."""
+
+    passes: tuple[ChunkPass, ...] = ()  # of the latest chunk, one per denoising step
+    noisy: tuple[tuple[Tensor, ...], ...] = ()  # inputs of the latest chunks' steps, [1, C, c, h, w] each
+    clean: tuple[Tensor, ...] = ()  # latents of the latest two chunks but the stream's first
+    asked: Steering | None = None  # what the latest chunk was made with
+
+
+@dataclass(frozen=True, eq=False)
+class Boundary:
+    """A chunk boundary, but for the cache."""
+
+    decoder: StreamState
+    track_encoder: StreamState
+    steering: Steering
+    settled: Steering  # as it was when the chunk before it was done
+    chunk_index: int
+    num_frames: int
+    memory: Memory
+    latest: tuple[ChunkTiming, Tensor] | None  # of the chunk before it; None: the stream's first
+
+
+@dataclass(frozen=True, eq=False)
+class SessionState:
+    """A chunk boundary to return to with `StreamSession.restore`."""
+
+    rollout: RolloutSnapshot
+    boundary: Boundary
+    previous: Boundary | None  # before the latest chunk, so that it can be made again
