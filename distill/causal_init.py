@@ -8,6 +8,9 @@ clean latents of the noisy chunks:
 
     loss = mean |x0(states at sigma_i, c | sinks, window) - x0|^2    over generated frames with sigma_i > 0
 
+The mean divides by the expected number of such frames. Self-Forcing's code divides by the number drawn, which makes
+the gradient depend on how a batch is split over micro-batches and processes.
+
 Sink and window sizes are drawn per step, the same on all ranks, so that one initialisation serves every
 rollout.
 
@@ -117,10 +120,10 @@ class CausalInit:
         mask = draw_mask(self.noise, context.step, self.cfg.sink_chunks, self.cfg.window_chunks, chunk_frames)
         x0 = self.student.predict_x0(noisy_latents, sigma, condition, attention=mask)
 
-        counted = (sigma > 0) & self.student.generated_frames(condition, num_frames).to(self.device)
+        generated = self.student.generated_frames(condition, num_frames).to(self.device)
         error = (x0 - states[:, -1]).square().mean(dim=(1, 3, 4))  # [B, F]
-        loss = masked_mean(error, counted)
-        return StepOutput(loss, self._metrics(error, index, counted, x0, states[:, -1]))
+        loss = noisy_mean(error, sigma > 0, generated, noisy_ratio=1 - 1 / len(self.sigmas))
+        return StepOutput(loss, self._metrics(error, index, (sigma > 0) & generated, x0, states[:, -1]))
 
     def validate(self, step: int) -> ValidationOutput | None:
         """Rollouts under the conditions of some pairs, compared with the teacher's clips.
@@ -205,6 +208,14 @@ def select_states(states: Tensor, index: Tensor) -> Tensor:
     batch, _, channels, frames, height, width = states.shape
     picks = index.view(batch, 1, 1, frames, 1, 1).expand(-1, -1, channels, -1, height, width)
     return states.gather(1, picks)[:, 0]
+
+
+def noisy_mean(values: Tensor, noisy: Tensor, generated: Tensor, noisy_ratio: float) -> Tensor:
+    """Sum over the noisy generated frames over their expected number.
+
+    values, noisy [B, F]; generated bool [F]; noisy_ratio: how likely a frame is noisy.
+    """
+    return (values * (noisy & generated)).sum() / (len(values) * generated.sum() * noisy_ratio)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

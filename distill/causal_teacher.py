@@ -7,7 +7,7 @@ over chunks and a noise level per chunk (diffusion forcing, Chen et al. 2024):
     loss = w(sigma_i) * mean |v(x_sigma, sigma, c | sinks, window) - (eps - x0)|^2    over generated frames, sigma_i > 0
 
 A chunk is clean with probability `clean_ratio`, which is the context of streaming. Sinks and window are drawn per
-step, as in causal_init.py. Beyond MotionStream; compared with ODE pairs in row 16 of the claims.
+step, and the mean is taken, as in causal_init.py. Beyond MotionStream; compared with ODE pairs in row 16 of the claims.
 Left out: few-step sampling, which Self-Forcing teaches.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Batch
-from distill.causal_init import draw_mask, masked_mean
+from distill.causal_init import draw_mask, noisy_mean
 from distill.roles import STUDENT
 from models.assemble import ModelConfig
 from models.diffusion.prediction import add_noise, velocity_target
@@ -81,9 +81,9 @@ class CausalTeacher(Teacher):
         noisy_latents = add_noise(x0, eps, sigma)
         velocity = self.dit(noisy_latents, NUM_TRAIN_TIMESTEPS * sigma, condition, attention=mask)
         error = (velocity.float() - velocity_target(x0, eps)).square().mean(dim=(1, 3, 4))  # [B, F]
-        counted = (sigma > 0) & self.dit.generated_frames(condition, x0.shape[2])
         weight = bell_weight(sigma, self.cfg.shift) if self.cfg.bell_weighting else torch.ones_like(sigma)
-        loss = masked_mean(weight * error, counted)
+        generated = self.dit.generated_frames(condition, x0.shape[2])
+        loss = noisy_mean(weight * error, sigma > 0, generated, noisy_ratio=1 - self.cfg.clean_ratio)
         return StepOutput(loss, {"loss": loss.detach()})
 
     def draw_chunk_sigma(self, sample_ids: Sequence[int], step: int, num_frames: int) -> Tensor:

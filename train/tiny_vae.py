@@ -138,7 +138,7 @@ class TinyVaeStage:
 
     def train_step(self, batch: Batch, context: StepContext) -> StepOutput:
         pixels = self.crop(batch.model_pixels(), batch.sample_ids, context.step)
-        latents = self.vae.encode(pixels)
+        latents = self._encode(pixels)
         starts = [
             self.noise.integers(pixels.shape[2] - STRETCH_FRAMES + 1, TINY_VAE, "stretch", context.step, sample)
             for sample in batch.sample_ids
@@ -181,6 +181,10 @@ class TinyVaeStage:
         loss = F.relu(1 - filmed_logits.float()).mean() + F.relu(1 + decoded_logits.float()).mean()
         return StepOutput(loss, {"filmed": filmed_logits.mean(), "decoded": decoded_logits.mean()})
 
+    def _encode(self, pixels: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):  # as stored latents were made
+            return self.vae.encode(pixels)
+
     def crop(self, pixels: Tensor, sample_ids: Sequence[int], step: int) -> Tensor:
         """num_frames x crop_px x crop_px of each clip, from a place of its own: [B, 3, T, H, W]."""
         lengths = (self.cfg.num_frames, self.cfg.crop_px, self.cfg.crop_px)
@@ -197,7 +201,7 @@ class TinyVaeStage:
         if self.held_out is None:
             return None
         pixels = self.held_out.to(self.device).model_pixels()
-        latents = self.vae.encode(pixels)
+        latents = self._encode(pixels)
         tiny, full = self.tiny_vae.decode(latents), self.vae.decode(latents)
         rows = zip(*(to_uint8(video) for video in (pixels, full, tiny)), strict=True)
         videos = {f"clip_{number}": np.concatenate(row, axis=2) for number, row in enumerate(rows)}

@@ -82,7 +82,9 @@ def test_masks_are_keyed_by_the_step_and_cover_the_lists():
 
 
 def test_the_loss_counts_noisy_generated_frames_only(model_cfg, pairs, tmp_path, monkeypatch):
-    """A student that is off by 0.5 on counted frames and by 100 elsewhere has loss 0.25."""
+    """A student that is off by 0.5 on counted frames and by 100 elsewhere has loss 0.25 per noisy frame, over the
+    number expected.
+    """
     stage = build(model_cfg, pairs, tmp_path)
     seen = {}
 
@@ -90,7 +92,7 @@ def test_the_loss_counts_noisy_generated_frames_only(model_cfg, pairs, tmp_path,
         clean = torch.stack([stage.store.read(number).states[-1] for number in seen["numbers"]]).float()
         counted = sigma > 0
         counted[:, 0] = False  # the given first frame
-        seen["noisy"] = counted.any()
+        seen["noisy"] = counted.sum().item() / (4 * 8 * 3 / 4)  # pairs, generated frames, three noisy states of four
         return clean + torch.where(counted, 0.5, 100.0)[:, None, :, None, None]
 
     next_numbers = stage._next_numbers
@@ -98,7 +100,8 @@ def test_the_loss_counts_noisy_generated_frames_only(model_cfg, pairs, tmp_path,
     monkeypatch.setattr(stage, "_next_numbers", remember)
     monkeypatch.setattr(stage.student, "predict_x0", predict_x0)
     output = stage.train_step(None, step_context(0, STUDENT, micro_batch=4))
-    assert seen["noisy"] and output.losses.item() == pytest.approx(0.25, rel=1e-5)
+    assert seen["noisy"] not in (0, 1) and output.losses.item() == pytest.approx(0.25 * seen["noisy"], rel=1e-5)
+    assert output.metrics["loss"].item() == pytest.approx(0.25, rel=1e-5)
     per_step = [float(value) for name, value in output.metrics.items() if name.startswith("loss_step")]
     assert per_step == pytest.approx([0.25] * len(per_step), rel=1e-5) and per_step
 

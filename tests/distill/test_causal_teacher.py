@@ -64,6 +64,17 @@ def test_short_clips_are_the_first_chunks_and_the_weighting_can_be_left_out(mode
     torch.testing.assert_close(loss, error.mean())
 
 
+def test_the_loss_does_not_depend_on_how_a_batch_is_split(model_cfg, tmp_path):
+    stage = build(model_cfg, tmp_path, clean_ratio=0.5)
+    whole, *parts = (
+        stage.train_step(make_batch(model_cfg, ids), step_context(0, TEACHER)).losses.detach()
+        for ids in ([0, 1, 2, 3], [0, 1], [2, 3])
+    )
+    noisy = stage.draw_chunk_sigma([0, 1, 2, 3], 0, 9)[:, 1:] > 0
+    assert noisy[:2].sum() != noisy[2:].sum()  # else a mean over the noisy frames would do as well
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
