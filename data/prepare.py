@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 STEPS = ("render", "track", "encode", "pack")
 LACKS = {  # step to run again -> why its files are not packed
+    "render": "height, width, num_frames or fps is not that of model.clip; run step=all with this model",
     "track": "tracks are missing or of an earlier rendering; run step=track, then step=encode and step=pack",
     "encode": "latents are missing, of an earlier rendering or not by the weights and dtype of the last step=encode; "
     "run step=encode, then step=pack",
@@ -191,18 +192,21 @@ def _file_state(path: str | None) -> tuple[int, int] | None:
 
 # ------------------------------------------------------------------------------------------ pack
 def pack(settings: PrepareConfig, out: Path, geometry: ClipGeometry) -> int:
-    """Write the shards of the clips with current tracks; if any is encoded, only of those with current latents.
+    """Write the shards of the clips of this geometry with current tracks; if any is encoded, only of those with
+    current latents.
 
     Current: made from the clip as it is rendered now, latents also by what encoded/about.json names (the index
     repeats it). The other clips are left out and listed in rejected.jsonl with the step to run again. If nothing can
     be packed, the shards stay as they are.
     """
     rendered = done_keys(out, "render")
-    tracked = [key for key in rendered if tracked_now(out, key, settings.tracker)]
+    fitting = [key for key in rendered if has_geometry(out, key, geometry)]
+    tracked = [key for key in fitting if tracked_now(out, key, settings.tracker)]
     encoded = set(encoded_now(out, tracked))
     keys = [key for key in tracked if key in encoded] if encoded else tracked
     forget_others(out, "pack", set())
-    _leave_out(out, "track", sorted(set(rendered) - set(tracked)))
+    _leave_out(out, "render", sorted(set(rendered) - set(fitting)))
+    _leave_out(out, "track", sorted(set(fitting) - set(tracked)))
     if encoded:
         _leave_out(out, "encode", sorted(set(tracked) - encoded))
     elif stale := done_keys(out, "encode"):
@@ -226,6 +230,12 @@ def pack(settings: PrepareConfig, out: Path, geometry: ClipGeometry) -> int:
     )
     log.info("pack: %d clips in %d shards, fields %s", len(keys), len(index.shards), ", ".join(index.fields))
     return len(keys)
+
+
+def has_geometry(out: Path, key: str, geometry: ClipGeometry) -> bool:
+    """Whether a clip was rendered at this size, length and rate, by its sidecar."""
+    sidecar = read_sidecar(out, key)
+    return all(sidecar[name] == value for name, value in asdict(geometry).items())
 
 
 def tracked_now(out: Path, key: str, tracker: TrackerConfig) -> bool:

@@ -259,6 +259,18 @@ def test_a_clip_rendered_again_is_not_packed_with_its_old_tracks(caplog, encoded
     assert len(ShardDataset(out / "shards", ["latents"])) == 3 and not rejected(out)
 
 
+def test_clips_of_another_geometry_are_not_packed(caplog, encoded_clips):
+    common, _, out = encoded_clips
+    sidecar = json.loads((out / "clips/train-000001.json").read_text())
+    (out / "clips/train-000001.json").write_text(json.dumps(sidecar | {"num_frames": 17}))
+    assert run(*common, "step=pack") == 0
+    assert [s.key for s in ShardDataset(out / "shards").index.samples] == ["train-000000", "train-000002"]
+    assert rejected(out)["seed 3"]["reason"].startswith("height, width, num_frames or fps is not that of model.clip")
+    index = (out / "shards/index.json").read_bytes()
+    assert run(*common, "model.clip.fps=8", "step=pack") == 1, "no clip has this rate"
+    assert "no clip can be packed" in caplog.text and (out / "shards/index.json").read_bytes() == index
+
+
 def test_clips_rendered_again_lose_their_old_latents(caplog, encoded_clips):
     common, vae, out = encoded_clips
     old = (out / "shards/index.json").read_bytes()
