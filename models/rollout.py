@@ -141,6 +141,14 @@ class ChunkPass:
     x0: Tensor | None = None  # what came of it, where that is known: [B, C, c, h, w]
 
 
+@dataclass(frozen=True, eq=False)
+class ChunkStart:
+    """Where the denoising of a chunk begins, if not at pure noise: what an earlier making of it had there."""
+
+    step: int  # 0 .. num_steps - 1
+    noisy_latents: Tensor  # [B, C, c, h, w] float32, the input of that step
+
+
 LatentEdit = Callable[[ChunkPass], Tensor]  # returns the noisy latents to go on with
 CleanEdit = Callable[[Tensor], Tensor]  # returns the x0 to go on with
 
@@ -211,14 +219,15 @@ class Rollout:
         gradient: GradientPolicy = GradientPolicy.NONE,
         record: bool = False,
         update_cache: bool = True,
+        start: ChunkStart | None = None,
         edit: LatentEdit | None = None,
         edit_x0: CleanEdit | None = None,
     ) -> Chunk:
         """Generates the next chunk under its own condition (``Condition.chunk``).
 
         ``exit_step`` stops at that step, 0 .. num_steps - 1, and takes its x0 (training); None runs all
-        steps. ``update_cache=False`` saves the cache pass of a last chunk: none can follow. ``edit`` may
-        change the input of each pass, ``edit_x0`` what each predicts; returning it as it is leaves the chunk
+        steps. ``update_cache=False`` saves the cache pass of a last chunk: none can follow. ``start``
+        leaves out the steps before it. ``edit`` may change the input of each pass, ``edit_x0`` what each predicts; returning it as it is leaves the chunk
         the same bit for bit. Raises ValueError for a step outside the list, and for gradients or records with
         a static cache.
         """
@@ -229,7 +238,7 @@ class Rollout:
         with torch.no_grad():
             context = self.cache.context(self.grid)
             prepared = self.student.prepare(condition, text=self._text_context(condition))
-            noisy = self._denoise_until(last, condition, prepared, context, edit, edit_x0)
+            noisy = self._denoise_until(last, condition, prepared, context, start, edit, edit_x0)
             kept = None
             if isinstance(before, KVCache):
                 kept = ChunkRecord(index, noisy, self.sigmas[last], condition, before, self.grid)
@@ -265,6 +274,11 @@ class Rollout:
             raise ValueError("the snapshot is of the other kind of cache; restore it where it was taken")
         self._prompt_embeds, self._is_open = snapshot.prompt_embeds, snapshot.is_open
 
+    @property
+    def earliest_boundary(self) -> int:
+        """The first chunk that `rewind` can return to the boundary before."""
+        return self.cache.earliest_boundary if isinstance(self.cache, StaticKVCache) else self.chunk_index
+
     def rewind(self, chunk: int) -> None:
         """Back to the boundary before ``chunk`` with what a static cache remembers; no snapshot is needed.
 
@@ -281,14 +295,16 @@ class Rollout:
         condition: Condition,
         prepared: PreparedCondition,
         context: KVContext,
+        start: ChunkStart | None,
         edit: LatentEdit | None,
         edit_x0: CleanEdit | None,
     ) -> Tensor:
         """Runs the steps before ``last`` and returns the input of step ``last``."""
         clamp = first_frame_clamp(self.student, condition)
-        noisy = clamp(self._noise("start", 0))
-        for step in range(last + 1):
-            if step > 0:
+        start = start or ChunkStart(0, clamp(self._noise("start", 0)))
+        noisy = start.noisy_latents
+        for step in range(start.step, last + 1):
+            if step > start.step:
                 x0 = self._predict(noisy, step - 1, prepared, context)
                 x0 = x0 if edit_x0 is None else edit_x0(x0)
                 noisy = clamp(add_noise(x0, self._noise("renoise", step), self.sigmas[step]))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 from models.condition import FRAMES_PER_LATENT, Condition, pixel_frames_of
 from models.diffusion.noise import KeyedNoise
 from models.motion.tracks import Tracks
-from models.rollout import ChunkPass, CleanEdit, LatentEdit, Rollout
+from models.rollout import ChunkPass, ChunkStart, CleanEdit, LatentEdit, Rollout
 from models.wan.dit import WanDiT
 from models.wan.static_cache import StaticKVCache
 from stream.codecs import Codecs, to_frames
@@ -35,7 +35,7 @@ from stream.dragstream.features import FeatureReader, Reference
 from stream.dragstream.geometry import swept_region
 from stream.dragstream.led_tracks import along, led, tracks_on
 from stream.dragstream.statistics import match_clean
-from stream.session_state import Boundary, ChunkTiming, DragOutcome, Memory, SessionState, Steering
+from stream.session_state import Animation, Boundary, ChunkTiming, DragOutcome, Memory, SessionState, Steering
 from stream.track_buffer import TrackBuffer
 
 
@@ -100,7 +100,7 @@ class StreamSession:
         self.student, self._noise = student, noise
         self.drag_cfg = drag or DragConfig()
         self._memory = Memory()
-        self._active: tuple[DragEditor, int] | None = None
+        self._animation: Animation | None = None
         self._settled = self._steering()  # as it was when the latest chunk was done
         self._boundaries: deque[Boundary] = deque(maxlen=undo_chunks)
         self._decoder = codecs.streaming_decoder()
@@ -113,9 +113,14 @@ class StreamSession:
     def push_tracks(self, tracks: Tracks) -> None:
         """Motion of the frames that follow the pushed ones (or, if those are used up, of the next frames).
 
-        Identities stay constant: tracks whose ids are all 0 are told apart by column.
+        Identities stay constant: tracks whose ids are all 0 are told apart by column. Those that a drag took along or
+        released stay with the drag, whatever is pushed for them; a new stroke takes `unused_track_ids`.
         """
         self._buffer.push(tracks)
+
+    def unused_track_ids(self, count: int) -> Tensor:
+        """Identities for tracks that the stream has not seen yet: [count] long."""
+        return self._buffer.unused_ids(count, besides=self._buffer.snapshot().released)
 
     def set_prompt(self, prompt: str) -> None:
         """Another text from the next chunk on."""
@@ -167,10 +172,11 @@ class StreamSession:
                 f"chunks={chunks} must be in 1..{len(self._boundaries)}, what this session can take back; open it "
                 "with a larger undo_chunks, or keep a snapshot()"
             )
-        for _ in range(chunks):
-            boundary = self._boundaries.pop()
+        boundary = self._boundaries[-chunks]
         self._rollout.rewind(boundary.chunk_index)
         self._return_to(boundary)
+        for _ in range(chunks):
+            self._boundaries.pop()
 
     # ------------------------------------------------------------------ dragging
     @property
@@ -186,12 +192,12 @@ class StreamSession:
         """Drag regions of the latest frame: edit the latest chunk, or animate the next ones.
 
         Tracks on a handle go with it, or are released (`drag_cfg.tracks`); those on its way are released. A drag that
-        animates ends an earlier one that still goes on. What stops an edit on its way (memory, an interrupt) leaves
-        the latest chunk taken back.
+        animates ends an earlier one that still goes on, and one that goes nowhere does only that. What stops an edit
+        on its way (memory, an interrupt) leaves the latest chunk taken back.
 
         Raises:
-            ValueError: the drag does not fit the frame, or names a chunk that is not the latest or cannot be made
-                again; before anything is computed.
+            ValueError: the drag does not fit the frame, names a chunk that is not the latest or cannot be made again,
+                or changes an earlier step than an edit of the same chunk; before anything is computed.
         """
         clip, chunk_frames = self.codecs.model_cfg.clip, self.codecs.model_cfg.rollout.chunk_frames
         check_drag(drag, height=clip.height, width=clip.width, chunk_frames=chunk_frames)
@@ -202,7 +208,8 @@ class StreamSession:
         return self._animate(drag)
 
     def _edit(self, drag: Drag) -> DragOutcome:
-        start = self._memory.passes[self.drag_cfg.step].noisy_latents  # earlier drags of this chunk included
+        step, passes = self.drag_cfg.step, self._memory.passes
+        start = ChunkStart(step, passes[step].noisy_latents)  # earlier drags of this chunk included
         asked, boundary, now = self._memory.asked, self._boundaries[-1], self._steering()
         on_the_way, on_handles = self._tracks_of(drag)
         references = self._references(drag)
@@ -214,12 +221,8 @@ class StreamSession:
         self._steer(drag, on_the_way, [along(paths, tracks) for tracks in on_handles])
         editor = self._editor(drag, self._chunk_index, references)
         editor.neighbours = self._neighbours()
-
-        def edit(shown: ChunkPass) -> Tensor:
-            return editor(replace(shown, noisy_latents=start) if shown.step == self.drag_cfg.step else shown)
-
         try:
-            frames = self.next_chunk(edit=edit)
+            frames = self._attempt_chunk(editor, start, passes[:step])
         except BaseException:
             self._follow(undone)
             raise
@@ -246,11 +249,24 @@ class StreamSession:
 
     def _animate(self, drag: Drag) -> DragOutcome:
         references = self._references(drag)
-        self._steer(drag, *self._tracks_of(drag))
-        editor = self._editor(drag, self._chunk_index, references)
-        end = self._chunk_index + drag.num_frames // self.codecs.model_cfg.rollout.chunk_frames
-        self._active = (editor, end)
+        self._end_animation()
+        editor, tracks_before = self._editor(drag, self._chunk_index, references), self._buffer.snapshot()
+        if not drag.is_still:
+            self._steer(drag, *self._tracks_of(drag))
+            end = self._chunk_index + drag.num_frames // self.codecs.model_cfg.rollout.chunk_frames
+            self._animation = Animation(editor, end, tracks_before)
         return DragOutcome(None, references, editor.logs)
+
+    def _end_animation(self) -> None:
+        """Tracks stay where a drag that goes on has led them; one that waits to begin leaves no trace."""
+        animation, self._animation = self._animation, None
+        if animation is None or self._chunk_index >= animation.end_chunk:
+            return
+        if animation.editor.first_chunk == self._chunk_index:
+            pushed = self._buffer.snapshot().pushed
+            self._buffer.restore(replace(animation.tracks_before, pushed=pushed))
+        else:
+            self._buffer.stop_leading()
 
     def _references(self, drag: Drag) -> tuple[Reference, ...]:
         """What the handles hold: features of the latest frame, or those that they bring."""
@@ -282,12 +298,18 @@ class StreamSession:
         latest = self._chunk_index - 1
         if not self._boundaries and (mode == "edit" or self.drag_cfg.iterations):
             raise ValueError(
-                f"chunk {latest} is the furthest that undo() returned to, and cannot be read any more; call "
-                "next_chunk() first, or open the session with a larger undo_chunks"
+                f"chunk {latest} cannot be read or made again: undo(), or a chunk that failed, went back as far as this "
+                "session remembers; call next_chunk() first, or open it with a larger undo_chunks"
             )
         if mode == "edit" and self._frames_of(latest) == slice(0, 1):
             raise ValueError("chunk 0 is the given first frame alone, which no drag changes; call next_chunk() first")
-        if mode == "edit" and self._active is not None and self._active[0].first_chunk > latest:
+        edited = self._memory.edited_step
+        if self.drag_cfg.step < edited:
+            raise ValueError(
+                f"drag.step={self.drag_cfg.step} must be at least {edited}: chunk {latest} was edited there; set "
+                "drag_cfg, or call next_chunk() first"
+            )
+        if mode == "edit" and self._animation is not None and self._animation.editor.first_chunk > latest:
             raise ValueError(
                 f"a drag that animates begins with chunk {latest + 1}, after chunk {latest} that this one would edit; "
                 "call next_chunk() first, or end it by an animation that goes nowhere"
@@ -325,28 +347,40 @@ class StreamSession:
         """Generate and decode one chunk; `timing` and `latents` then describe it.
 
         `edit` may change the input of each denoising pass (see `Rollout.next_chunk`); None: what the drag that
-        goes on, if any, makes of it. What stops it on its way (memory, an interrupt) leaves the session as it was.
+        goes on, if any, makes of it. What stops it on its way (memory, an interrupt) leaves the session as it was,
+        but that one chunk less can be taken back.
         """
+        return self._attempt_chunk(edit)
+
+    @torch.no_grad()
+    def _attempt_chunk(
+        self, edit: LatentEdit | None, start: ChunkStart | None = None, passes: Sequence[ChunkPass] = ()
+    ) -> np.ndarray:
+        """One more chunk, or everything as it was. ``passes``: those of its earlier making, before ``start``."""
         before = self._boundary()
         try:
-            frames = self._make_chunk(edit)
+            frames = self._make_chunk(edit, start, passes)
         except BaseException:
             self._rollout.rewind(before.chunk_index)
             self._return_to(before)
+            earliest = self._rollout.earliest_boundary
+            while self._boundaries and self._boundaries[0].chunk_index < earliest:
+                self._boundaries.popleft()
             raise
         settled = replace(before.settled, tracks=replace(before.settled.tracks, pushed=before.steering.tracks.pushed))
         self._boundaries.append(replace(before, steering=settled, settled=settled))
         self._settled = self._steering()
         return frames
 
-    def _make_chunk(self, edit: LatentEdit | None) -> np.ndarray:
+    def _make_chunk(
+        self, edit: LatentEdit | None, start: ChunkStart | None, earlier: Sequence[ChunkPass]
+    ) -> np.ndarray:
         asked, started = self._steering(), self.codecs.clock()
         condition = self._next_condition()
         conditioned = self.codecs.clock()
-        passes: list[ChunkPass] = []
-        chunk = self._rollout.next_chunk(
-            condition, edit=self._remembering(edit or self._active_edit(), passes), edit_x0=self._edit_x0()
-        )
+        passes = list(earlier)
+        remembered = self._remembering(edit or self._animation_edit(), passes)
+        chunk = self._rollout.next_chunk(condition, start=start, edit=remembered, edit_x0=self._edit_x0())
         denoised = self.codecs.clock()
         frames = to_frames(self._decoder.push(chunk.x0))[0]
         decoded = self.codecs.clock()
@@ -354,17 +388,16 @@ class StreamSession:
             self._chunk_index, len(frames), conditioned - started, denoised - conditioned, decoded - denoised
         )
         self._latest = (timing, chunk.x0)
-        self._remember(passes, chunk.x0, asked)
+        self._remember(passes, chunk.x0, asked, edited_step=len(earlier))
         self._chunk_index += 1
         self._num_frames += len(frames)
         return frames
 
-    def _active_edit(self) -> LatentEdit | None:
-        if self._active is None or self._chunk_index >= self._active[1]:
+    def _animation_edit(self) -> LatentEdit | None:
+        if self._animation is None or self._chunk_index >= self._animation.end_chunk:
             return None
-        editor = self._active[0]
-        editor.neighbours = self._neighbours()
-        return editor
+        self._animation.editor.neighbours = self._neighbours()
+        return self._animation.editor
 
     def _remembering(self, edit: LatentEdit | None, passes: list[ChunkPass]) -> LatentEdit:
         """The edit, with each pass kept as it was run: a later drag reads its features from there."""
@@ -389,13 +422,14 @@ class StreamSession:
         previous = torch.cat(self._memory.clean, dim=2)
         return lambda x0: match_clean(x0, previous)
 
-    def _remember(self, passes: list[ChunkPass], x0: Tensor, asked: Steering) -> None:
+    def _remember(self, passes: list[ChunkPass], x0: Tensor, asked: Steering, edited_step: int) -> None:
         memory, chunks = self._memory, math.ceil(self.drag_cfg.adsr_frames / x0.shape[2])
         noisy = (*memory.noisy, tuple(shown.noisy_latents for shown in passes))
         clean = (*memory.clean, x0)[-2:] if self._chunk_index else ()
         self._memory = replace(
             memory,
             passes=(*passes[:-1], replace(passes[-1], x0=x0)),
+            edited_step=edited_step,
             noisy=noisy[-chunks:] if chunks else (),
             clean=clean,
             asked=asked,
@@ -422,10 +456,10 @@ class StreamSession:
         self._memory, self._latest = boundary.memory, boundary.latest
 
     def _steering(self) -> Steering:
-        return Steering(self._prompt_embeds, self._buffer.snapshot(), self._active)
+        return Steering(self._prompt_embeds, self._buffer.snapshot(), self._animation)
 
     def _follow(self, steering: Steering) -> None:
-        self._prompt_embeds, self._active = steering.prompt_embeds, steering.active
+        self._prompt_embeds, self._animation = steering.prompt_embeds, steering.animation
         self._buffer.restore(steering.tracks)
 
     def _next_condition(self) -> Condition:

@@ -44,12 +44,21 @@ class DragOutcome:
 
 
 @dataclass(frozen=True, eq=False)
+class Animation:
+    """A drag of the chunks to come."""
+
+    editor: DragEditor
+    end_chunk: int  # the first that it does not concern any more
+    tracks_before: TrackBufferState  # of the stream, without it
+
+
+@dataclass(frozen=True, eq=False)
 class Steering:
     """What the user has asked for."""
 
     prompt_embeds: Tensor
     tracks: TrackBufferState
-    active: tuple[DragEditor, int] | None  # a drag that goes on, and the chunk at which it ends
+    animation: Animation | None  # the latest, which may be over
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +66,7 @@ class Memory:
     """What drags need of the chunks before."""
 
     passes: tuple[ChunkPass, ...] = ()  # of the latest chunk, one per denoising step
+    edited_step: int = 0  # of these; the passes before it are those of the chunk before it was edited
     noisy: tuple[tuple[Tensor, ...], ...] = ()  # inputs of the latest chunks' steps, [1, C, c, h, w] each
     clean: tuple[Tensor, ...] = ()  # latents of the latest two chunks but the stream's first
     asked: Steering | None = None  # what the latest chunk was made with

@@ -9,6 +9,7 @@ stream: frames already read are forgotten, except the last.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 
 from models.motion.tracks import NUM_TRACK_IDS, Tracks, sample_track_ids
+
+log = logging.getLogger(__name__)
 
 ENDINGS = ("hold", "release")
 
@@ -102,7 +105,10 @@ class TrackBuffer:
             raise ValueError("tracks hold 0 frames; push at least one")
         if tracks.num_tracks > NUM_TRACK_IDS:
             raise ValueError(f"tracks hold {tracks.num_tracks} tracks; a stream follows at most {NUM_TRACK_IDS}")
-        self._pushed = self._pushed.appended(self._identified(tracks.to("cpu")))
+        tracks = self._identified(tracks.to("cpu"))
+        if tracks.num_tracks and self._released.issuperset(_ids_of(tracks)):
+            log.warning("none of the %d pushed tracks is followed: drags have their identities", tracks.num_tracks)
+        self._pushed = self._pushed.appended(tracks)
 
     def seen_in(self, mask: np.ndarray) -> Tracks:
         """Tracks that are visible inside a mask, bool [H, W], in the latest frame read: that one frame of them."""
@@ -115,7 +121,7 @@ class TrackBuffer:
         return now.select((inside & hit).nonzero()[:, 0])
 
     def unused_ids(self, count: int, besides: Collection[int] = ()) -> torch.Tensor:  # -> [count]
-        """Identities that no track of this stream has now, nor ``besides``."""
+        """Identities that no track of this stream has now, nor ``besides``: [count] long, fewer where there are fewer."""
         used = {identity for queue in (self._pushed, self._led) for identity in _ids_of(queue.held)} | set(besides)
         free = (identity for identity in reversed(self._identities.tolist()) if identity not in used)
         return torch.tensor(list(islice(free, count)), dtype=torch.long)
@@ -134,6 +140,11 @@ class TrackBuffer:
         latest = self._led.latest
         following = filled if others is None else others.beside(filled)
         self._led = _Queue(following) if latest is None else _Queue(latest, 1).appended(following)
+
+    def stop_leading(self) -> None:
+        """From the next frame on the identities that are led go on as `ending` says."""
+        latest = self._led.latest
+        self._led = _Queue() if latest is None else _Queue(latest, 1)
 
     def take(self, count: int) -> Tracks:
         """The motion of the next `count` frames, filled up as `ending` says."""

@@ -161,6 +161,11 @@ class StaticKVCache:
         self.chunk_index += 1
         return self
 
+    @property
+    def earliest_boundary(self) -> int:
+        """The first chunk that `rewind` can return to the boundary before."""
+        return self._oldest
+
     def rewind(self, chunk: int) -> StaticKVCache:
         """Back to the boundary before ``chunk``, bit for bit.
 

@@ -187,7 +187,7 @@ def test_where_undo_ended_nothing_is_left_to_drag_until_the_next_chunk(parts, mo
     session = open_session(parts, drag=DragConfig(iterations=iterations))
     advance(session, 5)
     session.undo()
-    _refused(session, drag(mode, LEFT), r"chunk 3 is the furthest that undo\(\) returned to.*call next_chunk\(\) first")
+    _refused(session, drag(mode, LEFT), r"chunk 3 cannot be read or made again.*call next_chunk\(\) first")
     session.next_chunk()
     session.drag(drag(mode, LEFT))
 
@@ -203,6 +203,26 @@ def test_a_chunk_that_fails_leaves_the_session_as_it_was(parts, monkeypatch) -> 
     assert ways(session) == before and session.chunk_index == 2
     for found, wanted in zip(advance(session, 2), expected[2:]):
         np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("undo_chunks", [1, 2])
+def test_after_a_chunk_that_failed_a_drag_is_refused_or_right(parts, monkeypatch, undo_chunks: int) -> None:
+    plain, session = (open_session(parts, undo_chunks=undo_chunks) for _ in range(2))
+    expected = advance(plain, 6)
+    advance(session, 5)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError, match="full"):
+        patched.setattr(session._decoder, "push", lambda _: (_ for _ in ()).throw(MemoryError("full")))
+        session.next_chunk()
+    if undo_chunks == 1:
+        _refused(session, drag("edit", LEFT), r"chunk 4 cannot be read or made again.*larger undo_chunks")
+        with pytest.raises(ValueError, match=r"chunks=1 must be in 1\.\.0"):
+            session.undo()
+    else:
+        session.undo()
+        np.testing.assert_array_equal(session.next_chunk(), expected[4])
+    np.testing.assert_array_equal(session.next_chunk(), expected[5])
+    session.undo()
+    np.testing.assert_array_equal(session.next_chunk(), expected[5])
 
 
 def test_an_edit_that_fails_leaves_its_chunk_taken_back(parts, monkeypatch) -> None:
@@ -245,7 +265,7 @@ def test_the_warm_start_costs_one_pass_a_round_and_no_more(parts, monkeypatch) -
     session.next_chunk()
     plain = len(calls)
     session.drag(drag("edit", LEFT))
-    assert len(calls) == 2 * plain + cfg.warm_rounds
+    assert len(calls) == plain + 1 + cfg.warm_rounds  # the steps before the last are as they were
 
 
 def test_a_reference_without_features_is_what_the_stream_shows(parts) -> None:
@@ -331,6 +351,59 @@ def test_an_animation_takes_the_tracks_of_its_handle_along_and_leaves_them_there
     found = ways(session, 16)
     assert found[still] == [13.0] * 16
     np.testing.assert_allclose(found[moving], [*(7 - 4 * (n + 1) / 12 for n in range(12)), *[3.0] * 4], atol=1e-5)
+
+
+def test_an_animation_that_waits_is_ended_without_a_trace(parts) -> None:
+    session = tracked_session(parts)
+    advance(session, 2)
+    before = ways(session)
+    session.drag(drag("animate", LEFT))
+    session.drag(drag("animate", Pose(dx=3.0)))
+    assert {round(way[-1], 3) for way in ways(session).values()} == {10.0, 13.0}, "of the second alone"
+    session.drag(drag("animate", Pose()))
+    assert ways(session) == before
+    session.drag(drag("edit", LEFT))  # nothing waits any more
+
+
+def test_an_animation_ended_on_its_way_leaves_its_tracks_where_they_are(parts) -> None:
+    session = tracked_session(parts)
+    advance(session, 2)
+    poses = tuple(Pose(dx=-n) for n in range(1, 7))
+    outcome = session.drag(Drag("animate", (Handle(mask(), (7.0, 7.0), poses, (7.0, 7.0)),)))
+    session.next_chunk()
+    session.drag(drag("animate", Pose()))
+    assert {way[-1] for way in ways(session, 24).values()} == {4.0, 13.0}
+    session.next_chunk()
+    assert [log.chunk for log in outcome.logs] == [2]
+
+
+def test_a_new_stroke_needs_identities_that_no_drag_has(parts, caplog) -> None:
+    session = tracked_session(parts)
+    advance(session, 2)
+    session.drag(drag("edit", LEFT))
+    stroke = Tracks.from_arrays(np.full((12, 1, 2), 9.0), np.ones((12, 1), bool), 16, 16)
+    session.push_tracks(stroke)
+    assert "none of the 1 pushed tracks is followed" in caplog.text and 9.0 not in sum(ways(session).values(), [])
+    session.undo()
+    session.next_chunk()
+    session.drag(drag("edit", LEFT))
+    session.push_tracks(stroke.with_ids(session.unused_track_ids(1)[None]))
+    assert [9.0] * 12 in ways(session).values()
+
+
+def test_a_chunk_edited_at_a_step_is_not_edited_before_it(parts) -> None:
+    session = open_session(parts)
+    advance(session, 3)
+    edited = session.drag(drag("edit", LEFT)).frames
+    session.drag_cfg = replace(session.drag_cfg, step=1)
+    _refused(session, drag("edit", LEFT), "drag.step=1 must be at least 2: chunk 2 was edited there")
+    session.drag_cfg = replace(session.drag_cfg, step=2)
+    again = session.drag(drag("edit", Pose())).frames
+    np.testing.assert_array_equal(again, edited)
+    session.undo()
+    session.next_chunk()
+    session.drag_cfg = replace(session.drag_cfg, step=1)
+    session.drag(drag("edit", LEFT))
 
 
 def test_an_edit_bends_the_tracks_of_its_chunk_and_undo_straightens_them(parts) -> None:
