@@ -77,12 +77,20 @@ class ClipVerdict:
     registration: Registration | None
 
 
+def check_tracker(cfg: TrackerConfig) -> None:
+    """Raises ValueError for a tracker that reads the scene: by it no video would have an error."""
+    if cfg.name == "exact":
+        raise ValueError(
+            "bench.tracker.name=exact reads the scene, not the video, and finds no error in any; use lucas_kanade or "
+            "cotracker3"
+        )
+
+
 def judge_clip(
     clip: EvalClip, frames: np.ndarray, tracker: TrackerConfig, registration: RegistrationConfig
 ) -> ClipVerdict:
     """Both judges of motion and the likeness without weights, for frames uint8 [T, H, W, 3]."""
-    scene = None if clip.rendered is None else clip.rendered.scene
-    points, _ = build_tracker(tracker, scene).track(frames, clip.queries)
+    points, _ = build_tracker(tracker).track(frames, clip.queries)
     ours, truth = torch.from_numpy(frames), torch.from_numpy(clip.frames)
     found = None
     if clip.rendered is not None:
@@ -117,6 +125,7 @@ class Judge:
         lpips: Lpips | str,
         num_workers: int = 0,
     ) -> None:
+        check_tracker(tracker)
         self.clips = clips
         self.tracker = tracker
         self.registration = registration

@@ -9,15 +9,18 @@ clip. `meta.json` holds the whole configuration, the commit and the machine: a f
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.metrics.interval import Interval, bootstrap_interval, paired_difference
 from eval.report import Table
 from stream.provenance import git_commit, machine
+
+log = logging.getLogger(__name__)
 
 
 class Results:
@@ -117,3 +120,22 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def keep(path: Path, made_with: Mapping[str, Any], **content: Any) -> None:
+    """Figures that are not to be measured again as long as nothing changes that they were made with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"made_with": made_with, "git_commit": git_commit(), **content})
+
+
+def read_kept(path: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `keep` wrote, or None where it is absent or was made with something else.
+
+    The code may have changed since: then the log says which commit the figures are of.
+    """
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if found.get("made_with") != made_with:
+        return None
+    if (commit := found.get("git_commit")) != git_commit():
+        log.warning("%s: figures of commit %s are kept; delete the file to have them measured again", path, commit)
+    return found

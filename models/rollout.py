@@ -227,8 +227,8 @@ class Rollout:
 
         ``exit_step`` stops at that step, 0 .. num_steps - 1, and takes its x0 (training); None runs all
         steps. ``update_cache=False`` saves the cache pass of a last chunk: none can follow. ``start``
-        leaves out the steps before it. ``edit`` may change the input of each pass, ``edit_x0`` what each predicts; returning it as it is leaves the chunk
-        the same bit for bit. Raises ValueError for a step outside the list, and for gradients or records with
+        leaves out the steps before it. ``edit`` may change the input of each pass, ``edit_x0`` what each
+        predicts; returning it as it is leaves the chunk the same bit for bit. Raises ValueError for a step outside the list, and for gradients or records with
         a static cache.
         """
         last = self._check_request(condition, exit_step, gradient, record)

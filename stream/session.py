@@ -298,8 +298,8 @@ class StreamSession:
         latest = self._chunk_index - 1
         if not self._boundaries and (mode == "edit" or self.drag_cfg.iterations):
             raise ValueError(
-                f"chunk {latest} cannot be read or made again: undo(), or a chunk that failed, went back as far as this "
-                "session remembers; call next_chunk() first, or open it with a larger undo_chunks"
+                f"chunk {latest} cannot be read or made again: undo(), or a chunk that failed, went back as far as "
+                "this session remembers; call next_chunk() first, or open it with a larger undo_chunks"
             )
         if mode == "edit" and self._frames_of(latest) == slice(0, 1):
             raise ValueError("chunk 0 is the given first frame alone, which no drag changes; call next_chunk() first")

@@ -121,7 +121,7 @@ class TrackBuffer:
         return now.select((inside & hit).nonzero()[:, 0])
 
     def unused_ids(self, count: int, besides: Collection[int] = ()) -> torch.Tensor:  # -> [count]
-        """Identities that no track of this stream has now, nor ``besides``: [count] long, fewer where there are fewer."""
+        """Identities that no track of this stream has now, nor ``besides``; fewer where so many are not left."""
         used = {identity for queue in (self._pushed, self._led) for identity in _ids_of(queue.held)} | set(besides)
         free = (identity for identity in reversed(self._identities.tolist()) if identity not in used)
         return torch.tensor(list(islice(free, count)), dtype=torch.long)

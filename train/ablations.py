@@ -105,7 +105,7 @@ TRAININGS = [
 ]  # fmt: skip
 BY_NAME = {training.name: training for training in TRAININGS}
 SHORT = ("model.clip.num_frames=9",)  # as long as these teachers' clips
-RELEASED = ("bench.release_frame=17",)
+RELEASED = ("bench.release_frame=17", "bench.registration.first_frame=17")
 LONG = ("bench.num_clips=24", "bench.requery_frames=32", "bench.num_floor_clips=1")  # of 241 frames, as the paper's
 LONGER = (*LONG, "bench.num_frames=481")  # fifteen times as long as a clip
 TIMED = ("bench.num_chunks=60",)

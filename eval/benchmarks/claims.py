@@ -3,9 +3,8 @@
 A row compares *observations*. Some are made here, from the weights at hand under other settings of the model (a
 `Run`); they are kept in OUT/runs, and made again only where what they were made with has changed. The others are
 ablations of training, made by `python -m train.ablations` and stored with the run that made them. An effect is a
-difference over the same clips that is positive where the finding holds. Its interval is a bootstrap over clips: the
-seeds of an ablation judge the same clips, so a clip's figure is its mean over the seeds that all observations compared
-have. It decides:
+difference over the same clips that is positive where the finding holds. Its interval is a bootstrap over clips and,
+between ablations, over the seeds of training that all of them have; one training decides nothing.
 
     holds            every effect's interval lies above zero
     does not hold    some effect's interval lies below zero
@@ -32,9 +31,9 @@ from eval.benchmarks.latency import Latency, LatencyConfig
 from eval.benchmarks.long_video import LongVideo, LongVideoConfig
 from eval.benchmarks.motion_transfer import MotionTransfer, MotionTransferConfig, load_clips
 from eval.clips import stack_tracks
-from eval.metrics.interval import Interval, bootstrap_interval, mean_over_seeds
+from eval.metrics.interval import Interval, bootstrap_interval, mean_over_seeds, seeded_interval
 from eval.report import Section, Table
-from eval.results import Results, write_json
+from eval.results import Results, keep, read_kept, write_json
 from eval.roles import ROLES
 from models.motion.embedding import scatter_tracks
 from models.motion.rgb import draw_tracks
@@ -88,6 +87,18 @@ class Effect:
 
     what: str
     interval: Interval
+    num_trainings: int | None = None  # on each side; None: nothing was trained for it
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """What decides: a figure without an interval stands for itself, unless it is of one training or missing."""
+        mean, low, high = self.interval.mean, self.interval.low, self.interval.high
+        if mean is None or self.num_trainings == 1:
+            return (-math.inf, math.inf)
+        return (mean if low is None else low, mean if high is None else high)
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.interval}{' (one training each)' if self.num_trainings == 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -104,26 +115,18 @@ class Finding:
     def verdict(self) -> str:
         if not self.effects:
             return ABSENT
-        bounds = [bounds_of(effect.interval) for effect in self.effects]
+        bounds = [effect.bounds for effect in self.effects]
         if all(low > 0 for low, _ in bounds):
             return HOLDS
         return FAILS if any(high < 0 for _, high in bounds) else NOISE
 
     def to_json(self) -> dict[str, Any]:
-        ours = "; ".join(f"{effect.what}: {effect.interval}" for effect in self.effects) or self.why_absent
-        intervals = [list(bounds_of(effect.interval)) for effect in self.effects]
+        ours = "; ".join(map(str, self.effects)) or self.why_absent
+        intervals = [[bound if math.isfinite(bound) else None for bound in effect.bounds] for effect in self.effects]
         return {
             "row": self.row, "claim": self.claim, "paper": self.paper, "ours": ours,
             "interval": intervals, "verdict": self.verdict,
         }  # fmt: skip
-
-
-def bounds_of(interval: Interval) -> tuple[float, float]:
-    """Its bounds; a figure without any stands for itself, and one that is missing decides nothing."""
-    if interval.mean is None:
-        return (-math.inf, math.inf)
-    low = interval.mean if interval.low is None else interval.low
-    return (low, interval.mean if interval.high is None else interval.high)
 
 
 class NotMeasuredError(LookupError):
@@ -158,20 +161,22 @@ class Observations:
         """Every key of an observation."""
         return self._made(name) if name in self.runs else self._stored(name, seeds)
 
-    def together(self, names: Sequence[str], key: str) -> list[list[float]]:
-        """The `values` of each name, to be compared clip by clip: ablations over the seeds that all of them have.
+    def common_seeds(self, names: Sequence[str]) -> list[str]:
+        """Seeds that the ablations among the names all have: over these they are compared.
 
-        Raises NotMeasuredError where they have no seed in common.
+        Raises NotMeasuredError where there is none.
         """
-        stored = {name: self.stored[name] for name in names if name in self.stored}
-        seeds = common_seeds(stored) if stored else None
-        if seeds == []:
-            have = "; ".join(f"{name} has {', '.join(sorted(one['seeds']))}" for name, one in stored.items())
-            wanted = " ".join(sorted(set.union(*(set(one["seeds"]) for one in stored.values()))))
+        stored = {name: set(self._entry(name)["seeds"]) for name in names if name not in self.runs}
+        if not stored:
+            return []
+        common = sorted(set.intersection(*stored.values()))
+        if not common:
+            have = "; ".join(f"{name} has {', '.join(sorted(seeds))}" for name, seeds in stored.items())
+            wanted = " ".join(sorted(set.union(*stored.values())))
             raise NotMeasuredError(
                 f"no seed in common: {have}; make them with `python -m train.ablations --seeds {wanted}`"
             )
-        return [self.values(name, key, seeds) for name in names]
+        return common
 
     def figure(self, name: str, key: str) -> float:
         """One figure of a run made here, such as a throughput."""
@@ -183,27 +188,38 @@ class Observations:
 
     def less(self, what: str, better: str, worse: str, key: str) -> Effect:
         """worse - better, for a metric that should be low."""
-        return self.effect(what, [b - a for a, b in self.pairs(better, worse, key)])
+        return self.compared(what, (better, worse), key, lambda low, high: high - low)
 
     def more(self, what: str, better: str, worse: str, key: str) -> Effect:
         """better - worse, for a metric that should be high."""
-        return self.effect(what, [a - b for a, b in self.pairs(better, worse, key)])
+        return self.compared(what, (better, worse), key, lambda high, low: high - low)
 
-    def pairs(self, first: str, second: str, key: str) -> list[tuple[float, float]]:
-        return list(zip(*self.together((first, second), key), strict=True))
+    def compared(self, what: str, names: Sequence[str], key: str, difference: Callable[..., float]) -> Effect:
+        """``difference`` of one clip's values, in the order of the names; positive where the finding holds."""
+
+        def clip_by_clip(seeds: Sequence[str] | None = None) -> list[float]:
+            return [difference(*clip) for clip in zip(*(self.values(name, key, seeds) for name in names), strict=True)]
+
+        if not (seeds := self.common_seeds(names)):
+            return self.effect(what, clip_by_clip())
+        by_seed = [clip_by_clip([seed]) for seed in seeds]
+        return Effect(what, seeded_interval(by_seed, seed=self.context.seed), len(seeds))
 
     def effect(self, what: str, values: Sequence[float]) -> Effect:
         return Effect(what, bootstrap_interval(values, seed=self.context.seed))
 
     def _stored(self, name: str, seeds: Sequence[str] | None) -> Values:
+        by_seed = self._entry(name)["seeds"]
+        found = [by_seed[seed]["per_clip"] for seed in (sorted(by_seed) if seeds is None else seeds)]
+        keys = set.intersection(*(set(one) for one in found))
+        return {key: merged_seeds(key, [[as_float(v) for v in one[key]] for one in found]) for key in sorted(keys)}
+
+    def _entry(self, name: str) -> dict[str, Any]:
         if name not in self.stored:
             raise NotMeasuredError(
                 f"{self.cfg.ablations} has no ablation '{name}'; make it with `python -m train.ablations`"
             )
-        by_seed = self.stored[name]["seeds"]
-        found = [by_seed[seed]["per_clip"] for seed in (sorted(by_seed) if seeds is None else seeds)]
-        keys = set.intersection(*(set(one) for one in found))
-        return {key: merged_seeds(key, [[as_float(v) for v in one[key]] for one in found]) for key in sorted(keys)}
+        return self.stored[name]
 
     def _made(self, name: str) -> Values:
         if name not in self.made:
@@ -214,15 +230,12 @@ class Observations:
         path, run = self.context.out / "runs" / f"{name}.json", self.runs[name]
         made_with = {"run": asdict(run), "claims": self._settings(), "features": content_of(self.cfg.features)}
         made_with |= self.context.made_with(run.roles, tiny=run.tiny)
-        if path.is_file():
-            kept = json.loads(path.read_text())
-            if kept["made_with"] == made_with:
-                self.figures[name] = kept["metrics"]
-                return {key: [as_float(value) for value in values] for key, values in kept["per_clip"].items()}
+        if (kept := read_kept(path, made_with)) is not None:
+            self.figures[name] = kept["metrics"]
+            return {key: [as_float(value) for value in values] for key, values in kept["per_clip"].items()}
         results = self._run(run)
         self.figures[name] = results.values
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"made_with": made_with, "metrics": results.values, "per_clip": results.finite_per_clip()})
+        keep(path, made_with, metrics=results.values, per_clip=results.finite_per_clip())
         return results.per_clip
 
     def _settings(self) -> dict[str, Any]:
@@ -279,11 +292,6 @@ class Observations:
 
         with torch.no_grad():
             return _timed(by_head, codecs.clock), _timed(by_vae, codecs.clock)
-
-
-def common_seeds(stored: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Seeds that every stored observation has: only over these can they be compared."""
-    return sorted(set.intersection(*(set(one["seeds"]) for one in stored.values()))) if stored else []
 
 
 def merged_seeds(key: str, seeds: Sequence[Sequence[float]]) -> list[float]:

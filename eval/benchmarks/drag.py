@@ -2,17 +2,18 @@
 
 Paper: DragStream section 5 and appendix C (REVEL). Every scenario (drag_scenarios.py) is streamed once up to its
 first drag; from there each method goes on from the same state with the same noise, "no_drag" among them: the same
-stream with the region's tracks released and nothing optimised. "ideal" is that stream with the region cut out and
-pasted where it should be: what to compare a figure with that is not 0 for it. ObjMC, DAI (drag.py), PSNR outside
-the editable region against the stream without a drag, Fréchet distances to those streams, and the time of a dragged
-chunk over that of one without. A sprites region is found again by its appearance; in real video by a point tracker.
+stream with the region's tracks released, from the method's step on, and nothing optimised. "ideal" is that stream
+with the region cut out and pasted where it should be: what to compare a figure with that is not 0 for it. ObjMC, DAI
+(drag.py), PSNR outside the editable region against the stream without a drag, Fréchet distances to those streams, and
+the time of a dragged chunk over that of one that nobody drags. A sprites region is found again by its appearance; in
+real video by a point tracker.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from eval.benchmarks.context import EvalContext, Outcome, progress_bar
 from eval.benchmarks.drag_pictures import SHEET_TEXT, drag_sheet, handle_at, pick_shown, with_handles
 from eval.benchmarks.drag_runs import DraggedChunks, Replay, Run, pasted
 from eval.benchmarks.drag_scenarios import DragScenario, labelled_scenarios, sprites_scenarios
-from eval.metrics.detectors import load_i3d, load_inception, load_sprites_detector
+from eval.metrics.detectors import Detectors
 from eval.metrics.drag import (
     LocatorConfig,
     RegionLocator,
@@ -36,7 +37,6 @@ from eval.metrics.drag import (
     objmc,
     psnr_outside,
 )
-from eval.metrics.frechet import frechet_distance
 from eval.report import Section, Table, video_side_by_side
 from eval.results import Results
 from models.condition import FRAMES_PER_LATENT
@@ -107,6 +107,7 @@ class Verdict:
     dai_rgb: float
     background_psnr_db: float
     seconds: float  # of a dragged chunk, median
+    plain_seconds: float  # of a chunk that nobody drags, median
     dai_latent_r1: float
     dai_latent_r5: float
     dai_latent_r10: float
@@ -127,20 +128,26 @@ class DragBenchmark:
 
     def run(self, context: EvalContext) -> Outcome:
         """Stream every scenario with every method, and judge."""
-        settings = {NO_DRAG: UNTOUCHED, OURS: context.drag}
-        settings |= {name: baseline_settings(name) for name in self.cfg.baselines}
+        detectors = Detectors.load(self.cfg.features, self.cfg.i3d_weights, self.cfg.inception_weights)
+        settings = {OURS: context.drag} | {name: baseline_settings(name) for name in self.cfg.baselines}
         scenarios, student = self.scenarios(context), context.load("student")
-        runs = self.stream(context, student, scenarios, settings)
-        ideal = [pasted(run, lambda frames: _encoded(context, frames)) for run in runs[NO_DRAG]]
+        runs, bases = self.stream(context, student, scenarios, settings)
+        bases[NO_DRAG] = bases[IDEAL] = bases[OURS]
+        runs = {NO_DRAG: bases[NO_DRAG], **runs}
+        ideal = [pasted(run, lambda frames: _encoded(context, frames)) for run in bases[IDEAL]]
         results = Results(seed=context.seed)
         verdicts = {
-            name: [self.judge(run, base) for run, base in zip(found, runs[NO_DRAG])]
+            name: [self.judge(run, base) for run, base in zip(found, bases[name])]
             for name, found in (runs | {IDEAL: ideal}).items()
         }
         for name, found in verdicts.items():
             put_verdicts(results, name, found)
         self._put_ratios(results)
-        self._put_distances(results, runs)
+        length = min(len(run.frames) for found in runs.values() for run in found)
+        for name in (OURS, *self.cfg.baselines):  # to the streams without a drag, all cut to the shortest
+            pair = (np.stack([run.frames[-length:] for run in found]) for found in (runs[name], bases[name]))
+            for key, distance in detectors.distances(*pair).items():
+                results.put(f"{name}.{key}", distance)
         for name in (OURS, *self.cfg.baselines):
             results.put(f"{name}.extra_memory_ratio", self._extra_memory(context, student, scenarios, settings[name]))
         write_scenarios(context.out / "scenarios.json", scenarios, verdicts)
@@ -162,21 +169,27 @@ class DragBenchmark:
         student: WanDiT,
         scenarios: Sequence[DragScenario],
         settings: Mapping[str, DragConfig],
-    ) -> dict[str, list[Run]]:
-        """Runs by method, in the order of the scenarios."""
-        runs: dict[str, list[Run]] = {name: [] for name in settings}
-        with progress_bar(len(scenarios) * len(settings), "drag", "stream") as bar:
+    ) -> tuple[dict[str, list[Run]], dict[str, list[Run]]]:
+        """Runs by method, and the same streams without a drag, both in the order of the scenarios.
+
+        What a drag releases is released from its step on: there is a stream without a drag for each step.
+        """
+        depth = context.model_cfg.rollout.num_steps, student.config.num_layers
+        step_of = {name: cfg.for_student(*depth).step for name, cfg in settings.items()}
+        ways = {step: replace(UNTOUCHED, step=step) for step in sorted(set(step_of.values()))} | dict(settings)
+        runs: dict[str | int, list[Run]] = {way: [] for way in ways}
+        with progress_bar(len(scenarios) * len(ways), "drag", "stream") as bar:
             for scenario in scenarios:
                 session = self._open(context, student, scenario)
                 opening = [session.next_chunk() for _ in range(scenario.events[0].after_chunks)]
                 state, latents, timing = session.snapshot(), session.latents, session.timing.total_seconds
-                for name, cfg in settings.items():
+                for way, cfg in ways.items():
                     session.restore(state)
                     session.drag_cfg = cfg
                     replay = Replay(session, scenario, self.cfg.locator, opening[-1], latents, timing)
-                    runs[name].append(replay.run())
+                    runs[way].append(replay.run())
                     bar.update()
-        return runs
+        return {name: runs[name] for name in settings}, {name: runs[step_of[name]] for name in settings}
 
     def _open(self, context: EvalContext, student: WanDiT, scenario: DragScenario) -> StreamSession:
         clip, per_side = context.model_cfg.clip, self.cfg.tracks_per_side
@@ -203,9 +216,12 @@ class DragBenchmark:
             for ours, plain in zip(run.drags, base.drags)
             if ours.drag.editable is not None
         ]
-        seconds = [value for dragged in run.drags for value in dragged.seconds] or [float("nan")]
+        seconds = [value for dragged in run.drags for value in dragged.seconds]
         figures = {key: _mean(one[key] for one in found) for key in found[0]}
-        return Verdict(**figures, background_psnr_db=_mean(outside), seconds=float(np.median(seconds)))
+        return Verdict(
+            **figures, background_psnr_db=_mean(outside), seconds=_median(seconds),
+            plain_seconds=_median(run.plain_seconds),
+        )  # fmt: skip
 
     def _judge_drag(self, dragged: DraggedChunks) -> dict[str, float]:
         """The figures of a `Verdict` that are those of one drag."""
@@ -252,12 +268,15 @@ class DragBenchmark:
 
     # ------------------------------------------------------------------ figures
     def _put_ratios(self, results: Results) -> None:
-        """Each method's figures over those of the stream without a drag."""
+        """Each method's figures over those of the stream without a drag; its time over that of its other chunks."""
         for role in (OURS, *self.cfg.baselines, IDEAL):
-            for key in ("objmc", *DAI_KEYS, *(() if role == IDEAL else ("seconds",))):
+            for key in ("objmc", *DAI_KEYS):
                 name_of = f"{key}_px" if key == "objmc" else key
                 ours, plain = results.values[f"{role}.{name_of}"], results.values[f"{NO_DRAG}.{name_of}"]
                 results.put(f"{role}.{key}_ratio", _ratio(ours, plain))
+            if role != IDEAL:
+                plain = results.values[f"{role}.plain_seconds"]
+                results.put(f"{role}.seconds_ratio", _ratio(results.values[f"{role}.seconds"], plain))
 
     def _extra_memory(
         self, context: EvalContext, student: WanDiT, scenarios: Sequence[DragScenario], cfg: DragConfig
@@ -291,23 +310,6 @@ class DragBenchmark:
 
         session.next_chunk(edit=weigh)
         return max(extra) / session.cache_bytes
-
-    def _put_distances(self, results: Results, runs: Mapping[str, Sequence[Run]]) -> None:
-        """Fréchet distances of each method's videos to those without a drag, all cut to the shortest."""
-        detector = load_sprites_detector(self.cfg.features)
-        i3d, inception = load_i3d(self.cfg.i3d_weights), load_inception(self.cfg.inception_weights)
-        length = min(len(run.frames) for found in runs.values() for run in found)
-        videos = {name: np.stack([run.frames[-length:] for run in found]) for name, found in runs.items()}
-        for role in (OURS, *self.cfg.baselines):
-            pair = (videos[role], videos[NO_DRAG])
-            results.put(f"{role}.fvd_sprites", detector if isinstance(detector, str) else
-                        frechet_distance(*map(detector.video_features, pair)))  # fmt: skip
-            results.put(f"{role}.fid_sprites", detector if isinstance(detector, str) else
-                        frechet_distance(*map(detector.frame_features, pair)))  # fmt: skip
-            results.put(f"{role}.fvd", i3d if isinstance(i3d, str) else frechet_distance(*map(i3d.features, pair)))
-            frames = [video.reshape(-1, *video.shape[2:]) for video in pair]
-            results.put(f"{role}.fid", inception if isinstance(inception, str) else
-                        frechet_distance(*map(inception.features, frames)))  # fmt: skip
 
     def _sections(
         self, context: EvalContext, results: Results, scenarios: Sequence[DragScenario],
@@ -404,6 +406,10 @@ def _accuracies(
 def _mean(values: Iterable[float]) -> float:
     finite = [value for value in values if np.isfinite(value)]
     return float(np.mean(finite)) if finite else float("nan")
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(np.median(values)) if values else float("nan")
 
 
 def _ratio(value: Any, base: Any) -> float | None:

@@ -38,10 +38,11 @@ class LatencyConfig:
     warmup_chunks: int = 3  # at the start, left out of the percentiles (allocation, kernel selection)
 
     def __post_init__(self) -> None:
-        least = REFERENCE_CHUNK + SPAN // 2
+        least = REFERENCE_CHUNK + SPAN // 2 + SPAN
         if self.num_chunks < least:
             raise ValueError(
-                f"num_chunks={self.num_chunks} must be at least {least}, to compare with chunk {REFERENCE_CHUNK}"
+                f"num_chunks={self.num_chunks} must be at least {least}, to compare the last {SPAN} with those around "
+                f"chunk {REFERENCE_CHUNK}"
             )
 
 

@@ -25,7 +25,7 @@ from data.trackers import TrackerConfig, build_tracker
 from eval.benchmarks.context import EvalContext, Outcome, progress_bar
 from eval.benchmarks.motion_transfer import draw_clip
 from eval.clips import EvalClip, sprites_clips
-from eval.judge import worker_pool
+from eval.judge import check_tracker, worker_pool
 from eval.metrics.drift import drift, frame_saturation, latent_moments, window_means
 from eval.metrics.epe import endpoint_error
 from eval.metrics.registration import RegistrationConfig, register_sprites
@@ -55,6 +55,7 @@ class LongVideoConfig:
     num_shown: int = 2  # clips shown in the report
 
     def __post_init__(self) -> None:
+        check_tracker(self.tracker)
         if self.num_frames < 2:
             raise ValueError(f"num_frames={self.num_frames} must be at least 2")
         for name in ("num_clips", "num_floor_clips", "window_frames"):

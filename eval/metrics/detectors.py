@@ -11,13 +11,15 @@ code from its file: load only the file named here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from eval.metrics.frechet import Features
+from eval.metrics.frechet import Features, frechet_distance
 from eval.metrics.sprites_network import SpritesNetwork
 
 I3D_FILE, INCEPTION_FILE = "i3d_torchscript.pt", "inception-2015-12-05.pt"
@@ -85,6 +87,10 @@ class Inception:
         found = [self.network(part, return_features=True) for part in images.split(BATCH)]
         return Features(torch.cat(found).float().cpu().numpy(), "inception")
 
+    def frame_features(self, videos: np.ndarray) -> Features:
+        """uint8 [N, T, H, W, 3] -> one vector a frame."""
+        return self.features(videos.reshape(-1, *videos.shape[2:]))
+
 
 class SpritesDetector:
     """The sprites network as a detector: its distances are named fvd_sprites and fid_sprites, and compare with no
@@ -107,16 +113,51 @@ class SpritesDetector:
         return Features(torch.cat(found).float().numpy(), "sprites frame")
 
 
+@dataclass(frozen=True, eq=False)
+class Detectors:
+    """The networks, each or the text that says how to get it."""
+
+    sprites: SpritesDetector | str
+    i3d: I3d | str
+    inception: Inception | str
+
+    @classmethod
+    def load(cls, features: str | None, i3d_weights: str | None, inception_weights: str | None) -> Detectors:
+        """Raises FileNotFoundError for a path that is set and holds none."""
+        return cls(load_sprites_detector(features), load_i3d(i3d_weights), load_inception(inception_weights))
+
+    def distances(self, videos: np.ndarray, references: np.ndarray) -> dict[str, float | str]:
+        """fvd_sprites, fid_sprites, fvd and fid of two sets uint8 [N, T, H, W, 3], or why there is none."""
+        count, length = videos.shape[:2]
+        sprites, i3d, inception = self.sprites, self.i3d, self.inception
+        if count < 2:
+            sprites = i3d = inception = f"unavailable: {count} video; a Fréchet distance needs 2 or more"
+        elif length < MIN_I3D_FRAMES:
+            i3d = f"unavailable: videos of {length} frames; I3D needs {MIN_I3D_FRAMES} or more"
+
+        def distance(features: Callable[[np.ndarray], Features] | str) -> float | str:
+            if isinstance(features, str):
+                return features
+            return frechet_distance(features(videos), features(references))
+
+        return {
+            "fvd_sprites": distance(sprites if isinstance(sprites, str) else sprites.video_features),
+            "fid_sprites": distance(sprites if isinstance(sprites, str) else sprites.frame_features),
+            "fvd": distance(i3d if isinstance(i3d, str) else i3d.features),
+            "fid": distance(inception if isinstance(inception, str) else inception.frame_features),
+        }
+
+
 def load_i3d(path: str | None) -> I3d | str:
-    """The network, or how to get it."""
-    network = _load(path)
-    return I3D_HELP if network is None else I3d(network)
+    """The network, or how to get it. Raises FileNotFoundError where there is no such file."""
+    network = _load(path, I3D_HELP)
+    return network if isinstance(network, str) else I3d(network)
 
 
 def load_inception(path: str | None) -> Inception | str:
-    """The network, or how to get it."""
-    network = _load(path)
-    return INCEPTION_HELP if network is None else Inception(network)
+    """The network, or how to get it. Raises FileNotFoundError where there is no such file."""
+    network = _load(path, INCEPTION_HELP)
+    return network if isinstance(network, str) else Inception(network)
 
 
 def load_sprites_detector(folder: str | None) -> SpritesDetector | str:
@@ -124,9 +165,11 @@ def load_sprites_detector(folder: str | None) -> SpritesDetector | str:
     return SPRITES_HELP if folder is None else SpritesDetector(SpritesNetwork.from_folder(folder))
 
 
-def _load(path: str | None) -> torch.nn.Module | None:
-    if path is None or not Path(path).is_file():
-        return None
+def _load(path: str | None, remedy: str) -> torch.nn.Module | str:
+    if path is None:
+        return remedy
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file; {remedy.removeprefix('unavailable: ')}")
     try:
         return torch.jit.load(path, map_location="cpu").eval()
     except RuntimeError as error:

@@ -2,7 +2,8 @@
 
 The clip is the unit that is resampled: frames and points of one clip are not independent. Values that are nan
 (a clip in which nothing could be measured) are left out, and `count` says how many were used. Nor are several seeds
-on one clip independent: their mean (`mean_over_seeds`) is the clip's figure.
+on one clip independent: their mean (`mean_over_seeds`) is the clip's figure. Where each seed is a training, the
+trainings are drawn again too (`seeded_interval`).
 """
 
 from __future__ import annotations
@@ -50,6 +51,34 @@ def bootstrap_interval(values: Sequence[float], *, seed: int, level: float = 0.9
     picks = np.random.default_rng(seed).integers(0, finite.size, size=(resamples, finite.size))
     low, high = np.quantile(finite[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(finite.mean()), float(low), float(high), int(finite.size))
+
+
+def seeded_interval(
+    seeds: Sequence[Sequence[float]], *, seed: int, level: float = 0.95, resamples: int = 4000
+) -> Interval:
+    """Interval of a mean over trainings and clips: both are drawn again, so that what one training happened to learn
+    does not pass for what its recipe does. `count` is that of the clips.
+
+    Args:
+        seeds: for each training, at least one, the figures of the same clips in the same order; nan: not measured.
+
+    Returns:
+        Of one training, an interval without bounds: nothing tells how much another would differ.
+    """
+    means = mean_over_seeds(seeds)
+    measured = [n for n, value in enumerate(means) if math.isfinite(value)]
+    whole = bootstrap_interval(means, seed=seed, level=level, resamples=resamples)
+    if len(seeds) < 2 or len(measured) < 2:
+        return Interval(whole.mean, None, None, whole.count)
+    figures = np.array(seeds, dtype=np.float64)[:, measured]
+    found, rng, (trainings, clips) = np.isfinite(figures), np.random.default_rng(seed), figures.shape
+    means = []
+    for _ in range(resamples):
+        drawn = np.ix_(rng.integers(0, trainings, trainings), rng.integers(0, clips, clips))
+        if found[drawn].any():
+            means.append(figures[drawn][found[drawn]].mean())
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(whole.mean, float(low), float(high), whole.count)
 
 
 def mean_over_seeds(seeds: Sequence[Sequence[float]]) -> list[float]:

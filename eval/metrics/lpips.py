@@ -69,13 +69,16 @@ class Lpips(nn.Module):
 
 
 def load_lpips(folder: str | None) -> Lpips | str:
-    """The metric, or the text that says how to get it where a file is missing.
+    """The metric, or the text that says how to get it.
 
     Raises:
+        FileNotFoundError: the folder lacks one of the files.
         ValueError: a file is there but is not the checkpoint it should be.
     """
-    if folder is None or not all((Path(folder) / name).is_file() for name in (BACKBONE_FILE, HEADS_FILE)):
+    if folder is None:
         return HOW_TO_GET
+    if missing := [name for name in (BACKBONE_FILE, HEADS_FILE) if not (Path(folder) / name).is_file()]:
+        raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}; {HOW_TO_GET.split(': ', 1)[1]}")
     backbone = torch.load(Path(folder) / BACKBONE_FILE, map_location="cpu", weights_only=True)
     heads = torch.load(Path(folder) / HEADS_FILE, map_location="cpu", weights_only=True)
     metric = Lpips()

@@ -27,15 +27,16 @@ class RegistrationConfig:
     search_px: int = 10  # largest offset looked at, in either direction and axis
     search_deg: float = 30.0  # largest rotation looked at, in either direction
     step_deg: float = 5.0  # spacing of the rotations
-    frame_stride: int = 4  # every k-th frame is judged; frame 0 never is
+    first_frame: int = 1  # the first frame that is judged
+    frame_stride: int = 4  # every k-th frame from there on is judged
     min_mask_px: int = 40  # visible pixels a sprite needs in a frame to be judged
     min_correlation: float = 0.5  # a lower peak counts as lost
 
     def __post_init__(self) -> None:
-        if self.search_px < 1 or self.frame_stride < 1 or self.step_deg <= 0:
+        if min(self.search_px, self.first_frame, self.frame_stride) < 1 or self.step_deg <= 0:
             raise ValueError(
-                f"search_px={self.search_px}, frame_stride={self.frame_stride} and "
-                f"step_deg={self.step_deg} must be positive"
+                f"search_px={self.search_px}, first_frame={self.first_frame}, frame_stride={self.frame_stride} and "
+                f"step_deg={self.step_deg} must be positive (frame 0 is given)"
             )
 
 
@@ -68,7 +69,7 @@ def register_sprites(
         )
     pairs = [
         (k, t)
-        for t in range(1, len(frames), config.frame_stride)
+        for t in range(config.first_frame, len(frames), config.frame_stride)
         for k in range(len(masks))
         if masks[k, t].sum() >= config.min_mask_px
     ]

@@ -26,7 +26,7 @@ from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, Pose, check_drag
 from stream.dragstream.editor import DragEditor
 from stream.dragstream.features import FeatureReader
-from stream.dragstream.objectives import FramePoses, variants_of
+from stream.dragstream.objectives import FramePoses, StartPoses, variants_of
 
 DRAG_SIGMA = 0.9375  # of the student's second step in the paper
 
@@ -38,11 +38,12 @@ class ClipDragEditor(DragEditor):
         super().__init__(*args, **settings)
         self.frame = frame
 
-    def _poses(self, chunk: int, frames: int) -> tuple[list[Pose], FramePoses]:
+    def _poses(self, chunk: int, frames: int) -> tuple[StartPoses, FramePoses]:
         handles = self.drag.handles
         poses = [[handle.poses[n] for handle in handles] for n in range(self.drag.num_frames)]
         rest = frames - self.frame - 1 - len(poses)
-        return [Pose()] * len(handles), [*[None] * (self.frame + 1), *poses, *[poses[-1]] * rest]
+        start: StartPoses = [None if handle.returns else Pose() for handle in handles]
+        return start, [*[None] * (self.frame + 1), *poses, *[poses[-1]] * rest]
 
 
 def drag_clip(

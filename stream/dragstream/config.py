@@ -73,6 +73,8 @@ class DragConfig:
                 raise ValueError(f"drag.{name}={vars(self)[name]} must be >= 0")
         if (self.segment_ratio is not None and self.segment_ratio <= 0) or self.segment_degrees <= 0:
             raise ValueError(f"segment_ratio={self.segment_ratio}, segment_degrees={self.segment_degrees} must be > 0")
+        if self.adsr == "neighbours" and not self.adsr_frames:
+            raise ValueError("drag.adsr_frames=0 gives adsr=neighbours nothing to match; set it, or adsr=own or off")
         if not self.cutoffs or any(cutoff is not None and cutoff <= 0 for cutoff in self.cutoffs):
             raise ValueError(f"drag.cutoffs={list(self.cutoffs)} must be positive, or null for no filter")
         if self.cutoff_range is not None and not (

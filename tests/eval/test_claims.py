@@ -62,12 +62,15 @@ class Recorder(Observations):
 
     def __init__(self) -> None:
         self.asked: set[str] = set()
-        self.stored = {}
+        self.runs = RUNS
         self.context = EvalContext(None, None, None, 0, Path())  # type: ignore[arg-type]
 
     def values(self, name, key, seeds=None):
         self.asked.add(name)
         return [1.0, 2.0, 3.0]
+
+    def common_seeds(self, names):
+        return [] if set(names) <= set(RUNS) else ["0", "1"]
 
     def figure(self, name, key):
         self.asked.add(name)
@@ -166,6 +169,14 @@ def test_a_run_is_made_again_with_another_seed_decoder_device_or_content_of_the_
     assert runs_made(context) == 6  # the latency of a student reads no teacher
 
 
+def test_figures_of_another_commit_are_kept_and_said_to_be(context, made, tmp_path, monkeypatch, caplog):
+    for commit, warned in (("aaa", False), ("aaa", False), ("bbb", True)):
+        monkeypatch.setattr("eval.results.git_commit", lambda commit=commit: commit)
+        observations(tmp_path, context).values("student", "student.epe_px")
+        assert ("student.json: figures of commit aaa are kept" in caplog.text) == warned
+    assert len(made) == 1
+
+
 def test_a_stored_run_that_does_not_say_what_it_was_made_with_is_made_again(context, made, tmp_path):
     observations(tmp_path, context).values("student", "student.epe_px")
     path = tmp_path / "runs" / "student.json"
@@ -186,36 +197,39 @@ def ablations(path: Path, key: str, **names: dict[str, list]) -> str:
     return str(path)
 
 
-def test_seeds_are_averaged_clip_by_clip_over_those_that_the_compared_ablations_have(tmp_path):
+def test_ablations_are_compared_over_the_seeds_that_all_of_them_have(tmp_path):
     key, mine = "teacher.epe_px", {"0": [1.0, None, None], "1": [3.0, 4.0, None], "2": [8.0, 4.0, None]}
     path = ablations(tmp_path / "a.json", key, mine=mine, theirs={"0": [5.0] * 3, "1": [7.0] * 3},
                      first={"0": [2.0] * 3}, third={"3": [2.0] * 3})  # fmt: skip
     seen = observations(tmp_path, ablations=path)
     assert seen.values("mine", key)[:2] == [4.0, 4.0] and math.isnan(seen.values("mine", key)[2])
-    assert seen.pairs("mine", "theirs", key)[:2] == [(2.0, 6.0), (4.0, 6.0)]
-    assert seen.pairs("theirs", "first", key) == [(5.0, 2.0)] * 3
-    assert seen.less("", "mine", "theirs", key).interval.count == 2  # clips, not clips times seeds
+    effect = seen.less("", "mine", "theirs", key)  # 4 px of the first clip in both seeds, 3 px of the second in one
+    assert effect.num_trainings == 2 and effect.interval.count == 2  # clips, not clips times seeds
+    assert effect.interval.mean == 3.5 and effect.bounds[0] >= 3.0
     row = replace(ROWS[0], effects=lambda seen: [seen.less("", "theirs", "third", key)])
     assert row.find(seen).why_absent.endswith(
         "theirs has 0, 1; third has 3; make them with `python -m train.ablations --seeds 0 1 3`"
     )
 
 
-def test_more_seeds_of_the_same_clips_are_not_more_clips(tmp_path):
-    key, clips = "teacher.epe_px", [0.0, 1.0, 2.0, 5.0]
-    once, thrice = ({str(seed): clips for seed in range(count)} for count in (1, 3))
-    zero = {str(seed): [0.0] * 4 for seed in range(3)}
-    path = ablations(tmp_path / "a.json", key, once=once, thrice=thrice, zero=zero)
+def test_one_training_decides_nothing_and_trainings_that_disagree_do_not_either(tmp_path):
+    key, clips = "teacher.epe_px", [4.0] * 50
+    path = ablations(tmp_path / "a.json", key, zero={"0": [0.0] * 50, "1": [0.0] * 50}, one={"0": clips},
+                     agree={"0": clips, "1": clips}, disagree={"0": clips, "1": [-1.0] * 50})  # fmt: skip
     seen = observations(tmp_path, ablations=path)
-    assert seen.more("", "thrice", "zero", key) == seen.more("", "once", "zero", key)
+    row = replace(ROWS[0], effects=lambda seen: [seen.more("", "one", "zero", key)])
+    alone = row.find(seen)
+    assert alone.verdict == "within noise" and "(one training each)" in alone.to_json()["ours"]
+    assert alone.to_json()["interval"] == [[None, None]]
+    verdicts = [replace(row, effects=lambda seen, name=name: [seen.more("", name, "zero", key)]).find(seen).verdict
+                for name in ("agree", "disagree")]  # fmt: skip
+    assert verdicts == ["holds", "within noise"]
 
 
-def test_timings_of_all_common_seeds_stand_in_turn(tmp_path):
+def test_timings_of_all_seeds_stand_in_turn(tmp_path):
     key = "student.seconds_per_frame"
-    path = ablations(tmp_path / "a.json", key, fast={"0": [1.0, 2.0], "1": [3.0]}, slow={"0": [4.0], "2": [5.0]})
-    seen = observations(tmp_path, ablations=path)
-    assert seen.values("fast", key) == [1.0, 2.0, 3.0]
-    assert seen.together(("fast", "slow"), key) == [[1.0, 2.0], [4.0]]
+    path = ablations(tmp_path / "a.json", key, fast={"0": [1.0, 2.0], "1": [3.0]})
+    assert observations(tmp_path, ablations=path).values("fast", key) == [1.0, 2.0, 3.0]
 
 
 def test_absent_ablations_are_said(tmp_path):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eval.metrics.interval import bootstrap_interval, mean_over_seeds, paired_difference
+from eval.metrics.interval import bootstrap_interval, mean_over_seeds, paired_difference, seeded_interval
 
 
 def test_covers_the_true_mean_about_as_often_as_promised() -> None:
@@ -48,3 +48,15 @@ def test_a_clip_is_its_mean_over_the_seeds_that_measured_it() -> None:
     np.testing.assert_equal(means, [2.0, 5.0, nan, 2.0])
     with pytest.raises(ValueError, match=r"the same clips in each; got \[1, 2\] values"):
         mean_over_seeds([[1.0], [1.0, 2.0]])
+
+
+def test_trainings_that_differ_widen_the_interval_and_one_has_none() -> None:
+    clips = np.random.default_rng(0).normal(size=40)
+    same, apart = (seeded_interval([clips, clips + gap], seed=0) for gap in (0.0, 4.0))
+    over_clips = bootstrap_interval(clips.tolist(), seed=0)
+    assert same.high - same.low == pytest.approx(over_clips.high - over_clips.low, rel=0.1)
+    assert apart.low < clips.mean() + 0.1 and apart.high > clips.mean() + 3.9 and apart.count == 40
+    one = seeded_interval([clips], seed=0)
+    assert one.mean == pytest.approx(clips.mean()) and (one.low, one.high) == (None, None)
+    unmeasured = seeded_interval([[1.0, np.nan, np.nan], [3.0, 2.0, np.nan]], seed=0)
+    assert unmeasured.count == 2 and unmeasured.mean == 2.0 and 1.0 <= unmeasured.low <= unmeasured.high <= 3.0
