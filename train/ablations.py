@@ -108,8 +108,10 @@ SHORT = ("model.clip.num_frames=9",)  # as long as these teachers' clips
 RELEASED = ("bench.release_frame=17", "bench.registration.first_frame=17")
 LONG = ("bench.num_clips=24", "bench.requery_frames=32", "bench.num_floor_clips=1")  # of 241 frames, as the paper's
 LONGER = (*LONG, "bench.num_frames=481")  # fifteen times as long as a clip
+VERY_LONG = ("bench.num_clips=12", "bench.requery_frames=32", "bench.num_floor_clips=1", "bench.num_frames=1001")
 TIMED = ("bench.num_chunks=60",)
 WINDOW_2, WINDOW_3 = "model.rollout.window_chunks=2", "model.rollout.window_chunks=3"
+NO_SINK = "model.rollout.sink_chunks=0"
 JUDGED = [
     Judged("base_student", "base_student"),
     Judged("base_latency", "base_student", TIMED, "latency"),
@@ -130,6 +132,9 @@ JUDGED = [
     Judged("random_context", "random_context"),
     Judged("base_long_window_2", "base_student", (*LONG, WINDOW_2), "long_video"),
     Judged("random_context_long", "random_context", LONG, "long_video"),
+    Judged("random_context_long_no_sink", "random_context", (*LONG, NO_SINK), "long_video"),
+    Judged("random_context_very_long", "random_context", VERY_LONG, "long_video"),
+    Judged("random_context_very_long_no_sink", "random_context", (*VERY_LONG, NO_SINK), "long_video"),
     Judged("random_context_long_window_2", "random_context", (*LONG, WINDOW_2), "long_video"),
     Judged("random_context_long_window_3", "random_context", (*LONG, WINDOW_3), "long_video"),
 ]

@@ -28,7 +28,6 @@ from data.sprites import SpritesConfig
 from data.trackers import TrackerConfig
 from eval.benchmarks.context import EvalContext, Outcome, content_of
 from eval.benchmarks.latency import Latency, LatencyConfig
-from eval.benchmarks.long_video import LongVideo, LongVideoConfig
 from eval.benchmarks.motion_transfer import MotionTransfer, MotionTransferConfig, load_clips
 from eval.clips import stack_tracks
 from eval.metrics.interval import Interval, bootstrap_interval, mean_over_seeds, seeded_interval
@@ -42,7 +41,6 @@ from models.motion.track_head import TrackHead
 HOLDS, FAILS, NOISE, ABSENT = "holds", "does not hold", "within noise", "not measured"
 BENCHMARKS = {
     "motion_transfer": (MotionTransfer, MotionTransferConfig),
-    "long_video": (LongVideo, LongVideoConfig),
     "latency": (Latency, LatencyConfig),
 }
 TIMED_REPEATS = 20  # of a thing that is timed
@@ -57,7 +55,6 @@ class ClaimsConfig:
     num_clips: int = 64  # of a motion transfer
     batch_size: int = 16
     num_inference_steps: int = 25  # of the teacher
-    num_long_clips: int = 32  # of a stream of 241 frames
     num_chunks: int = 80  # of a timed stream
     num_workers: int = 0  # processes that judge
     features: str | None = None  # folder of the sprites feature network: text accuracy; null: unavailable
@@ -258,9 +255,6 @@ class Observations:
         world = {"world": cfg.world, "tracker": cfg.tracker}
         if bench == "latency":
             return {"num_chunks": cfg.num_chunks}
-        if bench == "long_video":
-            judging = {"num_floor_clips": 1, "num_workers": cfg.num_workers}
-            return {**world, **judging, "num_clips": cfg.num_long_clips}
         return {
             **world, "num_clips": cfg.num_clips, "batch_size": cfg.batch_size, "num_floor_clips": 1,
             "num_inference_steps": cfg.num_inference_steps, "num_workers": cfg.num_workers,
