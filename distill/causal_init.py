@@ -20,6 +20,7 @@ self-made context. Needs no data but the pairs of stage=ode_pairs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Batch
+from data.encode import fingerprint
 from data.loader import ResumableSampler
 from distill.health import has_seams, seam_score
 from distill.pair_store import PairStore, stack_condition, stack_states
-from distill.roles import STUDENT, copy_of_teacher, require_weights, trainable
+from distill.roles import STUDENT, contexts_of, copy_of_teacher, require_weights, trainable
 from distill.validation import compare_latents, generate_clips
 from models.assemble import ModelConfig
 from models.condition import Condition
@@ -42,6 +44,7 @@ from models.wan.checkpoint import load_dit, save_dit
 from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
 
 TINY = 1e-8
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,16 +74,20 @@ class CausalInit:
 
     def check(self, model_cfg: ModelConfig) -> None:
         """Refuses what cannot train: no teacher, no pairs, or pairs of another clip or step list."""
-        require_weights(model_cfg, self.cfg.init_from)
+        require_weights(model_cfg, self.cfg.init_from, needs_teacher=not self.cfg.init_from)
+        contexts_of(model_cfg.rollout, self.cfg.sink_chunks, self.cfg.window_chunks)
         if not self.cfg.pairs:
             raise ValueError("stage.pairs is empty; set it to the folder that stage=ode_pairs wrote")
         store = PairStore.open(self.cfg.pairs)
-        wanted = model_cfg.rollout.sigmas
-        if list(store.recipe["sigmas"]) != wanted:  # type: ignore[call-overload]
-            raise ValueError(
-                f"stage.pairs={self.cfg.pairs} has sigmas={store.recipe['sigmas']}, but model.rollout has "
-                f"{wanted}; make pairs with this model"
-            )
+        for name, wanted in (("sigmas", model_cfg.rollout.sigmas), ("latent_shape", list(model_cfg.latent_shape))):
+            if (found := store.recipe[name]) != wanted:
+                raise ValueError(
+                    f"stage.pairs={self.cfg.pairs} has {name}={found}, this model has {wanted}; make pairs with it"
+                )
+        if store.recipe["guidance"] != dict(model_cfg.guidance):
+            log.warning("%s: pairs of guidance %s, not model.guidance", self.cfg.pairs, store.recipe["guidance"])
+        if model_cfg.teacher and store.recipe["teacher"] != fingerprint(model_cfg.teacher):
+            log.warning("%s: pairs of another teacher than model.teacher=%s", self.cfg.pairs, model_cfg.teacher)
         model_cfg.rollout.validate_clip(model_cfg.clip.num_latents)
 
     def setup(self, context: SetupContext) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from distill.causal_init import draw_mask, noisy_mean
-from distill.roles import STUDENT
+from distill.roles import STUDENT, contexts_of
 from models.assemble import ModelConfig
 from models.diffusion.prediction import add_noise, velocity_target
 from models.diffusion.schedule import NUM_TRAIN_TIMESTEPS, bell_weight
@@ -59,6 +59,7 @@ class CausalTeacher(Teacher):
     def check(self, model_cfg: ModelConfig) -> None:
         """Refuses what the teacher refuses, a part of a chunk, and settings that would have no effect."""
         super().check(model_cfg)
+        contexts_of(model_cfg.rollout, self.cfg.sink_chunks, self.cfg.window_chunks)
         self.require_whole_chunks(model_cfg, "stage=causal_teacher")
         for name in ("loss_buckets", "validation_steps"):
             value, default = vars(self.cfg)[name], vars(CausalTeacherConfig())[name]

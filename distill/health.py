@@ -66,9 +66,14 @@ def check_health(metrics: Mapping[str, float], thresholds: HealthThresholds) -> 
 
 
 def smooth(past: dict[str, float], metrics: Mapping[str, float], weight: float) -> dict[str, float]:
-    """Exponential running mean per measure; a measure seen for the first time starts at its value."""
+    """Exponential running mean per measure; a measure seen for the first time starts at its value.
+
+    Values that are not finite are left out: the trainer skips their updates, and stops where they go on.
+    """
     merged = {
-        name: weight * past[name] + (1 - weight) * value if name in past else value for name, value in metrics.items()
+        name: weight * past[name] + (1 - weight) * value if name in past else value
+        for name, value in metrics.items()
+        if math.isfinite(value)
     }
     return past | merged
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import Batch
-from data.encode import fingerprint
+from data.encode import fingerprint, fingerprints
 from distill.conditions import check_track_limits, condition_fields, draw_condition, select_samples
 from distill.pair_store import OdePair, PairStore
 from distill.roles import load_frozen_teacher, require_weights
@@ -135,10 +135,11 @@ class OdePairs:
             self.store.write(number, pair_of(row, states, condition, tracks))
 
     def _recipe(self) -> dict[str, Any]:
-        """Everything that the pairs depend on."""
+        """What the pairs depend on, but for the data set."""
         rollout = self.model_cfg.rollout
         return {
             "num_pairs": self.cfg.steps * self.cfg.global_batch,
+            "global_batch": self.cfg.global_batch,  # a step's pairs are numbered by it
             "sigmas": rollout.sigmas,
             "step_indices": list(rollout.step_indices),
             "num_inference_steps": rollout.num_inference_steps,
@@ -148,6 +149,9 @@ class OdePairs:
             "tracks": [self.cfg.tracks_min, self.cfg.tracks_max],
             "seed": self.noise.seed,
             "teacher": fingerprint(self.model_cfg.teacher),
+            "dtype": self.model_cfg.dtype,
+            "null_caption": self.model_cfg.text.null_caption,
+            "encoders": fingerprints(self.model_cfg),
         }
 
 

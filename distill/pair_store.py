@@ -81,7 +81,10 @@ class PairStore:
         missing = store.missing()
         if missing:
             have = f"{store.num_pairs - len(missing)} of num_pairs={store.num_pairs}"
-            raise ValueError(f"stage.pairs={folder} has {have}; run stage=ode_pairs again, it goes on")
+            raise ValueError(
+                f"stage.pairs={folder} has {have}; run that stage=ode_pairs again, it goes on (if it had been "
+                "finished, delete its checkpoints/ first: pairs that exist are kept)"
+            )
         return store
 
     @property

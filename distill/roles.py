@@ -10,11 +10,14 @@ Left out: training them.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from models.assemble import ModelConfig, load_role
+from models.rollout import RolloutConfig
 from models.wan.checkpoint import load_dit
 from models.wan.dit import WanDiT
 
@@ -25,16 +28,30 @@ TEACHER = "teacher"
 CRITIC = "critic"
 
 
-def require_weights(model_cfg: ModelConfig, init_from: str | None = None) -> None:
+def require_weights(model_cfg: ModelConfig, init_from: str | None = None, needs_teacher: bool = True) -> None:
     """Refuses, before anything is built, a teacher or ``init_from`` that is not there."""
-    if not model_cfg.teacher:
+    if needs_teacher and not model_cfg.teacher:
         raise ValueError("model.teacher is not set; set it to the folder that stage=teacher exported")
-    if not Path(model_cfg.teacher).exists():
+    if needs_teacher and not Path(str(model_cfg.teacher)).exists():
         raise FileNotFoundError(f"model.teacher={model_cfg.teacher} does not exist; run stage=teacher first")
     if init_from and not Path(init_from).exists():
         raise FileNotFoundError(
             f"stage.init_from={init_from} does not exist; pass the folder of a student, as stage=causal_init exports"
         )
+
+
+def contexts_of(
+    rollout: RolloutConfig, sink_chunks: Sequence[int], window_chunks: Sequence[int | None]
+) -> list[RolloutConfig]:
+    """The rollout with each pair of a stage's sinks and windows. Raises ValueError where one of them cannot be."""
+    try:
+        return [
+            replace(rollout, sink_chunks=sink, window_chunks=window) for sink in sink_chunks for window in window_chunks
+        ]
+    except ValueError as error:
+        raise ValueError(
+            f"stage.sink_chunks={list(sink_chunks)}, stage.window_chunks={list(window_chunks)}: {error}"
+        ) from error
 
 
 def load_frozen_teacher(model_cfg: ModelConfig, device: torch.device) -> WanDiT:

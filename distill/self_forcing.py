@@ -40,6 +40,7 @@ from distill.health import HealthThresholds, LatentReference, check_health, has_
 from distill.roles import (
     CRITIC,
     STUDENT,
+    contexts_of,
     copy_of_teacher,
     load_frozen_teacher,
     load_student,
@@ -129,8 +130,7 @@ class SelfForcing:
     def check(self, model_cfg: ModelConfig) -> None:
         """Refuses absent weights and a clip that is no whole number of chunks, before anything is built."""
         require_weights(model_cfg, self.cfg.init_from)
-        for sink, window in self._contexts(model_cfg.rollout):
-            cfg = replace(model_cfg.rollout, sink_chunks=sink, window_chunks=window)
+        for cfg in self._contexts(model_cfg.rollout):
             cfg.validate_clip(model_cfg.clip.num_latents)
 
     def setup(self, context: SetupContext) -> None:
@@ -183,7 +183,7 @@ class SelfForcing:
         """The student generates the clip as when streaming, each chunk stopped at this step's exit."""
         condition, _ = draw_condition(self.encoder, batch, self.noise, batch.sample_ids, context.step, self.limits)
         key = (context.update, context.step)
-        cfg = draw_rollout(self.noise, self.model_cfg.rollout, self._contexts(self.model_cfg.rollout), *key)
+        cfg = draw_rollout(self.noise, self._contexts(self.model_cfg.rollout), *key)
         channels, _, height, width = self.model_cfg.latent_shape
         graded = context.update == STUDENT
         policy = GradientPolicy.EXIT_STEP if graded and not self.cfg.two_pass else GradientPolicy.NONE
@@ -249,11 +249,10 @@ class SelfForcing:
         noise = self.noise.normal(x0.shape[1:], clip.sample_ids, *key, device=self.device)
         return add_noise(x0, noise, sigma), noise, sigma
 
-    def _contexts(self, base: RolloutConfig) -> list[tuple[int, int | None]]:
-        """Pairs (sink_chunks, window_chunks) that training draws from."""
-        sinks = self.cfg.sink_chunks or [base.sink_chunks]
-        windows = self.cfg.window_chunks or [base.window_chunks]
-        return [(sink, window) for sink in sinks for window in windows]
+    def _contexts(self, base: RolloutConfig) -> list[RolloutConfig]:
+        """The rollout with each context that training draws from."""
+        sinks, windows = self.cfg.sink_chunks, self.cfg.window_chunks
+        return contexts_of(base, sinks or [base.sink_chunks], windows or [base.window_chunks])
 
     # ------------------------------------------------------------------------------------------ health
     def _student_metrics(self, clip: Clip, gradient: DmdGradient, context: StepContext) -> dict[str, float | Tensor]:
@@ -305,12 +304,9 @@ class SelfForcing:
         save_dit(student, folder / STUDENT, stage="self_forcing", guidance=self.guidance.describe())
 
 
-def draw_rollout(
-    noise: KeyedNoise, base: RolloutConfig, choices: list[tuple[int, int | None]], *key: KeyPart
-) -> RolloutConfig:
-    """The rollout with one of the (sink, window) choices; the key makes it the same on all ranks."""
-    sink, window = choices[noise.integers(len(choices), *key, "context")]
-    return replace(base, sink_chunks=sink, window_chunks=window)
+def draw_rollout(noise: KeyedNoise, choices: Sequence[RolloutConfig], *key: KeyPart) -> RolloutConfig:
+    """One of the rollouts; the key makes it the same on all ranks."""
+    return choices[noise.integers(len(choices), *key, "context")]
 
 
 def draw_score_sigma(

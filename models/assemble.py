@@ -232,7 +232,8 @@ def load_role(cfg: ModelConfig, role: str) -> WanDiT:
     """The trained "teacher" or "student": a folder that a stage exported, or a published checkpoint of any
     format.
 
-    Raises ValueError where the path is unset, FileNotFoundError where nothing is there.
+    Raises ValueError where the path is unset or the checkpoint has no track head that this model has,
+    FileNotFoundError where nothing is there.
     """
     if role not in ROLE_STAGES:
         raise ValueError(f"role={role!r} must be {' or '.join(ROLE_STAGES)}")
@@ -246,7 +247,11 @@ def load_role(cfg: ModelConfig, role: str) -> WanDiT:
         return load_dit(path, expected=cfg.dit)
     log.info("%s: published checkpoint %s", role, path)
     dit = build_dit(cfg, seed=0)
-    load_pretrained(dit, path)
+    if load_pretrained(dit, path):
+        raise ValueError(
+            f"model.{role}={path} has no track head, model.dit has one (track_channels={cfg.dit.track_channels}): it "
+            f"would not follow tracks; train one with `python -m train stage=teacher stage.init_from={path}`"
+        )
     return dit
 
 

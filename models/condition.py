@@ -40,6 +40,7 @@ class Condition:
     image_latents: Tensor | None = None  # [B, C, 1, h, w] normalised; None for later chunks and text-to-video
     clip_embeds: Tensor | None = None  # [B, 257, 1280]
     track_map_is_latent: bool = False  # True: track_map is [B, C, F, h, w], VAE latents of drawn tracks
+    num_given_latents: int = 1  # leading frames of image_latents that show the image; the others pad it
 
     def __post_init__(self) -> None:
         for name in ("track_map", "image_latents", "clip_embeds"):
@@ -97,7 +98,10 @@ class Condition:
         image = None if self.image_latents is None else self.image_latents[:, :, first : first + count]
         if image is not None and image.shape[2] == 0:
             image = None
-        return replace(self, track_map=self._chunk_of_tracks(first, count), image_latents=image)
+        given = max(0, self.num_given_latents - first)
+        return replace(
+            self, track_map=self._chunk_of_tracks(first, count), image_latents=image, num_given_latents=given
+        )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
         moved: dict[str, Any] = {
@@ -190,8 +194,9 @@ def build_condition(
 
     prompt_embeds [B, text_len, text_dim]; tracks at latent_size * cell_px pixels; image_latents [B, C, 1,
     h, w]; clip_embeds [B, 257, 1280]; track_latents [B, C, F, h, w], the VAE latents of drawn tracks,
-    replace ``tracks`` where dit.track_encoding is "rgb". ``rng`` decides at random which of two tracks in
-    one cell is seen (training). Raises ValueError where something the architecture needs is absent.
+    replace ``tracks`` where dit.track_encoding is "rgb"; where no track is seen they are the null. ``rng``
+    decides at random which of two tracks in one cell is seen (training). Raises ValueError where something the
+    architecture needs is absent.
     """
     if dit.clip_dim is not None and clip_embeds is None:
         raise ValueError(f"clip_embeds=None, but dit.clip_dim={dit.clip_dim}; encode the first frame with CLIP")
@@ -201,7 +206,7 @@ def build_condition(
     elif is_latent:
         if track_latents is None:
             raise ValueError("track_latents=None, but dit.track_encoding is rgb; pass vae.encode(draw_tracks(tracks))")
-        track_map = track_latents
+        track_map = track_latents if tracks is None else track_latents * _latents_with_tracks(tracks, track_latents)
     else:
         if tracks is None:
             raise ValueError(
@@ -225,3 +230,11 @@ def build_condition(
         clip_embeds=None if dit.clip_dim is None else clip_embeds,
         track_map_is_latent=is_latent,
     )
+
+
+def _latents_with_tracks(tracks: Tracks, latents: Tensor) -> Tensor:
+    """1 where any track is seen in the pixel frames of a latent frame, else 0: [B, 1, F, 1, 1], as `latents`."""
+    seen = tracks.visibility.any(dim=2).to(latents)
+    missing = FRAMES_PER_LATENT * latents.shape[2] - seen.shape[1]  # the video's first frame stands for four
+    seen = torch.cat([seen[:, :1].expand(-1, missing), seen], dim=1)
+    return seen.unflatten(1, (-1, FRAMES_PER_LATENT)).amax(dim=2)[:, None, :, None, None]

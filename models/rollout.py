@@ -19,7 +19,7 @@ Left out: losses, pixels, and which tracks or prompt come next; the caller hands
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -158,7 +158,6 @@ class RolloutSnapshot:
     """State of a rollout at a chunk boundary."""
 
     cache: KVCache | RingSnapshot
-    prompt_embeds: Tensor | None
     is_open: bool
 
 
@@ -197,7 +196,6 @@ class Rollout:
             if cache == "immutable"
             else StaticKVCache.empty(cfg.cache_spec, num_layers, max_chunks, history_chunks)
         )
-        self._prompt_embeds: Tensor | None = None
         self._is_open = True
         self._text: tuple[Tensor, Tensor | None, TextContext] | None = None
         self._modulations: dict[float, Modulation] = {}
@@ -206,10 +204,6 @@ class Rollout:
     def chunk_index(self) -> int:
         """Index of the chunk that comes next."""
         return self.cache.chunk_index
-
-    def set_text(self, prompt_embeds: Tensor) -> None:
-        """Another prompt [B, text_len, text_dim], from the next chunk on, whatever the conditions say."""
-        self._prompt_embeds = prompt_embeds
 
     def next_chunk(
         self,
@@ -228,12 +222,10 @@ class Rollout:
         ``exit_step`` stops at that step, 0 .. num_steps - 1, and takes its x0 (training); None runs all
         steps. ``update_cache=False`` saves the cache pass of a last chunk: none can follow. ``start``
         leaves out the steps before it. ``edit`` may change the input of each pass, ``edit_x0`` what each
-        predicts; returning it as it is leaves the chunk the same bit for bit. Raises ValueError for a step outside the list, and for gradients or records with
-        a static cache.
+        predicts; returning it as it is leaves the chunk the same bit for bit. Raises ValueError for a step
+        outside the list, and for gradients or records with a static cache.
         """
         last = self._check_request(condition, exit_step, gradient, record)
-        if self._prompt_embeds is not None:
-            condition = replace(condition, prompt_embeds=self._prompt_embeds)
         before, index = self.cache, self.chunk_index
         with torch.no_grad():
             context = self.cache.context(self.grid)
@@ -262,7 +254,7 @@ class Rollout:
 
     def snapshot(self) -> RolloutSnapshot:
         """State at this chunk boundary, to come back to with ``restore``."""
-        return RolloutSnapshot(self.cache.snapshot(), self._prompt_embeds, self._is_open)
+        return RolloutSnapshot(self.cache.snapshot(), self._is_open)
 
     def restore(self, snapshot: RolloutSnapshot) -> None:
         """Back to a boundary: from here the same conditions give the same chunks bit for bit."""
@@ -272,7 +264,7 @@ class Rollout:
             self.cache = self.cache.restore(snapshot.cache)
         else:
             raise ValueError("the snapshot is of the other kind of cache; restore it where it was taken")
-        self._prompt_embeds, self._is_open = snapshot.prompt_embeds, snapshot.is_open
+        self._is_open = snapshot.is_open
 
     @property
     def earliest_boundary(self) -> int:

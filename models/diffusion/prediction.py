@@ -42,14 +42,3 @@ def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
 
 def velocity_to_x0(noisy_latents: Tensor, velocity: Tensor, sigma: Sigma) -> Tensor:
     return noisy_latents.float() - expand_sigma(sigma, noisy_latents) * velocity.float()
-
-
-def velocity_to_noise(noisy_latents: Tensor, velocity: Tensor, sigma: Sigma) -> Tensor:
-    return noisy_latents.float() + (1 - expand_sigma(sigma, noisy_latents)) * velocity.float()
-
-
-def x0_to_velocity(noisy_latents: Tensor, x0: Tensor, sigma: Sigma) -> Tensor:
-    """Velocity that leads to x0; 0 where sigma = 0, because a clean frame is already there."""
-    level = expand_sigma(sigma, noisy_latents)
-    velocity = (noisy_latents.float() - x0.float()) / level.clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.where(level > 0, velocity, 0.0)

@@ -11,7 +11,6 @@ there; this is the one of the Self-Forcing code base, that MotionStream builds o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypeVar
 
@@ -27,11 +26,6 @@ def shift_sigma(r: Number, shift: float) -> Number:
     return shift * r / (1 + (shift - 1) * r)
 
 
-def unshift_sigma(sigma: Number, shift: float) -> Number:
-    """Inverse of ``shift_sigma``."""
-    return sigma / (shift - (shift - 1) * sigma)
-
-
 def flow_grid(num_steps: int, shift: float) -> Tensor:
     """Noise levels of a solver -> [num_steps] float64, descending from exactly 1; the last step ends at 0."""
     if num_steps < 1:
@@ -45,14 +39,6 @@ def flow_grid(num_steps: int, shift: float) -> Tensor:
 def training_sigmas(shift: float) -> Tensor:
     """The 1000 noise levels of training -> [1000] float64, descending; training draws the index uniformly."""
     return flow_grid(NUM_TRAIN_TIMESTEPS, shift)
-
-
-def warp_timesteps(steps: Sequence[float], shift: float) -> list[float]:
-    """Even timesteps 0..1000 -> shifted ones, e.g. [750, 500, 250] at shift 6 -> [947.37, 857.14, 666.67]."""
-    for step in steps:
-        if not 0 <= step <= NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"step={step} must be in 0..{NUM_TRAIN_TIMESTEPS}")
-    return [NUM_TRAIN_TIMESTEPS * shift_sigma(step / NUM_TRAIN_TIMESTEPS, shift) for step in steps]
 
 
 def bell_weight(sigma: Tensor, shift: float) -> Tensor:

@@ -109,6 +109,7 @@ class Tracks:
     def beside(self, *others: Tracks) -> Tracks:
         """These tracks and others of the same clips and frames, as columns of one; these come first."""
         parts = (self, *others)
+        _require_equal(parts, "beside", ("batch_size", "num_frames", "height", "width"))
         points, visibility = torch.cat([p.points for p in parts], 2), torch.cat([p.visibility for p in parts], 2)
         return replace(self, points=points, visibility=visibility, ids=torch.cat([part.ids for part in parts], 1))
 
@@ -122,17 +123,6 @@ class Tracks:
             points=self.points.to(device),
             visibility=self.visibility.to(device),
             ids=self.ids.to(device),
-        )
-
-    @staticmethod
-    def cat(items: Sequence[Tracks]) -> Tracks:
-        """Joins the tracks of the same clips, along N."""
-        _require_equal(items, "cat", ("batch_size", "num_frames", "height", "width"))
-        return replace(
-            items[0],
-            points=torch.cat([item.points for item in items], 2),
-            visibility=torch.cat([item.visibility for item in items], 2),
-            ids=torch.cat([item.ids for item in items], 1),
         )
 
     @staticmethod

@@ -75,10 +75,6 @@ class StreamingDecoder(_Stream):
         super().__init__()
         self._model = model
 
-    @property
-    def latents_pushed(self) -> int:
-        return self._now.pushed
-
     @torch.no_grad()
     def push(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, C, n, h, w] -> pixels [B, 3, 1 + 4(n-1) on the first push, else 4n, H, W] in
@@ -98,10 +94,6 @@ class StreamingEncoder(_Stream):
     def __init__(self, model: ChunkEncoder) -> None:
         super().__init__()
         self._model = model
-
-    @property
-    def frames_pushed(self) -> int:
-        return self._now.pushed
 
     @torch.no_grad()
     def push(self, pixels: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
         # One timestep for all tokens (streaming): the modulation is the norm's own affine, one kernel less. Only
         # the CPU's kernel takes a float32 affine for bfloat16 tokens.
         return F.layer_norm(x, width, scale.reshape(width), shift.reshape(width), eps)
-    return torch.addcmul(shift.unsqueeze(2), F.layer_norm(x, width, None, None, eps), scale.unsqueeze(2))
+    return torch.addcmul(shift.unsqueeze(2), F.layer_norm(x.float(), width, None, None, eps), scale.unsqueeze(2))
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

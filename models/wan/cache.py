@@ -169,9 +169,6 @@ class KVCache:
         kept = [entry for entry in (*self.kept, (self.chunk_index, detached)) if entry[0] in visible]
         return KVCache(self.spec, self.num_layers, self.chunk_index + 1, tuple(kept))
 
-    def reset(self) -> KVCache:
-        return KVCache.empty(self.spec, self.num_layers)
-
     def snapshot(self) -> KVCache:
         """State to come back to: the object itself."""
         return self

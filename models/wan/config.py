@@ -116,7 +116,11 @@ class WanConfig:
 
     @classmethod
     def wan_14b(cls, **overrides: Any) -> WanConfig:
-        """Wan2.1 T2V-14B; with image_conditioning="inp" and clip_dim=1280, I2V-14B."""
+        """Wan2.1 T2V-14B; with image_conditioning="inp" and clip_dim=1280, I2V-14B.
+
+        I2V-14B was trained on latents of [image, gray frames], which a caller may pass as image_latents. The stages
+        and streams here encode the image alone, and zeros stand for the rest, as in Fun-Control.
+        """
         sizes: dict[str, Any] = {
             "dim": 5120,
             "ffn_dim": 13824,

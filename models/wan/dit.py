@@ -347,7 +347,7 @@ class WanDiT(nn.Module):
         track = condition.track_map
         if track is not None and self.config.has_track_head:
             track = self.track_head(track.to(self.patch_embedding.weight.dtype))
-        return PreparedCondition(text, track, condition.image_latents)
+        return PreparedCondition(text, track, condition.image_latents, condition.num_given_latents)
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """[B, in_channels, F, H, W] -> tokens [B, F, S, D]; the strided convolution as one matrix product."""

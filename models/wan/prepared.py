@@ -51,6 +51,7 @@ class PreparedCondition:
     text: TextContext | TextTokens
     track: Tensor | None  # [B, track_channels, F, h, w]
     image_latents: Tensor | None  # [B, C, 1, h, w]; [B, C, F, h, w] where image_conditioning is "inp"
+    num_given_latents: int = 1  # see Condition
 
 
 def of_layer(
@@ -117,10 +118,17 @@ def model_input(latents: Tensor, condition: PreparedCondition, config: WanConfig
         "noisy": latents,
         "track": condition.track,
         "image": image,
-        "mask": None if image is None else torch.ones_like(image[:, :1, :1]).expand(-1, MASK_CHANNELS, -1, -1, -1),
+        "mask": None if image is None else _given_mask(image, condition.num_given_latents),
     }
     parts = [_padded(known[part], width, latents) for part, width in config.input_layout]
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def _given_mask(image: Tensor, num_given: int) -> Tensor:
+    """1 where the image is given: [B, MASK_CHANNELS, frames, h, w]."""
+    mask = torch.zeros_like(image[:, :1]).expand(-1, MASK_CHANNELS, -1, -1, -1).clone()
+    mask[:, :, :num_given] = 1
+    return mask
 
 
 def _padded(part: Tensor | None, channels: int, latents: Tensor) -> Tensor:

@@ -84,12 +84,6 @@ class StaticKVCache:
         """``max_chunks``: capacity, for window_chunks=None only. ``history_chunks``: how far `rewind` goes."""
         return cls(spec, num_layers, max_chunks, history_chunks)
 
-    def reset(self) -> StaticKVCache:
-        """Forgets the stream, keeps the memory."""
-        self.chunk_index, self._begun, self._oldest = 0, -1, 0
-        self._overwritten.clear()
-        return self
-
     def context(self, grid: Grid) -> RingContext:
         """Context of the current chunk; ``grid``: token rows and columns."""
         spec, current = self.spec, self.chunk_index

@@ -154,6 +154,8 @@ class Umt5Encoder(nn.Module):
         encoder_folder = _part(Path(path), "text_encoder", "config.json")
         self.tokenizer = AutoTokenizer.from_pretrained(_part(Path(path), "tokenizer", "tokenizer_config.json"))
         self.model = UMT5EncoderModel.from_pretrained(encoder_folder, dtype=dtype).eval().requires_grad_(False)
+        # Wan's files hold one table and tie_word_embeddings=false: transformers 5.0 to 5.2 leave the encoder's random
+        self.model.set_input_embeddings(self.model.shared)
         self.text_len = text_len
         self.text_dim: int = self.model.config.d_model
         self.null_caption = null_caption

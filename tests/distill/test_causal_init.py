@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_distill import check_golden, make_batch, setup_context, step_context, train
+from tiny_distill import check_golden, make_batch, perturbed, setup_context, step_context, train
 
 from distill.causal_init import CausalInit, CausalInitConfig, draw_indices, draw_mask, select_states
 from distill.ode_pairs import FOLDER, OdePairs, OdePairsConfig
 from distill.roles import STUDENT
 from models.diffusion.noise import KeyedNoise
 from models.rollout import RolloutConfig
-from models.wan.checkpoint import load_dit
+from models.wan.checkpoint import load_dit, save_dit
+from models.wan.dit import WanDiT
 
 NUM_PAIRS = 6
 
@@ -165,3 +166,22 @@ def test_refusals_name_the_field(model_cfg, pairs, tmp_path):
         CausalInit(CausalInitConfig(pairs=str(pairs))).check(other)
     with pytest.raises(ValueError, match="window_chunks"):
         CausalInit(CausalInitConfig(window_chunks=[]))
+    with pytest.raises(ValueError, match=r"stage.sink_chunks=\[0, -1\], stage.window_chunks=.* sink_chunks=-1"):
+        CausalInit(CausalInitConfig(pairs=str(pairs), sink_chunks=[0, -1])).check(model_cfg)
+    with pytest.raises(ValueError, match=r"has latent_shape=\[4, 9, .*, this model has \[4, 12, "):
+        longer = replace(model_cfg, clip=replace(model_cfg.clip, num_frames=45))
+        CausalInit(CausalInitConfig(pairs=str(pairs))).check(longer)
+
+
+def test_pairs_of_another_teacher_or_guidance_are_said(model_cfg, pairs, tmp_path, caplog):
+    stage = CausalInit(CausalInitConfig(pairs=str(pairs)))
+    stage.check(model_cfg)
+    assert not caplog.text
+    save_dit(perturbed(WanDiT(model_cfg.dit), seed=9), tmp_path / "other")
+    stage.check(replace(model_cfg, teacher=str(tmp_path / "other"), guidance={"text": 2.0, "motion": 1.5}))
+    assert "pairs of another teacher than model.teacher=" in caplog.text and "pairs of guidance" in caplog.text
+
+
+def test_a_student_that_goes_on_needs_no_teacher(model_cfg, pairs, tmp_path):
+    start = CausalInitConfig(pairs=str(pairs), init_from=model_cfg.teacher)
+    CausalInit(start).check(replace(model_cfg, teacher=None))

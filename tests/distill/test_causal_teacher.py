@@ -91,6 +91,11 @@ def test_what_it_cannot_do_is_refused(model_cfg, settings, message):
         CausalTeacher(CausalTeacherConfig(**settings)).check(model_cfg)
 
 
+def test_contexts_that_cannot_be_are_refused(model_cfg):
+    with pytest.raises(ValueError, match=r"stage.sink_chunks=\[0, -1\]"):
+        CausalTeacher(CausalTeacherConfig(sink_chunks=[0, -1])).check(model_cfg)
+
+
 def test_the_export_is_a_student(model_cfg, tmp_path):
     stage = build(model_cfg, tmp_path)
     stage.export(tmp_path, stage.modules())

@@ -69,3 +69,8 @@ def test_seam_score_sees_jumps_between_chunks():
     jump = ramp + 4 * (torch.arange(6) >= 3).view(1, 1, 6, 1, 1)
     assert seam_score(jump, 3).item() == pytest.approx(5)
     assert motion_energy(jump).item() == pytest.approx(9 / 5)
+
+
+def test_a_measure_that_is_not_finite_is_forgotten():
+    state = smooth(smooth({}, {"a": math.nan}, 0.5), {"a": 2.0}, 0.5)
+    assert smooth(smooth(state, {"a": math.inf}, 0.5), {"a": 4.0}, 0.5) == {"a": 3.0}

@@ -9,7 +9,7 @@ import torch
 from tiny_distill import check_golden, make_batch, perturbed, setup_context, step_context, tiny_model, train
 
 from distill.health import CollapseError, HealthThresholds
-from distill.roles import CRITIC, STUDENT
+from distill.roles import CRITIC, STUDENT, contexts_of
 from distill.self_forcing import SelfForcing, SelfForcingConfig, draw_rollout
 from models.assemble import build_dit
 from models.diffusion.noise import KeyedNoise
@@ -129,12 +129,10 @@ def test_ranks_agree_on_branches_and_a_sample_does_not_depend_on_its_batch(model
 
 
 def test_contexts_are_drawn_from_the_lists(model_cfg):
-    choices = [(0, 1), (1, None)]
-    drawn = {
-        (cfg.sink_chunks, cfg.window_chunks)
-        for cfg in (draw_rollout(KeyedNoise(0), model_cfg.rollout, choices, step) for step in range(20))
-    }
-    assert drawn == set(choices)
+    choices = contexts_of(model_cfg.rollout, [0, 1], [1, None])
+    drawn = [draw_rollout(KeyedNoise(0), choices, step) for step in range(30)]
+    contexts = {(cfg.sink_chunks, cfg.window_chunks) for cfg in drawn}
+    assert contexts == {(0, 1), (0, None), (1, 1), (1, None)}
 
 
 def test_schedule(tmp_path):

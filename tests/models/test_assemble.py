@@ -226,3 +226,16 @@ def test_a_published_checkpoint_is_a_teacher_too(tmp_path):
     cfg.teacher = str(tmp_path / "diffusion_pytorch_model.safetensors")
     loaded = load_role(cfg, "teacher").state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in dit.state_dict().items())
+
+
+def test_a_published_checkpoint_without_a_track_head_cannot_follow_tracks(tmp_path):
+    from safetensors.torch import save_file
+
+    cfg = load("tiny")
+    weights = {name: value for name, value in build_dit(cfg, seed=5).state_dict().items() if "track_head" not in name}
+    cfg.teacher = str(tmp_path / "published.safetensors")
+    save_file(weights, cfg.teacher)
+    with pytest.raises(
+        ValueError, match=r"published.safetensors has no track head.*train one with .*init_from="
+    ):
+        load_role(cfg, "teacher")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +79,26 @@ def test_latent_track_maps_are_sliced_by_latent_frame():
         track_map_is_latent=True,
     )
     assert drawn.chunk(3, 3).track_map.flatten().tolist() == [3, 4, 5]
+
+
+def test_a_padded_image_is_given_in_the_first_chunk_alone():
+    padded = replace(condition(), image_latents=torch.ones(2, 5, 9, 2, 3))
+    assert [padded.chunk(first, 3).num_given_latents for first in (0, 3, 6)] == [1, 0, 0]
+    assert padded.chunk(3, 3).image_latents.shape[2] == 3
+
+
+@pytest.mark.parametrize("frames", [33, 36])
+def test_drawn_tracks_that_nobody_sees_are_the_null(frames):
+    """Latents of an empty picture are not zero; no motion must be the same however it came about."""
+    dit = SimpleNamespace(clip_dim=None, track_channels=5, track_encoding="rgb", image_conditioning="none")
+    visibility = torch.zeros(1, frames, 2, dtype=torch.bool)
+    visibility[0, frames - 12 : frames - 8, 1] = True  # the four frames of the last latent but two
+    tracks = Tracks(torch.zeros(1, frames, 2, 2), visibility, torch.ones(1, 2, dtype=torch.long), 4, 6)
+    built = build_condition(
+        prompt_embeds=torch.ones(1, 4, 3), null_prompt_embeds=torch.ones(1, 4, 3), tracks=tracks, dit=dit,
+        latent_size=(2, 3), cell_px=2, track_latents=torch.ones(1, 5, 9, 2, 3),
+    )  # fmt: skip
+    assert built.track_map[0, 0, :, 0, 0].tolist() == [0, 0, 0, 0, 0, 0, 1, 0, 0]
 
 
 def test_slicing_a_slice_or_past_the_end_is_refused():

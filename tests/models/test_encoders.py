@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import zlib
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from models.wan.image_encoder import CLIP_MEAN, CLIP_STD, ClipImageEncoder
 from models.wan.text_encoder import (
@@ -109,9 +112,21 @@ def umt5_folder(tmp_path_factory):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(folder / "tokenizer")
     torch.manual_seed(0)
-    cfg = UMT5Config(vocab_size=len(fast), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
-    UMT5EncoderModel(cfg).save_pretrained(folder / "text_encoder")
+    sizes = {"vocab_size": len(fast), "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3}
+    UMT5EncoderModel(UMT5Config(**sizes)).save_pretrained(folder / "text_encoder")
     return folder
+
+
+def test_umt5_has_one_table_of_words_as_in_wans_files(umt5_folder, tmp_path):
+    shutil.copytree(umt5_folder, tmp_path / "wan")
+    config, weights = (tmp_path / "wan/text_encoder" / name for name in ("config.json", "model.safetensors"))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    state = load_file(weights)
+    assert "shared.weight" in state
+    save_file({key: value for key, value in state.items() if "embed_tokens" not in key}, weights, {"format": "pt"})
+    encoder = Umt5Encoder(tmp_path / "wan", text_len=24)
+    assert torch.equal(encoder.model.encoder.embed_tokens.weight, state["shared.weight"])
+    torch.testing.assert_close(encoder.encode(SENTENCES), Umt5Encoder(umt5_folder, text_len=24).encode(SENTENCES))
 
 
 def test_umt5_is_zero_beyond_the_true_length_and_padding_changes_nothing(umt5_folder):

@@ -112,12 +112,12 @@ def test_targets_say_what_the_caption_says():
 
 def test_motion_is_that_of_visible_moving_tracks():
     still, right, down = (walking(step, num_tracks=1) for step in ((0.0, 0.0), (3.2, 0.0), (0.0, 1.6)))
-    torch.testing.assert_close(mean_motion(Tracks.cat([still, still, right])), torch.tensor([[0.1, 0.0]]))
-    torch.testing.assert_close(mean_motion(Tracks.cat([right, down])), torch.tensor([[0.05, 0.025]]))
+    torch.testing.assert_close(mean_motion(still.beside(still, right)), torch.tensor([[0.1, 0.0]]))
+    torch.testing.assert_close(mean_motion(right.beside(down)), torch.tensor([[0.05, 0.025]]))
     assert mean_motion(still).tolist() == [[0.0, 0.0]]
     assert mean_motion(Tracks.empty(2, 9, 32, 32)).tolist() == [[0.0, 0.0]] * 2
     down.visibility[:, 4:] = False  # then only the three steps before count
-    torch.testing.assert_close(mean_motion(Tracks.cat([right, down])), torch.tensor([[8 * 0.1, 3 * 0.05]]) / 11)
+    torch.testing.assert_close(mean_motion(right.beside(down)), torch.tensor([[8 * 0.1, 3 * 0.05]]) / 11)
     right.points[:, 4] = 1000.0
     right.visibility[:, 4] = False  # a gap: neither the step into it nor the one out of it
     torch.testing.assert_close(mean_motion(right), torch.tensor([[0.1, 0.0]]))

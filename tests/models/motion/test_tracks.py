@@ -87,12 +87,12 @@ def test_padding_is_invisible_and_stacking_pads():
 def test_joining_tracks_of_the_same_clips():
     tracks = random_tracks()
     halves = [tracks.select(torch.arange(0, 3)), tracks.select(torch.arange(3, 7))]
-    assert same(Tracks.cat(halves), tracks)
+    assert same(halves[0].beside(halves[1]), tracks)
 
 
 def test_joining_other_sizes_is_refused():
-    with pytest.raises(ValueError, match="cat: num_frames differs"):
-        Tracks.cat([random_tracks(), random_tracks(num_frames=4)])
+    with pytest.raises(ValueError, match="beside: num_frames differs"):
+        random_tracks().beside(random_tracks(num_frames=4))
     with pytest.raises(ValueError, match="stack: height differs"):
         Tracks.stack([random_tracks(), random_tracks().resize_to(10, 64)])
 

@@ -5,6 +5,8 @@ Thresholds are ten times the differences measured between the public implementat
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from wan_reference import diffusers_twin, make_condition, make_latents, perturbed_dit, rng
@@ -54,6 +56,12 @@ def test_image_to_video_with_clip_branch(head_dim: int):
         torch.cat([latents, mask, image], dim=1), TIMESTEP, condition.prompt_embeds, condition.clip_embeds
     ).sample
     assert _difference(model(latents, TIMESTEP, condition), theirs) < 1e-5
+    later = replace(condition, num_given_latents=0)  # a chunk in which nothing is given
+    theirs = diffusers_twin(model)(
+        torch.cat([latents, torch.zeros_like(mask), image], dim=1), TIMESTEP, condition.prompt_embeds,
+        condition.clip_embeds,
+    ).sample  # fmt: skip
+    assert _difference(model(latents, TIMESTEP, later), theirs) < 1e-5
 
 
 @torch.no_grad()

@@ -181,8 +181,6 @@ def test_static_cache_equals_immutable_cache(sinks: int, window: int | None, pos
     expected = stream(model, KVCache.empty(spec, CONFIG.num_layers), latents, (900.0, 400.0))
     for ours, reference in zip(stream(model, static, latents, (900.0, 400.0)), expected, strict=True):
         torch.testing.assert_close(ours, reference, rtol=0, atol=5e-6)
-    again = stream(model, static.reset(), latents[:, :, : 2 * CHUNK], (900.0, 400.0))
-    torch.testing.assert_close(again[-1], expected[1], rtol=0, atol=5e-6)
 
 
 @torch.no_grad()
