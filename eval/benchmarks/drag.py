@@ -259,6 +259,8 @@ class DragBenchmark:
             video = np.concatenate([dragged.before[None], dragged.frames])
             points, visible = build_tracker(self.cfg.tracker).track(video, start.astype(np.float32))
             judged = [1 + frame for frame in frames]
+            kept = visible[judged].all(0)  # a lost point stays where it was lost; all of them are better than none
+            points = points[:, kept] if kept.any() else points
             return points[[0, *judged]], visible[judged].mean(1).tolist()
         locator = RegionLocator(dragged.before, handle.mask, self.cfg.locator)
         located = [locator.locate(dragged.frames[frame]) for frame in frames]

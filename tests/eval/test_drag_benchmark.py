@@ -172,6 +172,27 @@ def test_the_benchmark_takes_official_labels(tiny_weights, tmp_path: Path) -> No
     assert metrics["drag.background_psnr_db"] is None  # all of the frame is editable
 
 
+def test_a_point_that_the_tracker_loses_is_not_judged(monkeypatch) -> None:
+    """Two points of a label's handle go 4 px to the right; one is lost on its way and stays."""
+    mask = np.zeros((64, 64), bool)
+    mask[20, 20:22] = True
+    drag = Drag("edit", (Handle(mask, (20.5, 20.5), (Pose(dx=4),), (20.5, 20.5)),))
+    frames, latents = np.zeros((12, 64, 64, 3), np.uint8), torch.zeros(2, 3, 16, 16)
+    dragged = DraggedChunks(drag, frames[0], latents[:, 0], frames, latents, 0, [1.0])
+
+    class Tracker:
+        def track(self, video, start):
+            points = np.repeat(start[None], len(video), axis=0)
+            points[6:, 0, 0] += 4.0
+            visible = np.ones(points.shape[:2], bool)
+            visible[6:, 1] = False
+            return points, visible
+
+    monkeypatch.setattr("eval.benchmarks.drag.build_tracker", lambda cfg: Tracker())
+    found = DragBenchmark(DragBenchConfig(labels="labels"))._judge_drag(dragged)
+    assert found["objmc_px"] == 0.0 and found["objmc_per_point_px"] == 0.0
+
+
 def test_weights_that_are_not_there_stop_the_benchmark_before_it_streams(tiny_weights, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere is no file; get i3d_torchscript.pt"):
         _run(tiny_weights, tmp_path, "bench.i3d_weights=nowhere")
