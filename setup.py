@@ -22,7 +22,7 @@ PACKAGES = [
 
 REQUIRES = [
     "torch>=2.7",
-    "accelerate>=1.6",
+    "accelerate>=1.10.1",
     "hydra-core>=1.3.2",
     "omegaconf>=2.3",
     "numpy>=1.26",
@@ -33,7 +33,7 @@ REQUIRES = [
     "sentencepiece>=0.2",
     "ftfy>=6.2",
     "decord>=0.6",
-    "av>=14",
+    "av>=14.1",
     "opencv-python-headless>=4.9",
     "webdataset>=1.0",
     "pillow>=10",

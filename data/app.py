@@ -17,6 +17,7 @@ import logging
 import os
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,18 @@ def _config_id(group: str, name: str) -> str:
 def _schema_node(config: type, target: str, name: str) -> type:
     have = {field.name for field in dataclasses.fields(config)}
     defaults = {"_target_": target, "name": name}
-    added = [
+    added: list[Any] = [
         (key, str, dataclasses.field(default=defaults[key], kw_only=True)) for key in _ADDED_FIELDS if key not in have
     ]
+    open_keys = {key: hint for key, hint in typing.get_type_hints(config).items() if _values_are_dataclasses(hint)}
+    added += [(key, dict[str, Any], dataclasses.field(default_factory=dict)) for key in open_keys]
     return dataclasses.make_dataclass(config.__name__, added, bases=(config,), namespace={"__post_init__": _unchecked})
+
+
+def _values_are_dataclasses(hint: Any) -> bool:
+    """Whether the keys are the user's: OmegaConf adds no `+group.key.field=…` below them; `build_config` types it."""
+    values = typing.get_args(hint)[1:]
+    return typing.get_origin(hint) is dict and dataclasses.is_dataclass(values[0])
 
 
 def _unchecked(self: Any) -> None:
@@ -157,13 +166,15 @@ def build_config(node: DictConfig, config: type | None = None) -> Any:
     for key in sorted(OmegaConf.missing_keys(node)):
         key = ".".join(part for part in (node._get_full_key(None), key) if part)
         raise ConfigError(f"{key} has no value and needs one; set it: {key}=…")
+    prefix = ""
     try:
         plain = OmegaConf.to_container(node, resolve=True)
         assert isinstance(plain, dict), "a composed node is a mapping"
         kept = {key: value for key, value in plain.items() if key in names or key not in _ADDED_FIELDS}
+        prefix = f"{node._get_full_key(None)}.".lstrip(".")  # what is merged knows no parent
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), kept))
     except OmegaConfBaseException as error:
-        raise explain(error, CONF_DIR, _schema_failures, lambda: leaf_keys(node)) from error
+        raise explain(error, CONF_DIR, _schema_failures, lambda: leaf_keys(node, prefix), prefix) from error
 
 
 def build_target(node: DictConfig) -> Any:

@@ -67,21 +67,28 @@ def nearest(name: str, choices: list[str]) -> list[str]:
 
 
 def explain(
-    error: Exception, conf_dir: Path, schema_failures: dict[str, Exception], known: Callable[[], list[str]]
+    error: Exception,
+    conf_dir: Path,
+    schema_failures: dict[str, Exception],
+    known: Callable[[], list[str]],
+    prefix: str = "",
 ) -> ConfigError:
-    """One line for what went wrong; `known` lists the valid field names (called only if needed)."""
+    """One line for what went wrong; `known` lists the valid field names (called only if needed).
+
+    prefix: of the node that the error's keys are relative to ("optim.").
+    """
     if isinstance(error, MissingConfigException):
         return _missing_choice(error, conf_dir, schema_failures)
     for cause in _causes(error):
         if isinstance(cause, ConfigError):
             return cause
         if isinstance(cause, InterpolationKeyError):
-            return ConfigError(f"{cause.full_key}: {_first_line(cause)}")
+            return ConfigError(f"{prefix}{cause.full_key}: {_first_line(cause)}")
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
-            return _unknown_field(_full_key(cause), known(), _where(error))
+            return _unknown_field(prefix + _full_key(cause), known(), _where(error))
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             value = f"={cause.value!r}" if cause.value is not None else ""
-            return ConfigError(f"{cause.full_key}{value}: {_first_line(cause)}")
+            return ConfigError(f"{prefix}{cause.full_key}{value}: {_first_line(cause)}")
     unmatched = re.search(r"Could not override '([^']+)'", str(error))
     if unmatched:
         return _unknown_field(unmatched[1], known())

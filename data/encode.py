@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAMPLED_BYTES = 1 << 20  # of the start and the end of each weight file: enough to tell versions apart
+TEXT_PARTS = ("text_encoder", "tokenizer")  # what UMT5 reads of a whole repository at model.text.path
 
 
 @dataclass
@@ -57,8 +58,8 @@ class Encoders:
 
 
 def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool = False) -> int:
-    """Encode every tracked clip that is not encoded with these weights yet; returns the number of usable
-    clips.
+    """Encode every tracked clip that is not encoded with these weights yet; returns the number of clips that the
+    encoders do not reject (another process may still be at some), 0 with the reason in the log if they reject all.
 
     may_skip: without VAE weights do nothing, saying so (step=all), instead of failing (step=encode).
     """
@@ -71,7 +72,7 @@ def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     encoders = build_encoders(cfg, model)
     mine = keys[rank::world]
-    clips = {key: marker(out, "render", key) for key in mine}
+    clips = {key: marker(out, "render", key) for key in keys}
     stamps = {key: stamp(encoders.fingerprints, cfg.dtype, clip["stamp"]) for key, clip in clips.items()}
     pending = [key for key in mine if marker(out, "encode", key).get("stamp") != stamps[key]]
     log.info("encode: %d of %d clips to do", len(pending), len(mine))
@@ -91,7 +92,21 @@ def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool
                     log.warning("encode: %s rejected: %s", key, reason)
                 mark(out, "encode", key, stamps[key], clips[key]["origin"], reason, clips[key]["stamp"])
                 bar.update()
-    return len(done_keys(out, "encode")) or len(keys)
+    return _not_rejected(out, stamps)
+
+
+def _not_rejected(out: Path, stamps: dict[str, str]) -> int:
+    """Number of the clips that are not rejected under their stamp; if there are none, the log says why."""
+    notes = [(marker(out, "encode", key), made_with) for key, made_with in stamps.items()]
+    reasons = [note["rejected"] for note, made_with in notes if note.get("stamp") == made_with]
+    reasons = [reason for reason in reasons if reason is not None]
+    if reasons and len(reasons) == len(stamps):
+        log.error(
+            "every clip was rejected by encode; first reason: %s. For captions in any words set "
+            "model.text.kind=hashed or umt5",
+            reasons[0],
+        )
+    return len(stamps) - len(reasons)
 
 
 def encoded_now(out: Path, keys: Sequence[str]) -> list[str]:
@@ -145,19 +160,21 @@ def fingerprints(model: ModelConfig) -> dict[str, str]:
     """What makes latents and embeddings, known by the content of the weights, not by their place."""
     found = {
         "vae": fingerprint(model.vae.path),
-        "text": fingerprint(model.text.path, model.text.kind, model.dit.text_len),
+        "text": fingerprint(model.text.path, model.text.kind, model.dit.text_len, parts=TEXT_PARTS),
     }
     if model.clip_encoder is not None:
         found["clip"] = fingerprint(model.clip_encoder)
     return found
 
 
-def fingerprint(path: str | None, *settings: str | int) -> str:
-    """Hash of settings and of the files at a path: their names, sizes, first and last MiB."""
+def fingerprint(path: str | None, *settings: str | int, parts: Sequence[str] = ()) -> str:
+    """Hash of settings and of the files at a path: their names, sizes, first and last MiB.
+
+    parts: subfolders that alone are read; of a folder that lacks one of them, everything is. Hidden files and folders
+    never count: downloads keep notes with their times there.
+    """
     digest = hashlib.sha256(json.dumps(settings).encode())
-    root = Path(path) if path else None
-    files = sorted(p for p in root.rglob("*") if p.is_file()) if root and root.is_dir() else [root] if root else []
-    for file in files:
+    for file in _weight_files(Path(path), parts) if path else []:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as content:
@@ -165,6 +182,16 @@ def fingerprint(path: str | None, *settings: str | int) -> str:
             content.seek(max(0, size - SAMPLED_BYTES))
             digest.update(content.read(SAMPLED_BYTES))
     return digest.hexdigest()[:16]
+
+
+def _weight_files(root: Path, parts: Sequence[str]) -> list[Path]:
+    if not root.is_dir():
+        return [root]
+    folders = [root / part for part in parts]
+    if not folders or not all(folder.is_dir() for folder in folders):
+        folders = [root]
+    found = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    return sorted(file for file in found if not any(n.startswith(".") for n in file.relative_to(root).parts))
 
 
 @torch.no_grad()

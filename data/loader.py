@@ -3,12 +3,18 @@
 Epoch e visits the samples in a permutation drawn from (seed, e); batches run on across the end of an epoch,
 so nothing is dropped. The global order is the same for any world size and any number of workers, and the
 state is two numbers: {"epoch", "samples_seen"}. Nothing is fast-forwarded on resume.
+
+Loading processes outlive the signals by which a scheduler asks a job to stop: the training process, which handles them,
+needs batches up to its last step.
 """
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -16,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.batch import Batch, collate
 from data.shards import ShardDataset
 from models.condition import ClipGeometry
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm may send them to every process of a job
 
 
 class ResumableSampler(Sampler[list[int]]):
@@ -77,8 +85,6 @@ class ResumableSampler(Sampler[list[int]]):
 @dataclass
 class LoaderConfig:
     path: str = ""  # folder of shards with index.json
-    fields: list[str] = field(default_factory=lambda: ["latents", "prompt_embeds", "tracks"])  # what to load
-    batch_size: int = 8  # clips per process and optimizer micro-step
     num_workers: int = 0  # loading processes; 0 loads in the training process
     cache: bool = False  # keep loaded samples in memory (each worker its own)
     seed: int = 0  # order of the samples
@@ -91,6 +97,9 @@ class Loader:
         self.dataset, self.sampler, self.num_workers = dataset, sampler, num_workers
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.num_workers:
+            atexit.unregister(_kill_workers)  # once is enough
+            atexit.register(_kill_workers)
         loader = DataLoader(
             self.dataset,
             batch_sampler=self.sampler,
@@ -98,6 +107,7 @@ class Loader:
             num_workers=self.num_workers,
             # a forked process inherits decoder and OpenMP threads in an unknown state
             multiprocessing_context="spawn" if self.num_workers else None,
+            worker_init_fn=_ignore_stop_signals,
             persistent_workers=False,
         )
         for batch in loader:
@@ -111,23 +121,36 @@ class Loader:
         self.sampler.load_state_dict(state)
 
 
+def _ignore_stop_signals(worker: int) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    """At its exit Python sends daemons SIGTERM, which loading processes ignore, and waits until they end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes a killed worker for an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def build_loader(
     cfg: LoaderConfig,
+    fields: Sequence[str],
+    batch_size: int,
     *,
     rank: int = 0,
     world: int = 1,
-    fields: Sequence[str] | None = None,
     geometry: ClipGeometry | None = None,
     fingerprints: dict[str, str] | None = None,
 ) -> Loader:
-    """Open the shards at cfg.path and check them against the model. `fields` overrides cfg.fields.
+    """Open the shards at cfg.path for `fields`, in batches of `batch_size` clips per process, and check them against
+    the model.
 
     Raises FileNotFoundError or ShardError before anything is loaded.
     """
     if not cfg.path:
         raise ValueError("loader path is empty; set it to a folder made by `python -m data step=all … out=…`")
-    dataset = ShardDataset(
-        cfg.path, fields or cfg.fields, geometry=geometry, fingerprints=fingerprints, cache=cfg.cache
-    )
-    sampler = ResumableSampler(len(dataset), cfg.batch_size * world, cfg.seed, rank, world)
+    dataset = ShardDataset(cfg.path, fields, geometry=geometry, fingerprints=fingerprints, cache=cfg.cache)
+    sampler = ResumableSampler(len(dataset), batch_size * world, cfg.seed, rank, world)
     return Loader(dataset, sampler, cfg.num_workers)

@@ -37,12 +37,13 @@ from data.progress import (
     run_items,
     stamp,
     unmark,
+    worker_number,
     write_json,
     write_rejected,
 )
 from data.shards import npy_bytes, write_shards
 from data.sources import Source, SourceItem, scene_of
-from data.trackers import TrackerConfig, build_tracker, grid_queries
+from data.trackers import TrackerConfig, build_tracker, grid_queries, on_own_device
 from data.video import draw_tracks_on, read_video, write_video
 from models.condition import ClipGeometry
 from models.motion.tracks import Tracks
@@ -90,7 +91,7 @@ class Job:
 
 
 def main(cfg: DictConfig) -> int:
-    """Entry of `python -m data`. Exit code 1 if no clip at all came through."""
+    """Entry of `python -m data`. Exit code 1 if no clip at all came through a step; the steps after it are not run."""
     settings = build_config(cfg, PrepareConfig)
     rank, world = process_share()
     if world > 1 and settings.step != "encode":
@@ -102,12 +103,13 @@ def main(cfg: DictConfig) -> int:
     job = Job(out, ClipGeometry(**cfg.model.clip), build_target(cfg.source), settings.tracker)
     out.mkdir(parents=True, exist_ok=True)
     steps = STEPS if settings.step == "all" else (settings.step,)
-    alive = 0
     for step in steps:
         alive = run_step(step, settings, job, cfg)
         if rank == 0:
             write_rejected(out)
-    return 0 if alive else 1
+        if not alive:
+            return 1
+    return 0
 
 
 def run_step(step: str, settings: PrepareConfig, job: Job, cfg: DictConfig) -> int:
@@ -164,7 +166,8 @@ def track_item(job: Job, key: str, preview: bool) -> None:
     height, width = frames.shape[1:3]
     scene = scene_of(read_sidecar(job.out, key))
     queries = grid_queries(height, width, job.tracker.rows, job.tracker.cols)
-    points, visibility = build_tracker(job.tracker, scene).track(frames, queries)
+    tracker = build_tracker(on_own_device(job.tracker, worker_number()), scene)
+    points, visibility = tracker.track(frames, queries)
     (job.out / "tracks").mkdir(parents=True, exist_ok=True)
     unmark(job.out, "track", key)
     partial = job.out / "tracks" / f"{key}.partial.npz"

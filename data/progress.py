@@ -10,11 +10,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from data.video import VideoError
 log = logging.getLogger(__name__)
 
 STEPS = ("render", "track", "encode", "pack")
+ITEMS_PER_WORKER = 2  # given to a pool at a time: one in work, one waiting
+
+_worker_number = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def write_rejected(out: Path) -> None:
             note = json.loads(path.read_text())
             if note["rejected"] is not None:
                 line = {"file": note["origin"], "key": path.stem, "step": step, "reason": note["rejected"]}
-                lines.append(json.dumps(line, ensure_ascii=False))
+                lines.append(json.dumps(line))  # ASCII: a file name need not be Unicode
     partial = out / "rejected.jsonl.partial"
     partial.write_text("".join(f"{line}\n" for line in lines))
     os.replace(partial, out / "rejected.jsonl")
@@ -111,11 +116,16 @@ def run_items(step: str, out: Path, calls: list[Call], num_workers: int) -> int:
     log.info("%s: %d of %d items to do", step, len(pending), len(calls))
     for call, reason in tqdm(_results(pending, num_workers), total=len(pending), desc=step, unit="clip"):
         if reason is not None:
-            log.warning("%s: %s rejected: %s", step, call.origin, reason)
+            log.warning("%s: %s rejected: %s", step, _printable(call.origin), _printable(reason))
         mark(out, step, call.key, call.stamp, call.origin, reason, call.clip)
     usable = len(done_keys(out, step))
     log.info("%s: %d usable, %d rejected", step, usable, len(calls) - usable)
     return usable
+
+
+def _printable(text: str) -> str:
+    """Bytes of a file name that are not Unicode written as \\udcXX, since a log file takes Unicode only."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _results(calls: list[Call], num_workers: int) -> Iterator[tuple[Call, str | None]]:
@@ -124,26 +134,59 @@ def _results(calls: list[Call], num_workers: int) -> Iterator[tuple[Call, str | 
         for call in calls:
             yield call, attempt(call)
         return
-    unfinished = dict(enumerate(calls))
-    try:
-        with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(attempt, call): n for n, call in unfinished.items()}
-            for future in as_completed(futures):
-                reason = future.result()
-                yield unfinished.pop(futures[future]), reason
-    except BrokenProcessPool:
-        # a decoder can crash its process: the rest goes one by one, each in a process of its own
-        log.warning("a worker process died; %d items are tried one by one", len(unfinished))
-        for call in unfinished.values():
+    waiting = deque(calls)
+    while waiting:
+        suspects = yield from _until_a_crash(waiting, num_workers)
+        if suspects:
+            log.warning("a worker process died; %d items are tried one by one", len(suspects))
+        for call in suspects:
             yield call, _attempt_alone(call)
+
+
+def _until_a_crash(
+    waiting: deque[Call], num_workers: int
+) -> Generator[tuple[Call, str | None], None, list[Call]]:  # -> suspects
+    """Do the calls that wait, in one pool. A decoder that crashes its process breaks the pool: what the pool had been
+    given and not handed back is returned, the rest still waits.
+    """
+    given: dict[Future[str | None], Call] = {}
+    try:
+        with _open_pool(num_workers) as pool:
+            while waiting or given:
+                while waiting and len(given) < ITEMS_PER_WORKER * num_workers:
+                    given[pool.submit(attempt, waiting[0])] = waiting[0]
+                    waiting.popleft()
+                for future in wait(given, return_when=FIRST_COMPLETED).done:
+                    reason = future.result()
+                    yield given.pop(future), reason
+    except BrokenProcessPool:
+        pass
+    return list(given.values())
 
 
 def _attempt_alone(call: Call) -> str | None:
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with _open_pool(1) as pool:
             return pool.submit(attempt, call).result()
     except BrokenProcessPool:
         return "its process died: the decoder crashed on this file"
+
+
+def _open_pool(num_workers: int) -> ProcessPoolExecutor:
+    context = get_context("spawn")
+    return ProcessPoolExecutor(num_workers, context, _take_number, (context.Value("i", 0),))
+
+
+def _take_number(next_number: Synchronized[int]) -> None:
+    global _worker_number
+    with next_number.get_lock():
+        _worker_number = next_number.value
+        next_number.value += 1
+
+
+def worker_number() -> int:
+    """Which worker of a pool this process is, from 0; 0 outside of one."""
+    return _worker_number
 
 
 def attempt(call: Call) -> str | None:

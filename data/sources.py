@@ -40,11 +40,20 @@ class SourceItem:
     seed: int | None = None  # sprites
 
 
+@dataclass(frozen=True)
+class UnusableItem(SourceItem):
+    """A clip that is to be set aside, as is known before it is rendered."""
+
+    reason: str = ""
+
+
 class Source(Protocol):
     cfg: Any
 
     def items(self) -> Iterator[SourceItem]:
-        """All clips that the manifest lets pass. FileNotFoundError if the source is not there."""
+        """All clips that the manifest lets pass. FileNotFoundError if the source is not there, ValueError if its
+        manifest is broken.
+        """
         ...
 
     def render(self, item: SourceItem, geometry: ClipGeometry, target: Path) -> dict[str, Any]:
@@ -115,8 +124,8 @@ def scene_of(sidecar: dict[str, Any]) -> Scene | None:
 
 # ------------------------------------------------------------------------------------------ folders
 class FolderSource:
-    """Videos of a folder. Caption: <name>.txt, or "caption" in <name>.json, or a row of one CSV (file,
-    caption).
+    """Videos of a folder. Caption: <name>.txt, or "caption" in <name>.json, or a row of one CSV (file, caption); all in
+    UTF-8. A clip whose own caption file cannot be read is set aside.
     """
 
     @dataclass
@@ -144,7 +153,12 @@ class FolderSource:
         for path in paths:
             relative = path.relative_to(self.folder)
             key = _unused(clip_key(relative.with_suffix("").as_posix()), seen)
-            caption = _sidecar_caption(path) or table.get(relative.as_posix()) or table.get(path.name)
+            try:
+                own = _sidecar_caption(path)
+            except ValueError as error:
+                yield UnusableItem(key, "", relative.as_posix(), path=str(path), reason=str(error))
+                continue
+            caption = own or table.get(relative.as_posix()) or table.get(path.name)
             bare += caption is None
             yield SourceItem(key, caption or self.cfg.default_caption, relative.as_posix(), path=str(path))
         if bare:
@@ -158,6 +172,8 @@ class FolderSource:
 
 
 def _render_video(item: SourceItem, geometry: ClipGeometry, target: Path, crf: int) -> dict[str, Any]:
+    if isinstance(item, UnusableItem):
+        raise VideoError(item.reason)
     if item.path is None:
         raise VideoError("the item names no video file")
     write_video(target, read_video(item.path, geometry), geometry.fps, crf)
@@ -183,15 +199,26 @@ def _unused(key: str, seen: set[str]) -> str:
 
 
 def _sidecar_caption(path: Path) -> str | None:
+    """The caption beside a video, or None. ValueError, naming the file, where it is broken."""
     text, data = path.with_suffix(".txt"), path.with_suffix(".json")
     if text.is_file():
-        return text.read_text(encoding="utf-8").strip()
+        return _read_utf8(text).strip()
     if data.is_file():
-        content = json.loads(data.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(_read_utf8(data))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{data}: not JSON: {error}") from error
         if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
             raise ValueError(f"{data}: must be an object with a text field 'caption'")
         return content["caption"].strip()
     return None
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: must be UTF-8: {error}") from error
 
 
 def _caption_table(path: Path) -> dict[str, str]:
@@ -200,16 +227,29 @@ def _caption_table(path: Path) -> dict[str, str]:
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    """Rows of a CSV, read as they come (the OpenVid list has 767 MB)."""
+    """Rows of a CSV, read as they come (the OpenVid list has 767 MB); what a short row lacks is empty.
+
+    FileNotFoundError if it is not there, ValueError, naming it, where it lacks a column or cannot be read.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no such CSV: {path}")
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(f"{path}: columns {missing} are missing; it has {reader.fieldnames}")
-        yield from reader
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, restval="")
+        try:
+            missing = [name for name in columns if name not in (reader.fieldnames or [])]
+            if missing:
+                raise ValueError(f"{path}: columns {missing} are missing; it has {reader.fieldnames}")
+            yield from reader
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} must be a CSV in UTF-8; after line {reader.line_num}: {error}") from error
+
+
+def _number(row: dict[str, str], column: str, manifest: str, absent: float) -> float:
+    try:
+        return float(row[column] or absent)
+    except ValueError:
+        raise ValueError(f"{manifest}: {column}={row[column]!r} must be a number") from None
 
 
 # ------------------------------------------------------------------------------------------ OpenVid-1M
@@ -242,7 +282,7 @@ class OpenVidSource:
         count = 0
         seen: set[str] = set()
         for row in _rows(Path(self.cfg.manifest), ("video", "caption", "frame")):
-            if float(row["frame"] or 0) < self.cfg.min_frames or not row["caption"]:
+            if _number(row, "frame", self.cfg.manifest, absent=0) < self.cfg.min_frames or not row["caption"]:
                 continue
             if self.cfg.max_clips is not None and count >= self.cfg.max_clips:
                 return
@@ -292,7 +332,8 @@ class VidPromSource:
         """(uuid, prompt) of the rows that pass."""
         count = 0
         for row in _rows(Path(self.cfg.manifest), ("uuid", "prompt", *NSFW_COLUMNS)):
-            if any(float(row[name] or 1) >= self.cfg.max_nsfw for name in NSFW_COLUMNS) or not row["prompt"].strip():
+            scores = [_number(row, name, self.cfg.manifest, absent=1) for name in NSFW_COLUMNS]
+            if any(score >= self.cfg.max_nsfw for score in scores) or not row["prompt"].strip():
                 continue
             if self.cfg.max_prompts is not None and count >= self.cfg.max_prompts:
                 return

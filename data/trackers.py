@@ -8,7 +8,7 @@ CoTracker3 (CC-BY-NC 4.0) is not on PyPI; it comes from torch.hub or an installe
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -49,7 +49,7 @@ class TrackerConfig:
     mode: str = "offline"  # cotracker3: offline (whole clip, more accurate) | online (windows of 16 frames)
     checkpoint: str | None = None  # cotracker3: weights file for an installed `cotracker`
     allow_download: bool = False  # cotracker3: may torch.hub fetch code and weights
-    device: str = "cpu"  # cotracker3
+    device: str = "cpu"  # cotracker3: cpu | cuda (workers share the devices) | cuda:1 and so on
 
     def __post_init__(self) -> None:
         if self.name not in TRACKERS:
@@ -74,6 +74,15 @@ def build_tracker(cfg: TrackerConfig | str, scene: Scene | None = None) -> Track
             LucasKanadeConfig(cfg.window_px, cfg.levels, cfg.upsample, cfg.max_roundtrip_px, cfg.max_layers)
         )
     return _kept_cotracker3(cfg.mode, cfg.checkpoint, cfg.allow_download, cfg.device)
+
+
+def on_own_device(cfg: TrackerConfig, worker: int) -> TrackerConfig:
+    """The config with one device for worker n of a pool in place of "cuda", which would be the first for all."""
+    if cfg.device != "cuda":
+        return cfg
+    import torch
+
+    return replace(cfg, device=f"cuda:{worker % max(1, torch.cuda.device_count())}")
 
 
 @lru_cache(maxsize=1)  # at most one model in device memory

@@ -2,7 +2,8 @@
 
 A broken file is refused with a `VideoError` that says why. Because decoders can crash or hang on cut files,
 the box structure of an mp4 is checked in plain Python before any decoder opens it.
-Left out: audio, rotation metadata, variable frame rate (frames are taken by the average rate).
+Frames come as a player shows them, turned by the rotation that the file states. Left out: audio, mirroring, variable
+frame rate (frames are taken by the average rate).
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class DecordReader:
         import decord
 
         decord.logging.set_level(decord.logging.FATAL)  # the reason is in the exception
-        self._errors = (decord.DECORDError, RuntimeError, IndexError)
+        # decord takes no file name that is not Unicode
+        self._errors = (decord.DECORDError, RuntimeError, IndexError, UnicodeEncodeError)
         try:
             stream = io.BytesIO(source) if isinstance(source, bytes) else str(source)
             self._reader = decord.VideoReader(stream, num_threads=1)
@@ -112,23 +114,51 @@ class DecordReader:
 
 
 class PyavReader:
-    """Sequential access by PyAV, for what decord refuses (among others, it fails on frames 48 px wide)."""
+    """Access in order by PyAV, for what decord refuses (AV1; frames 48 px wide); drop it after use, it keeps the file
+    open. Only frames up to the last one asked for are decoded, and none is kept but the last.
+    """
 
     def __init__(self, source: str | Path | bytes) -> None:
         import av
 
+        self._source = source
+        self._errors = (av.FFmpegError, IndexError, ValueError)
         try:
-            stream = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-            with av.open(stream) as container:
+            with self._open() as container:
                 video = container.streams.video[0]
                 self.fps = float(video.average_rate or 0)
-                self._decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video)]
-        except (av.FFmpegError, IndexError, ValueError) as error:
+                # a WebM or Matroska file does not state its length: each packet is a frame
+                self.num_frames = video.frames or sum(packet.size > 0 for packet in container.demux(video))
+            self._rewind()
+        except self._errors as error:
             raise DecodeFailure(_first_line(error)) from error
-        self.num_frames = len(self._decoded)
 
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
-        return [self._decoded[index] for index in indices]
+        """Frames at ascending indices; below the last index of the call before, the video is decoded anew."""
+        if indices[0] < self._index:
+            self._rewind()
+        try:
+            return [self._frame(index) for index in indices]
+        except self._errors as error:
+            raise DecodeFailure(f"frames {indices[0]}..{indices[-1]}: {_first_line(error)}") from error
+        except StopIteration:
+            raise DecodeFailure(f"the video ends after frame {self._index}, and {indices[-1]} is needed") from None
+
+    def _frame(self, index: int) -> np.ndarray:
+        while self._index < index:
+            self._decoded = next(self._decoder)
+            self._index += 1
+        pixels = self._decoded.to_ndarray(format="rgb24")
+        return np.rot90(pixels, self._decoded.rotation // 90)  # both anticlockwise
+
+    def _rewind(self) -> None:
+        self._decoder = self._open().decode(video=0)
+        self._index = -1
+
+    def _open(self) -> Any:
+        import av
+
+        return av.open(io.BytesIO(self._source) if isinstance(self._source, bytes) else str(self._source))
 
 
 def _first_that_works(source: str | Path | bytes, name: str, use: Callable[[Any], Result]) -> Result:

@@ -21,6 +21,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUCKET_NUMEL = 64 * 2**20  # gradients exchanged per collective call
+WAIT = timedelta(hours=1)  # of one process for another: the main one writes, or verifies, a checkpoint of 100 GB alone
 
 
 class Parallel:
@@ -293,6 +295,7 @@ def _launch_mode() -> str:
 
 def _build_accelerator(device: str, mode: str) -> Accelerator:
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={device} must be auto, cpu or cuda")
@@ -303,4 +306,5 @@ def _build_accelerator(device: str, mode: str) -> Accelerator:
         os.environ["ACCELERATE_USE_FSDP"] = "false"
     # accelerate sets DeepSpeed aside where it is told to use the CPU
     cpu = mode != "deepspeed" and (device == "cpu" or not torch.cuda.is_available())
-    return Accelerator(cpu=cpu, mixed_precision="no", step_scheduler_with_optimizer=False)
+    group = InitProcessGroupKwargs(timeout=WAIT)
+    return Accelerator(cpu=cpu, mixed_precision="no", step_scheduler_with_optimizer=False, kwargs_handlers=[group])

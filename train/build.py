@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data.app import build_config, build_target
@@ -21,6 +22,7 @@ from data.shards import ShardDataset, ShardIndex
 from models.assemble import ModelConfig, validate
 from models.diffusion.noise import KeyedNoise
 from train.accelerator import Parallel
+from train.memory import GB, require_memory, state_bytes
 from train.monitor import LoggerConfig, Monitor
 from train.optim import OptimConfig
 from train.stage import ChecksConfig, DescribesItself, ReadsFields, SetupContext, Stage
@@ -110,10 +112,10 @@ def fingerprints_of(model: ModelConfig, fields: Sequence[str]) -> dict[str, str]
 
 
 def fields_of(settings: Settings, index: ShardIndex) -> list[str]:
-    """What the stage reads: its own choice where it makes one, else data.fields."""
-    if isinstance(settings.stage, ReadsFields):
-        return settings.stage.data_fields(settings.model, index.fields)
-    return list(settings.loader.fields)
+    """What the stage reads of these shards."""
+    stage = settings.stage
+    assert isinstance(stage, ReadsFields), f"{settings.stage_target} needs data and has no data_fields"
+    return stage.data_fields(settings.model, index.fields)
 
 
 def build_trainer(settings: Settings) -> Trainer:
@@ -128,6 +130,12 @@ def build_trainer(settings: Settings) -> Trainer:
         settings.model, parallel.device, parallel.dtype, output_dir, KeyedNoise(cfg.seed), held_out,
         sample_clips,
     ))  # fmt: skip
+    modules = settings.stage.modules()
+    settings.optim.require_trained(modules)
+    settings.logger.require_measured([*modules, *settings.stage.updates(0)])
+    if parallel.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(parallel.device).total_memory
+        require_memory(modules, settings.optim, parallel.mode, parallel.world, memory)
     monitor = None
     if parallel.is_main:
         monitor = Monitor(settings.logger, output_dir, f"{settings.model.name}/{cfg.name}", settings.plain)
@@ -146,8 +154,8 @@ def _build_data(
     cfg, clip = settings.train, settings.model.clip
     fields = fields_of(settings, ShardIndex.load(settings.loader.path))
     loader = build_loader(
-        replace(settings.loader, batch_size=cfg.micro_batch), rank=parallel.rank, world=parallel.world,
-        fields=fields, geometry=clip, fingerprints=settings.fingerprints,
+        settings.loader, fields, cfg.micro_batch, rank=parallel.rank, world=parallel.world, geometry=clip,
+        fingerprints=settings.fingerprints,
     )  # fmt: skip
 
     def sample_clips(count: int) -> Iterator[Batch]:
@@ -199,6 +207,8 @@ def plan(settings: Settings, trainer: Trainer) -> list[str]:
             f"{optim.schedule}, {optim.warmup_updates} warm-up, betas {list(optim.betas)}, weight decay "
             f"{optim.weight_decay:g}, clip {optim.grad_clip:g}, {ema}"
         )
+    each = state_bytes(trainer.modules, settings.optim, parallel.mode, parallel.world)
+    lines.append(f"memory: {each / GB:.3g} GB of weights, gradients, moments and EMA per process; activations on top")
     if isinstance(settings.stage, DescribesItself):
         lines += settings.stage.describe()
     return lines

@@ -1,7 +1,7 @@
 """The patch discriminator of the tiny VAE: does a short stretch of video look like one that was filmed?
 
 MotionStream appendix A names a PatchGAN with a replay buffer and leaves the rest open; Isola et al. 2017 for the
-patches, Shrivastava et al. 2017 for the buffer (half of each batch of decoded stretches is an older one, so that
+patches, Shrivastava et al. 2017 for the buffer (of the decoded stretches, half in expectation are older ones, so that
 the discriminator does not forget what the decoder did before). A stretch is three successive frames, which shows
 flicker, beside the latent that they were decoded from, which shows what they should be.
 Left out: spectral normalisation, gradient penalties.
@@ -57,16 +57,16 @@ class ReplayBuffer:
         self.next = 0  # where the next one goes once the buffer is full
 
     def exchange(self, stretch: Tensor, latent: Tensor, picks: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Store a batch, and return it with its second half replaced by stored ones.
+        """Store a batch, and return it with the samples of odd picks replaced by stored ones.
 
-        picks: for each sample, any non-negative integer; it names the stored one modulo their number.
+        picks: for each sample, any non-negative integer; where it is odd, its half names the stored one modulo
+        their number. Each sample is drawn by itself, so that a batch may be split anyhow.
         """
-        older = range(len(stretch) - len(stretch) // 2, len(stretch)) if self.stretches else range(0)
         mixed, conditions = list(stretch), list(latent)
-        for row in older:
-            pick = picks[row] % len(self.stretches)
-            mixed[row] = self.stretches[pick].to(stretch)
-            conditions[row] = self.latents[pick].to(latent)
+        for row, pick in enumerate(picks):
+            if self.stretches and pick % 2:
+                slot = pick // 2 % len(self.stretches)
+                mixed[row], conditions[row] = self.stretches[slot].to(stretch), self.latents[slot].to(latent)
         for one, condition in zip(stretch, latent, strict=True):
             self._store(one.detach().to("cpu", torch.float16), condition.detach().to("cpu", torch.float16))
         return torch.stack(mixed), torch.stack(conditions)

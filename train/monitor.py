@@ -1,8 +1,10 @@
 """What a run says: metrics.jsonl, W&B, the progress line, alarms.
 
-metrics.jsonl and W&B get the same records. W&B runs offline unless WANDB_API_KEY is set (`wandb sync` uploads
-later); its run id is kept in the output folder, so a resumed run continues the same curve. After a resume the
-records behind the checkpoint are cut off, so that the file reads as one uninterrupted run.
+metrics.jsonl and W&B get the same records. After a resume the records behind the checkpoint are cut off, so that
+the file reads as one uninterrupted run. W&B takes none back: its curves are drawn over the value `step` of the
+records, and where a resumed run repeats a step they have two points. The id of its run is kept in the output folder,
+so that a resumed run continues the same curves. It runs as WANDB_MODE says; without that online where WANDB_API_KEY
+is set, else, and where it cannot be reached, offline (`wandb sync` uploads later).
 
 Left out: what is measured (stages, eval/); the health measures of distillation (distill/health.py).
 """
@@ -15,10 +17,11 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -26,6 +29,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 KINDS = ("jsonl", "wandb")
+TIMES = ("time/", "samples_per_second", "seconds_per_step")
+VALIDATION = "validation/"  # begins the names of the metrics and videos of held-out clips
 
 
 class AlarmError(RuntimeError):
@@ -59,6 +64,14 @@ class LoggerConfig:
         if self.kind not in KINDS:
             raise ValueError(f"logger.kind={self.kind} must be one of {', '.join(KINDS)}")
 
+    def require_measured(self, updates: Iterable[str]) -> None:
+        """Raises ValueError for an alarm of a metric that a run which makes `updates` cannot have."""
+        beginnings = (*(f"{name}/" for name in updates), VALIDATION, *TIMES)
+        for name in self.alarms:
+            if not name.startswith(beginnings):
+                known = ", ".join(beginnings)
+                raise ValueError(f"logger.alarms.{name}: this stage has no such metric; they begin with {known}")
+
 
 class Monitor:
     """Writer of one run's records; made on the main process only."""
@@ -66,6 +79,7 @@ class Monitor:
     def __init__(self, cfg: LoggerConfig, output_dir: Path, run_name: str, config: Any) -> None:
         self.cfg, self.output_dir = cfg, Path(output_dir)
         self.path = self.output_dir / "metrics.jsonl"
+        self.last_validation: int | None = None  # step of the last one in the records that `start` kept
         self._beyond: dict[str, int] = {}
         self._wandb = _start_wandb(cfg, self.output_dir, run_name, config) if cfg.kind == "wandb" else None
 
@@ -81,7 +95,7 @@ class Monitor:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self._wandb is not None:
-            self._wandb.log(dict(record), step=step)
+            self._wandb.log({"step": step, **record})
         for name, message in raised.items():
             if self.cfg.alarms[name].stop:
                 raise AlarmError(message)
@@ -100,8 +114,8 @@ class Monitor:
         if self._wandb is not None:
             import wandb
 
-            sent = {f"validation/{name}": wandb.Video(str(folder / f"{name}.mp4"), format="mp4") for name in videos}
-            self._wandb.log(sent, step=step)
+            sent = {VALIDATION + name: wandb.Video(str(folder / f"{name}.mp4"), format="mp4") for name in videos}
+            self._wandb.log({"step": step, **sent})
         return folder
 
     def close(self) -> None:
@@ -123,17 +137,20 @@ class Monitor:
         """Drop records of steps that a resumed run will do again, and a torn last line."""
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [line for line in self.path.read_text().splitlines() if _record(line).get("step", math.inf) <= step]
         fresh = self.path.with_suffix(".jsonl.partial")
         fresh.write_text("".join(line + "\n" for line in kept))
         os.replace(fresh, self.path)
+        for record in map(_record, kept):
+            if any(name.startswith(VALIDATION) for name in record):
+                self.last_validation = record["step"]
 
 
-def _step_of(line: str) -> float:
+def _record(line: str) -> dict[str, Any]:
     try:
-        return json.loads(line)["step"]
+        return json.loads(line)
     except ValueError:
-        return math.inf  # the process was killed while writing this line
+        return {}  # the process was killed while writing this line
 
 
 def _start_wandb(cfg: LoggerConfig, output_dir: Path, run_name: str, config: Any) -> Any:
@@ -144,12 +161,25 @@ def _start_wandb(cfg: LoggerConfig, output_dir: Path, run_name: str, config: Any
     id_file = output_dir / "wandb_id"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8])
-    online = bool(os.environ.get("WANDB_API_KEY"))
-    return wandb.init(
-        project=cfg.project, entity=cfg.entity, tags=list(cfg.tags), name=run_name, config=config,
-        dir=str(output_dir), id=id_file.read_text().strip(),
-        resume="allow", mode="online" if online else "offline",
+    start = partial(
+        wandb.init, project=cfg.project, entity=cfg.entity, tags=list(cfg.tags), name=run_name, config=config,
+        dir=str(output_dir), id=id_file.read_text().strip(), resume="allow",
     )  # fmt: skip
+    try:
+        run = start(mode=_wandb_mode(os.environ))
+    except wandb.Error as error:
+        log.warning("W&B refused to start (%s); it runs offline, `wandb sync` uploads later", error)
+        run = start(mode="offline")
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _wandb_mode(environment: Mapping[str, str]) -> Literal["online", "offline"] | None:
+    """None leaves it to WANDB_MODE."""
+    if environment.get("WANDB_MODE"):
+        return None
+    return "online" if environment.get("WANDB_API_KEY") else "offline"
 
 
 class MetricWindow:

@@ -10,6 +10,7 @@ Left out: parameter groups. Weight decay applies to every parameter, as in the p
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -54,6 +55,13 @@ class OptimConfig:
         _check("optim.", self)
         for name, settings in self.modules.items():
             _check(f"optim.modules.{name}.", settings)
+
+    def require_trained(self, modules: Collection[str]) -> None:
+        """Raises ValueError for an exception of a module that is not among `modules`, those that a stage trains."""
+        for name in self.modules:
+            if name not in modules:
+                trained = ", ".join(modules) or "none"
+                raise ValueError(f"optim.modules.{name}: this stage trains no module '{name}'; it trains: {trained}")
 
     def of(self, module: str) -> OptimConfig:
         """The settings of one module, its exceptions merged in."""

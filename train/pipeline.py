@@ -19,10 +19,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 REFRESH_SECONDS = 0.5
-PROCESSES = min(2, os.cpu_count() or 1)  # of a training stage; two on one thread each beat one on two by far
 LINE_WIDTH = 110  # characters of the progress line
+
+
+def processes_of(gpus: int, cores: int) -> int:
+    """How many processes a training stage gets: NCCL wants a GPU for each, without GPUs two on one thread each beat
+    one on two by far.
+    """
+    return min(2, gpus or cores)
+
+
+PROCESSES = processes_of(torch.cuda.device_count(), os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)

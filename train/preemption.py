@@ -1,5 +1,5 @@
-"""A request to stop, noticed at the next step boundary: Slurm sends USR1 before the time limit, TERM on
-preemption.
+"""A request to stop, noticed after the step, or the validation, that is under way: Slurm sends USR1 before the time
+limit, TERM on preemption.
 """
 
 from __future__ import annotations

@@ -120,11 +120,7 @@ class Stage(Protocol):
 
 @runtime_checkable
 class ReadsFields(Protocol):
-    """Optional for a stage: which fields it wants of shards that hold `available`. Else the data config
-    decides.
-
-    Called before `setup`.
-    """
+    """For a stage that needs data: which fields it wants of shards that hold `available`. Called before `setup`."""
 
     def data_fields(self, model_cfg: ModelConfig, available: Sequence[str]) -> list[str]: ...
 

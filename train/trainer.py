@@ -26,7 +26,7 @@ from data.loader import Loader
 from train import checkpoint
 from train.accelerator import Parallel
 from train.ema import Ema
-from train.monitor import MetricWindow, Monitor
+from train.monitor import VALIDATION, MetricWindow, Monitor
 from train.optim import OptimConfig, build_optimizer, learning_rate
 from train.preemption import PreemptionSignal
 from train.stage import Stage, StepContext, StepOutput
@@ -132,38 +132,52 @@ class Trainer:
         self.counters = _Counters(updates=dict.fromkeys(self.modules, 0))
         self.store = checkpoint.CheckpointStore(self.output_dir / "checkpoints", cfg.keep_last, cfg.keep_every)
         self.window = MetricWindow()
+        self._saved: int | None = None  # step of the last checkpoint
+        self._validated: int | None = None  # step of the last validation
         self._seconds = {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
 
     # ------------------------------------------------------------------------------------------ the loop
     def fit(self) -> int:
-        """Train up to cfg.steps, then validate, save and export. Returns 0, or EXIT_REQUEUE after a
-        preemption.
-        """
+        """Train up to cfg.steps, then save, export and validate. Returns 0, or EXIT_REQUEUE after a preemption."""
         self.resume()
         if self.monitor is not None:
             self.monitor.start(self.counters.step)
+        self._validated = self.parallel.from_main(self.monitor.last_validation if self.monitor is not None else None)
         batches = self._batches()
-        started = _Clock(self.counters.step)
+        clock = _Clock(self.counters.step)
         with PreemptionSignal() as signal, self._progress() as bar:
-            while self.counters.step < self.cfg.steps:
+            while (code := self._between_steps(signal)) is None:
                 self.train_one_step(batches)
                 self.counters.step += 1
                 bar.update(1)
-                self._log_if_due(started, bar)
-                done = self.counters.step
-                if done < self.cfg.steps and self.cfg.validate_every > 0 and done % self.cfg.validate_every == 0:
-                    self.validate()
-                preempted = self.parallel.any(signal.received)
-                if preempted or done % self.cfg.checkpoint_every == 0 or done == self.cfg.steps:
-                    self.save()
-                if preempted and done < self.cfg.steps:
-                    log.warning("preempted: step %d is saved; the same command continues it", done)
-                    self.parallel.barrier()  # a launcher stops the others, one of whom exports, when one has left
-                    return EXIT_REQUEUE
-        if self.cfg.validate_every >= 0:
+                self._log_if_due(clock, bar)
+        return code
+
+    def _between_steps(self, signal: PreemptionSignal) -> int | None:
+        """Save, then validate, where the step is due; the exit code where the run ends here.
+
+        A run that was stopped between the two resumes here, and so makes up for the validation.
+        """
+        step, is_last = self.counters.step, self.counters.step >= self.cfg.steps
+        if is_last or (step > 0 and step % self.cfg.checkpoint_every == 0):
+            self.save()
+        if self._is_validation_due() and not self.parallel.any(signal.received):
             self.validate()
-        self.export()
-        return 0
+        if is_last and not self._is_validation_due():
+            return 0
+        if not self.parallel.any(signal.received):
+            return None
+        if step != self._saved:
+            self.save()
+        log.warning("preempted: step %d is saved; the same command continues it", step)
+        self.parallel.barrier()  # a launcher stops the others, one of whom exports, when one has left
+        return EXIT_REQUEUE
+
+    def _is_validation_due(self) -> bool:
+        step, every = self.counters.step, self.cfg.validate_every
+        if every < 0 or step in (0, self._validated):
+            return False
+        return step >= self.cfg.steps or (every > 0 and step % every == 0)
 
     def train_one_step(self, batches: Iterator[Batch]) -> None:
         """One pass over the modules that this step updates."""
@@ -306,19 +320,29 @@ class Trainer:
 
     def validate(self) -> None:
         """The stage's validation with EMA weights, written by the main process."""
+        self._validated = self.counters.step
         with self._ema_weights(), torch.no_grad(), self.parallel.autocast():
             output = self.stage.validate(self.counters.step)
         if output is None or self.monitor is None:
             return
-        self.monitor.log(self.counters.step, {f"validation/{k}": float(v) for k, v in output.metrics.items()})
         folder = self.monitor.log_videos(self.counters.step, output.videos, output.fps)
+        self.monitor.log(self.counters.step, {VALIDATION + k: float(v) for k, v in output.metrics.items()})
         told = ", ".join(f"{name} {value:.4g}" for name, value in output.metrics.items())
         log.info("validation at step %d: %s%s", self.counters.step, told, f"; videos in {folder}" if folder else "")
 
     # ------------------------------------------------------------------------------------------ state
     def save(self) -> None:
-        """Write a checkpoint and export the weights. A collective."""
-        step, keep = self.counters.step, self.parallel.is_main
+        """Write a checkpoint, unless this step has one, and export the weights. A collective."""
+        step = self.counters.step
+        if step != self._saved:
+            self._write_checkpoint(step)
+            self._saved = step
+        self.export()
+        if self.cfg.keep_every and step % self.cfg.keep_every == 0:
+            self.export(Path("exports") / self.store.path(step).name)
+
+    def _write_checkpoint(self, step: int) -> None:
+        keep = self.parallel.is_main
         tensors = {
             "modules": {name: full_state(module.state_dict(), keep) for name, module in self.modules.items()},
             "optimizers": {} if self.parallel.mode == "deepspeed" else {
@@ -343,10 +367,6 @@ class Trainer:
             path = self.store.save(step, tensors, trainer)
             log.info("checkpoint %s", path)
         self.parallel.barrier()
-        if step < self.cfg.steps:
-            self.export()
-        if self.cfg.keep_every and step % self.cfg.keep_every == 0:
-            self.export(Path("exports") / self.store.path(step).name)
 
     def resume(self) -> None:
         """Continue from the last good checkpoint, if there is one and cfg.resume allows it."""
@@ -372,6 +392,7 @@ class Trainer:
         if isinstance(nonfinite, int):  # checkpoints from before the modules were counted apart
             nonfinite = dict.fromkeys(self.modules, nonfinite)
         self.counters = _Counters(trainer["step"], dict(trainer["updates"]), dict(nonfinite))
+        self._saved = self.counters.step
         for name in self.modules:
             self._set_rate(name)
         log.info("resumed from %s at step %d", path, self.counters.step)

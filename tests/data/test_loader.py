@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,3 +116,36 @@ def test_worker_processes_change_neither_order_nor_state():
     expected = [batch.sample_ids for batch in itertools.islice(here, 3)]
     assert [batch.sample_ids for batch in itertools.islice(there, 3)] == expected
     assert here.state_dict() == there.state_dict(), "batches read ahead by workers do not count"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_loading_processes_outlive_the_signals_that_stop_a_job(number):
+    batches = iter(Loader(Numbers(), ResumableSampler(10, 4, seed=3), num_workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, number)
+    for _ in range(4):  # more than are read ahead
+        next(batches)
+    assert worker.is_alive()
+    batches.close()
+    assert not worker.is_alive()
+
+
+FAIL_WHILE_LOADING = """
+from data.loader import Loader, ResumableSampler
+from tests.data.test_loader import Numbers
+
+if __name__ == "__main__":
+    batches = iter(Loader(Numbers(), ResumableSampler(10, 4, seed=3), num_workers=1))
+    next(batches)
+    raise SystemExit("stopped")  # with the loader open
+"""
+
+
+def test_the_training_process_does_not_wait_for_them_at_its_exit(tmp_path):
+    (tmp_path / "fail.py").write_text(FAIL_WHILE_LOADING)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "fail.py"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 1 and ended.stderr.strip() == "stopped"

@@ -12,13 +12,12 @@ import torch
 
 from data import encode, prepare, progress
 from data.app import build_config, compose_config
-from data.encode import EncodeConfig, fingerprint
-from data.progress import Call, done_keys, run_items
+from data.encode import EncodeConfig, fingerprint, fingerprints
 from data.shards import ShardDataset
-from data.sources import FolderSource, OpenVidSource, SpritesSource, VidPromSource, clip_key
 from data.sprites import SpritesConfig
-from data.video import VideoError, probe_video, write_video
-from models.condition import ClipGeometry
+from data.trackers import build_tracker
+from data.video import probe_video, write_video
+from models.assemble import TextConfig
 from models.vae.wan_vae import WanVae
 
 CLIPS = Path(__file__).parents[3] / "shared/data/clips"
@@ -110,19 +109,15 @@ def test_worker_processes_make_the_same_clips(tmp_path):
         assert (tmp_path / "0/clips" / name).read_bytes() == (tmp_path / "1/clips" / name).read_bytes()
 
 
-def test_a_crashing_decoder_costs_one_clip(tmp_path):
-    calls = [Call(f"clip-{n}", f"{n}.mp4", "s", _exit_if, (n == 0,)) for n in range(2)]
-    assert run_items("render", tmp_path, calls, num_workers=1) == 1
-    assert done_keys(tmp_path, "render") == ["clip-1"]
-    progress.write_rejected(tmp_path)
-    assert "crashed" in rejected(tmp_path)["0.mp4"]["reason"]
-
-
-def _exit_if(crash: bool) -> None:
-    if crash:
-        import os
-
-        os._exit(9)
+def test_a_worker_tracks_on_its_own_gpu(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(prepare, "worker_number", lambda: 3)
+    monkeypatch.setattr(
+        prepare, "build_tracker", lambda cfg, scene: asked.append(cfg.device) or build_tracker(cfg, scene)
+    )
+    run("source=sprites", "source.num_clips=1", f"out={tmp_path}", "previews=0", "tracker.device=cuda")
+    assert asked == ["cuda:1"]
 
 
 # ------------------------------------------------------------------------------------------ encode
@@ -315,6 +310,46 @@ def test_encode_alone_needs_a_vae(tmp_path):
         run("source=sprites", "source.num_clips=1", f"out={tmp_path}", "step=encode")
 
 
+@pytest.fixture
+def strange_clips(tmp_path):
+    """Two real clips with a word that is not of the sprites world: the overrides, and the folder of the videos."""
+    videos = tmp_path / "videos"
+    for name in ("a", "b"):
+        noise_video(videos / f"{name}.mp4")
+        (videos / f"{name}.txt").write_text(f"zebra {name}")
+    common = ["source=folder", f"source.path={videos}", f"out={tmp_path / 'out'}", "tracker.rows=2", "tracker.cols=2"]
+    return [*common, "previews=0", save_vae(tmp_path / "vae", seed=0)], videos
+
+
+def test_captions_that_are_all_rejected_end_the_run(tmp_path, caplog, strange_clips):
+    common, videos = strange_clips
+    assert run(*common) == 1 and not (tmp_path / "out/shards").exists()
+    assert "every clip was rejected by encode; first reason: unknown word 'zebra'" in caplog.text
+    assert "model.text.kind=hashed or umt5" in caplog.text
+    assert {line["step"] for line in rejected(tmp_path / "out").values()} == {"encode"}
+    assert run(*common) == 1, "once more, with nothing left to encode"
+    assert run(*common, "model.text.kind=hashed") == 0
+    assert len(ShardDataset(tmp_path / "out/shards", ["latents"])) == 2
+    (videos / "b.txt").write_text("a red disc")
+    assert run(*common) == 0
+    assert [s.key for s in ShardDataset(tmp_path / "out/shards").index.samples] == ["b"]
+
+
+def test_a_process_that_ends_first_does_not_judge_for_the_others(monkeypatch, strange_clips):
+    common, _ = strange_clips
+    run(*common, "step=render")
+    run(*common, "step=track")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    codes = []
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        codes.append(run(*common, "step=encode"))
+    assert codes == [0, 1], "only the last one knows that every clip was rejected"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "2")
+    assert run(*common, "step=encode", "model.text.kind=hashed") == 0, "one without clips, before the others begin"
+
+
 def test_fingerprint_follows_content_not_place(tmp_path):
     for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
         (tmp_path / name).mkdir()
@@ -323,35 +358,35 @@ def test_fingerprint_follows_content_not_place(tmp_path):
     assert a == b != c
 
 
+def test_fingerprints_in_use_stay(tmp_path):
+    """Shards hold them; files are told apart by name, size and content only."""
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "weights").write_bytes(b"one")
+    assert fingerprint(str(tmp_path)) == "432bc34754d5e20d"
+    assert fingerprint(None, "vocabulary", 32) == "14d9cb8b814a25d3"
+
+
+def test_fingerprint_is_of_what_is_read(tmp_path):
+    """Not of a download's notes, nor of the DiT beside the text encoder in one repository."""
+    model = build_config(compose_config("data", ["model=tiny"]).model)
+    model.text = TextConfig("umt5", str(tmp_path))
+    for name in ("text_encoder", "tokenizer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    text, whole = fingerprints(model)["text"], fingerprint(str(tmp_path))
+    notes = tmp_path / "tokenizer/.cache/huggingface/download"
+    notes.mkdir(parents=True)
+    (notes / "config.json.metadata").write_text("1700000000.0")
+    (tmp_path / ".gitattributes").touch()
+    assert fingerprint(str(tmp_path)) == whole
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer/config.json").write_text("{}")
+    assert fingerprints(model)["text"] == text
+    (tmp_path / "tokenizer/config.json").write_text("other words")
+    assert fingerprints(model)["text"] != text
+
+
 # ------------------------------------------------------------------------------------------ folders
-def test_folder_captions(tmp_path):
-    for name in ("one", "two", "three", "four.v2"):
-        noise_video(tmp_path / f"{name}.mp4")
-    (tmp_path / "one.txt").write_text("caption one\n")
-    (tmp_path / "two.json").write_text('{"caption": "caption two"}')
-    (tmp_path / "list.csv").write_text("file,caption\nthree.mp4,caption three\n")
-    source = FolderSource(FolderSource.Config(str(tmp_path), str(tmp_path / "list.csv"), "none"))
-    found = {item.key: item.caption for item in source.items()}
-    assert found == {"one": "caption one", "two": "caption two", "three": "caption three", "four_v2": "none"}
-
-
-def test_folder_refusals(tmp_path):
-    with pytest.raises(ValueError, match=r"source\.path is empty"):
-        FolderSource(FolderSource.Config())
-    with pytest.raises(FileNotFoundError, match="is no folder"):
-        FolderSource(FolderSource.Config(str(tmp_path / "nowhere")))
-    with pytest.raises(FileNotFoundError, match="holds no videos"):
-        list(FolderSource(FolderSource.Config(str(tmp_path))).items())
-
-
-def test_names_that_clash_get_other_keys(tmp_path):
-    for folder in ("a.b", "a_b"):
-        (tmp_path / folder).mkdir()
-        noise_video(tmp_path / folder / "x.mp4")
-    keys = [item.key for item in FolderSource(FolderSource.Config(str(tmp_path))).items()]
-    assert keys == ["a_b_x", "a_b_x-2"] and clip_key("...") == "clip"
-
-
 def test_broken_files_are_rejected_with_reasons(tmp_path):
     videos, out = tmp_path / "videos", tmp_path / "out"
     videos.mkdir()
@@ -401,58 +436,6 @@ def test_real_clips_with_a_50x50_grid(tmp_path):
     assert probe_video(out / "previews/bear.preview.mp4").num_frames == 9
 
 
-# ------------------------------------------------------------------------------------------ public data sets
-def test_openvid_filters(tmp_path):
-    noise_video(tmp_path / "wide.mp4", 82)
-    noise_video(tmp_path / "square.mp4", 82, 64, 64)
-    (tmp_path / "list.csv").write_text(
-        "video,caption,frame,fps\nwide.mp4,wide,82,16\nsquare.mp4,square,82,16\nfew.mp4,few,80,16\nbare.mp4,,90,16\n"
-    )
-    source = OpenVidSource(OpenVidSource.Config(str(tmp_path), str(tmp_path / "list.csv")))
-    items = {item.key: item for item in source.items()}
-    assert set(items) == {"wide", "square"}
-    geometry = ClipGeometry(36, 64, 33, 16)
-    assert source.render(items["wide"], geometry, tmp_path / "out.mp4") == {"source": "wide.mp4"}
-    with pytest.raises(VideoError, match="aspect 64x64"):
-        source.render(items["square"], geometry, tmp_path / "out2.mp4")
-
-
-def test_openvid_names_that_clash_get_other_keys(tmp_path):
-    names = ("a.b.mp4", "c.mp4", "a_b.mp4", "a b.mp4", "a-b.mp4")
-    rows = "".join(f"{name},caption,90\n" for name in names)
-    (tmp_path / "list.csv").write_text(f"video,caption,frame\n{rows}")
-    source = OpenVidSource(OpenVidSource.Config(str(tmp_path), str(tmp_path / "list.csv")))
-    found = [(item.key, item.origin) for item in source.items()]
-    assert found == list(zip(("a_b", "c", "a_b-2", "a_b-3", "a-b"), names))
-
-
-def test_vidprom_filters_and_leaves_its_prompts(tmp_path):
-    columns = "uuid,prompt,time,toxicity,obscene,identity_attack,insult,threat,sexual_explicit\n"
-    (tmp_path / "list.csv").write_text(
-        f"{columns}u1,a calm sea,t,0,0,0,0,0,0.19\nu2,bad,t,0,0,0,0,0.2,0\n"
-        "u3,unknown,t,,0,0,0,0,0\nu4,a dog,t,0,0,0,0,0,0\n"
-    )
-    noise_video(tmp_path / "u1.mp4")
-    source = VidPromSource(VidPromSource.Config(str(tmp_path), str(tmp_path / "list.csv")))
-    assert list(source.prompts()) == [("u1", "a calm sea"), ("u4", "a dog")]
-    source.write_manifest(tmp_path)
-    assert [json.loads(x)["uuid"] for x in (tmp_path / "prompts.jsonl").read_text().splitlines()] == [
-        "u1",
-        "u4",
-    ]
-    first, second = source.items()
-    source.render(first, ClipGeometry(36, 64, 33, 16), tmp_path / "out.mp4")
-    with pytest.raises(VideoError, match="no such file"):
-        source.render(second, ClipGeometry(36, 64, 33, 16), tmp_path / "out2.mp4")
-
-
-def test_csv_without_a_column_is_refused(tmp_path):
-    (tmp_path / "list.csv").write_text("video,text\n")
-    source = OpenVidSource(OpenVidSource.Config(str(tmp_path), str(tmp_path / "list.csv")))
-    with pytest.raises(ValueError, match=r"columns \['caption', 'frame'\] are missing"):
-        list(source.items())
-
-
 # ------------------------------------------------------------------------------------------ configuration
 @pytest.mark.parametrize(
     "overrides, message",
@@ -476,9 +459,3 @@ def test_unknown_key_is_refused_when_composed():
 def test_encode_config():
     with pytest.raises(ValueError, match=r"encode\.batch_size=0"):
         EncodeConfig(batch_size=0)
-
-
-def test_sprites_follow_the_model_s_clip(tmp_path):
-    source = SpritesSource(SpritesSource.Config())
-    with pytest.raises(ValueError, match=r"must be model\.clip"):
-        source.render(next(source.items()), ClipGeometry(32, 32, 33, 16), tmp_path / "x.mp4")

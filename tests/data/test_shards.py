@@ -148,10 +148,10 @@ def test_interrupted_packing_leaves_no_index(shards):
 
 
 def test_build_loader(shards):
-    loader = build_loader(LoaderConfig(str(shards[0]), ["latents"], batch_size=2), rank=1, world=2)
+    loader = build_loader(LoaderConfig(str(shards[0])), ["latents"], 2, rank=1, world=2)
     assert next(iter(loader)).size == 2
     with pytest.raises(ValueError, match="path is empty"):
-        build_loader(LoaderConfig())
+        build_loader(LoaderConfig(), ["latents"], 2)
 
 
 def test_samples_that_do_not_fit_together_are_named(shards):

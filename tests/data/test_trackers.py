@@ -16,7 +16,7 @@ from data.layer_alignment import Target, _by_soft_colors, _predicted
 from data.lucas_kanade import LucasKanadeConfig
 from data.motion_layers import _smoothed, fit_motion
 from data.sprites import SpritesConfig, render_clip
-from data.trackers import CoTracker3, TrackerConfig, build_tracker, grid_queries
+from data.trackers import CoTracker3, TrackerConfig, build_tracker, grid_queries, on_own_device
 
 
 def shifting_noise(num_frames: int = 9, size: int = 64, step=(1.5, -0.75)) -> tuple[np.ndarray, np.ndarray]:
@@ -288,3 +288,17 @@ def test_cotracker_from_the_hub_is_loaded_once(monkeypatch):
     assert first is second and asked == ["cotracker3_offline"]
     build_tracker(TrackerConfig("cotracker3", mode="online", allow_download=True))
     assert asked == ["cotracker3_offline", "cotracker3_online"]
+
+
+@pytest.mark.parametrize(
+    "device, devices",
+    [
+        ("cuda", ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda:1", ["cuda:1"] * 3),
+        ("cpu", ["cpu"] * 3),
+    ],
+)
+def test_workers_share_the_gpus(monkeypatch, device, devices):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cfg = TrackerConfig("cotracker3", device=device)
+    assert [on_own_device(cfg, worker).device for worker in range(3)] == devices

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data.video import (
+    DecodeFailure,
+    DecordReader,
+    PyavReader,
     VideoError,
     VideoWriter,
     draw_tracks_on,
@@ -108,6 +113,72 @@ def test_truncated_with_the_index_in_front(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(VideoError, match="truncated: box 'mdat'"):
         probe_video(path)
+
+
+# a quarter turn of a player clockwise: its matrix in the track header, as a, b, c, d of ISO/IEC 14496-12, 8.3.2
+TURNS = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)]
+
+
+def turned(path: Path, quarters: int) -> Path:
+    """A copy of an mp4 that is to be shown turned clockwise."""
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    a, b, c, d = (65536 * value for value in TURNS[quarters])
+    struct.pack_into(">5i", content, matrix, a, b, 0, c, d)
+    copy = path.with_name(f"turned-{quarters}.mp4")
+    copy.write_bytes(content)
+    return copy
+
+
+@pytest.mark.parametrize("reader", [DecordReader, PyavReader])
+@pytest.mark.parametrize("quarters", range(4))
+def test_frames_come_as_a_player_shows_them(tmp_path, reader, quarters):
+    write_video(tmp_path / "bar.mp4", moving_bar(height=64, width=96), 12)
+    paths = tmp_path / "bar.mp4", turned(tmp_path / "bar.mp4", quarters)
+    stored, shown = (reader(path).frames([0, 5])[1] for path in paths)
+    assert np.array_equal(shown, np.rot90(stored, -quarters))
+
+
+def test_a_turned_video_that_decord_refuses(bar_file):
+    path = turned(bar_file, 1)
+    info = probe_video(path)
+    assert (info.height, info.width) == (64, 48), "decord fails on frames 48 px wide"
+    assert np.array_equal(read_video(path), np.rot90(read_video(bar_file), -1, axes=(1, 2)))
+    assert read_video(path, ClipGeometry(24, 24, 5, 6)).shape == (5, 24, 24, 3)
+
+
+def test_pyav_decodes_no_further_than_it_must(tmp_path):
+    write_video(tmp_path / "long.mp4", np.zeros((200, 48, 64, 3), np.uint8), 12)
+    tracemalloc.start()
+    frames = PyavReader(tmp_path / "long.mp4").frames(range(5))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 10 * frames[0].nbytes
+
+
+def test_pyav_reads_any_order_of_calls(bar_file):
+    every, reader = read_video(bar_file), PyavReader(bar_file)
+    for indices in ([0], [0, 0, 3], [3, 11], [2, 4]):
+        assert np.array_equal(reader.frames(indices), every[indices])
+    with pytest.raises(DecodeFailure, match="ends after frame 11, and 12 is needed"):
+        reader.frames([5, 12])
+
+
+def test_pyav_counts_the_frames_where_the_file_does_not_say(tmp_path, bar_file):
+    av = pytest.importorskip("av")
+    with av.open(str(bar_file)) as source, av.open(str(tmp_path / "bar.mkv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    assert PyavReader(tmp_path / "bar.mkv").num_frames == 12
+
+
+def test_a_name_that_is_not_unicode(tmp_path, bar_file):
+    path = tmp_path / os.fsdecode(b"caf\xe9.mp4")
+    path.write_bytes(bar_file.read_bytes())
+    assert np.array_equal(read_video(path), read_video(bar_file))
 
 
 def test_missing_file():

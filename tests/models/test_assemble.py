@@ -235,7 +235,5 @@ def test_a_published_checkpoint_without_a_track_head_cannot_follow_tracks(tmp_pa
     weights = {name: value for name, value in build_dit(cfg, seed=5).state_dict().items() if "track_head" not in name}
     cfg.teacher = str(tmp_path / "published.safetensors")
     save_file(weights, cfg.teacher)
-    with pytest.raises(
-        ValueError, match=r"published.safetensors has no track head.*train one with .*init_from="
-    ):
+    with pytest.raises(ValueError, match=r"published.safetensors has no track head.*train one with .*init_from="):
         load_role(cfg, "teacher")

@@ -1,9 +1,13 @@
-"""Learning rates, module settings, EMA, metrics.jsonl, W&B offline."""
+"""Learning rates, module settings, EMA, metrics.jsonl, W&B."""
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -41,6 +45,29 @@ def test_dmd_settings_of_the_yaml():
 def test_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         OptimConfig(**settings)
+
+
+def test_an_exception_and_an_alarm_can_be_added_on_the_command_line():
+    cfg = compose_config("train", ["+optim.modules.critic.lr=1e-6", "+logger.alarms.seconds_per_step.max=9"])
+    assert build_config(cfg.optim).of("critic").lr == 1e-6
+    assert build_config(cfg.logger).alarms == {"seconds_per_step": Alarm(max=9.0)}
+    for override, message in (
+        ("+optim.modules.critic.lrr=1", "no field 'optim.modules.critic.lrr'"),
+        ("+optim.modules.critic.lr=low", "optim.modules.critic.lr='low': "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_config(compose_config("train", [override]).optim)
+
+
+def test_exceptions_and_alarms_are_for_what_the_stage_trains():
+    OptimConfig(modules={"critic": ModuleOptim()}).require_trained(["student", "critic"])
+    with pytest.raises(ValueError, match=r"optim.modules.kritic: .* no module 'kritic'; it trains: student, critic"):
+        OptimConfig(modules={"kritic": ModuleOptim()}).require_trained(["student", "critic"])
+    for name in ("student/loss", "validation/psnr_db", "seconds_per_step", "time/data_seconds"):
+        LoggerConfig(alarms={name: Alarm()}).require_measured(["student"])
+    for name in ("loss", "teacher/loss"):
+        with pytest.raises(ValueError, match=f"logger.alarms.{name}: .* begin with student/, validation/"):
+            LoggerConfig(alarms={name: Alarm()}).require_measured(["student"])
 
 
 def test_muon_keeps_its_ratio():
@@ -115,9 +142,67 @@ def test_window_means_over_processes():
     assert MetricWindow.merge([first.state_dict(), second.state_dict()]) == {"loss": 4.0, "only_here": 5.0}
 
 
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in that keeps what it is told, and cannot reach its server unless it is made to."""
+    said = SimpleNamespace(modes=[], rows=[], axes={}, reachable=False)
+
+    class Unreachable(Exception): ...
+
+    def init(mode, **settings):
+        said.modes.append(mode)
+        if mode != "offline" and not said.reachable:
+            raise Unreachable("timed out")
+        return SimpleNamespace(log=said.rows.append, define_metric=define_metric, finish=lambda: None)
+
+    def define_metric(name, step_metric=None):
+        said.axes[name] = step_metric
+
+    module = SimpleNamespace(init=init, Error=Unreachable, Video=lambda path, format: Path(path).name)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    return said
+
+
+def test_wandb_draws_over_the_step_so_that_a_run_may_go_back(wandb, tmp_path):
+    monitor = Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {})
+    for step in (7, 3):
+        monitor.log(step, {"loss": 2.0})
+    monitor.log_videos(3, {"clip": np.zeros((3, 32, 32, 3), np.uint8)}, fps=8)
+    assert wandb.axes["*"] == "step"
+    assert wandb.rows == [
+        {"step": 7, "loss": 2.0}, {"step": 3, "loss": 2.0}, {"step": 3, "validation/clip": "clip.mp4"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({}, "offline"),
+        ({"WANDB_API_KEY": "k"}, "online"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, None),  # wandb reads it
+    ],
+)
+def test_wandb_mode_is_that_of_the_environment(wandb, tmp_path, monkeypatch, environment, mode):
+    wandb.reachable = True
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {})
+    assert wandb.modes == [mode]
+
+
+def test_wandb_out_of_reach_does_not_end_the_run(wandb, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {}).log(1, {"loss": 2.0})
+    assert wandb.modes == ["online", "offline"] and len(wandb.rows) == 1
+    assert "W&B refused to start (timed out); it runs offline" in caplog.text
+
+
 def test_wandb_runs_offline_inside_the_output_folder(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     monitor = Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {"a": 1})
     monitor.start(0)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import socket
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -196,12 +197,14 @@ def test_a_vae_is_trained_on_shards_as_whole(pixel_shards, tiny_model, tmp_path,
         overrides += ["stage.normalisation_clips=2"]
     else:
         overrides += [
-            f"model.vae.path={tmp_path / 'full'}", "stage.preset=sprites", "stage.crop_px=16", "stage.gan_start=1",
+            f"model.vae.path={tmp_path / 'full'}", "stage.preset=sprites", "stage.crop_px=16", "stage.gan_start=2",
             "stage.discriminator_widths=[8,16]",
         ]  # fmt: skip
     overrides += [f"validation_shards={pixel_shards}", "validation_clips=1", "steps=3"]
-    run_forked(run, "single", (tmp_path / "one", pixel_shards, *overrides), world=1)
-    run_forked(run, "fsdp", (tmp_path / "two", pixel_shards, *overrides))
+    # a process replays what it has itself decoded: nothing in its first pass of the discriminator
+    micro = {"vae": (1, 1), "tiny_vae": (4, 2)}[stage]
+    run_forked(run, "single", (tmp_path / "one", pixel_shards, *overrides, f"micro_batch={micro[0]}"), world=1)
+    run_forked(run, "fsdp", (tmp_path / "two", pixel_shards, *overrides, f"micro_batch={micro[1]}"))
     one, two = (_records(tmp_path / folder, stage) for folder in ("one", "two"))
     assert len(one) == 3 and one[-1].keys() == two[-1].keys()
     for first, second in zip(one, two, strict=True):
@@ -242,6 +245,18 @@ def test_deepspeed_skips_a_gradient_that_is_not_finite():
     assert parallel.clip(module, 1.0) == 0.5
     zero.overflow = True
     assert parallel.clip(module, 1.0) == float("inf")
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_processes_wait_while_the_main_one_writes_a_large_checkpoint(mode):
+    run_forked(_check_patience, mode, ())
+
+
+def _check_patience():
+    parallel = Parallel(device="cpu", precision="fp32")
+    group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    assert group.options._timeout >= timedelta(hours=1)
+    parallel.close()
 
 
 def test_health_is_that_of_all_processes():

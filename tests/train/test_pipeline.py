@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from train.pipeline import Step, last_line, run, run_all
+from train.pipeline import Step, last_line, processes_of, run, run_all
 
 
 def test_training_stages_share_the_cores_among_processes(monkeypatch):
@@ -15,6 +15,11 @@ def test_training_stages_share_the_cores_among_processes(monkeypatch):
     assert step.command[-3:] == ["-m", "train", "steps=1"]
     assert Step("eval", ("eval",)).command == ["-m", "eval"]
     assert Step("eval", ("eval",)).environment["OMP_NUM_THREADS"] == "4"
+
+
+@pytest.mark.parametrize(("gpus", "cores", "processes"), [(0, 1, 1), (0, 64, 2), (1, 64, 1), (2, 64, 2), (8, 1, 2)])
+def test_no_two_processes_share_a_gpu(gpus, cores, processes):
+    assert processes_of(gpus, cores) == processes
 
 
 def test_last_line_reads_through_progress_bars(tmp_path):

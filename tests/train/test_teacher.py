@@ -306,6 +306,25 @@ def test_a_run_learns_writes_and_exports(tiny_shards, tmp_path, tiny_model):
     assert not torch.equal(average["head.head.weight"], trainer.modules["teacher"].head.head.weight)
 
 
+def test_the_plan_says_what_each_process_holds(tiny_shards, tmp_path, caplog):
+    caplog.set_level("INFO")
+    trainer = run(tiny_shards, tmp_path, "steps=1", "validate_every=-1")
+    size = 20 * sum(parameter.numel() for parameter in trainer.modules["teacher"].parameters())
+    assert f"memory: {size / 1e9:.3g} GB of weights, gradients, moments and EMA per process" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+optim.modules={critic:{lr:1e-4}}", r"optim.modules.critic: .* it trains: teacher"),
+        ("+logger.alarms={student/loss:{max:9}}", r"logger.alarms.student/loss: .* they begin with teacher/,"),
+    ],
+)
+def test_settings_of_a_module_that_does_not_train_are_refused(tiny_shards, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny_shards, tmp_path, "steps=1", override)
+
+
 def test_micro_batches_do_not_change_the_run(tiny_shards, tmp_path):
     for micro in (1, 4):
         run(tiny_shards, tmp_path / str(micro), "steps=3", f"micro_batch={micro}")

@@ -88,22 +88,32 @@ def test_a_stretch_comes_with_the_latent_of_its_middle_frame():
         assert float(of[0, 0]) == latent
 
 
-def test_the_replay_buffer_gives_back_older_ones_in_half_the_batch():
+def test_the_replay_buffer_gives_back_older_ones_where_the_pick_is_odd():
     buffer = ReplayBuffer(size=3)
     first = torch.full((4, 9, 2, 2), 1.0)
     latents = torch.arange(4.0).view(4, 1, 1, 1)
     stretches, of = buffer.exchange(first, latents, [0, 1, 2, 3])
     assert torch.equal(stretches, first) and torch.equal(of, latents)  # nothing to give back yet
     assert len(buffer.stretches) == 3  # the fourth replaced the first
-    mixed, of = buffer.exchange(2 * first, latents + 10, [0, 0, 1, 5])
-    assert mixed[:, 0, 0, 0].tolist() == [2, 2, 1, 1]
-    assert of.flatten().tolist() == [10, 11, 1, 2]  # picks 1 and 5 of the stored latents 3, 1, 2
+    mixed, of = buffer.exchange(2 * first, latents + 10, [3, 0, 2, 11])
+    assert mixed[:, 0, 0, 0].tolist() == [1, 2, 2, 1]
+    assert of.flatten().tolist() == [1, 11, 12, 2]  # numbers 1 and 5 of the stored latents 3, 1, 2
     again, state = ReplayBuffer(size=3), buffer.state_dict()
     again.load_state_dict(state)
     storages = {each.untyped_storage().data_ptr() for each in again.stretches}
     assert len(storages) == 3 and state["stretches"].untyped_storage().data_ptr() not in storages
-    for one, other in zip(again.exchange(first, latents, [2] * 4), buffer.exchange(first, latents, [2] * 4)):
+    for one, other in zip(again.exchange(first, latents, [5] * 4), buffer.exchange(first, latents, [5] * 4)):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_half_of_what_the_discriminator_reads_is_replayed_at_any_micro_batch(micro_batch):
+    buffer, noise, samples = ReplayBuffer(size=16), KeyedNoise(0), 480
+    picks = torch.tensor([noise.integers(2**31, "replay", sample) for sample in range(samples)])
+    fresh = torch.arange(float(samples)).view(-1, 1, 1, 1)  # float16 holds integers up to 2048
+    parts = zip(fresh.split(micro_batch), picks.split(micro_batch), strict=True)
+    read = torch.cat([buffer.exchange(part, part, chosen.tolist())[0] for part, chosen in parts])
+    assert float((read != fresh).float().mean()) == pytest.approx(0.5, abs=0.08)
 
 
 def test_the_discriminator_judges_patches_and_reads_the_latent():

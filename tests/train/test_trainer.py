@@ -174,6 +174,87 @@ def test_preemption_saves_at_the_step_boundary(tmp_path):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def validating(folder, **settings):
+    """A trainer of 8 steps that is to save and validate every fourth."""
+    stage = Toy(KeyedNoise(0), validates=True)
+    return trainer_of(folder, stage=stage, **{"checkpoint_every": 4, "validate_every": 4} | settings)
+
+
+def signal_in(stage, method, step):
+    """The stage gets USR1 in `method` of this step."""
+    plain = getattr(stage, method)
+
+    def with_signal(*args):
+        if step == (args[1].step if method == "train_step" else args[0]):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return plain(*args)
+
+    setattr(stage, method, with_signal)
+
+
+def test_a_checkpoint_comes_before_the_validation_of_its_step(tmp_path):
+    trainer, found = validating(tmp_path), []
+    trainer.stage.validate = lambda step: found.append((step, (tmp_path / "checkpoints/last_good").read_text().strip()))
+    trainer.fit()
+    assert found == [(4, "step_00000004"), (8, "step_00000008")]
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_preempted_run_leaves_the_validation_to_the_next(tmp_path, step):
+    validating(tmp_path / "whole").fit()
+    trainer = validating(tmp_path / "cut")
+    signal_in(trainer.stage, "train_step", step - 1)
+    assert trainer.fit() == EXIT_REQUEUE
+    assert trainer.counters.step == step and step not in trainer.stage.validated
+    assert validating(tmp_path / "cut").fit() == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("step", "code"), [(4, EXIT_REQUEUE), (8, 0)])
+def test_a_signal_lets_the_validation_end_and_then_the_run(tmp_path, step, code):
+    validating(tmp_path / "whole", checkpoint_every=3).fit()
+    trainer = validating(tmp_path / "cut", checkpoint_every=3)
+    signal_in(trainer.stage, "validate", step)
+    assert trainer.fit() == code and trainer.stage.validated[-1] == trainer.counters.step == step
+    assert (tmp_path / "cut/checkpoints/last_good").read_text() == f"step_{step:08d}\n"
+    again = validating(tmp_path / "cut", checkpoint_every=3)
+    assert again.fit() == 0 and step not in again.stage.validated
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["validate", "export"])
+@pytest.mark.parametrize("step", [4, 8])
+def test_what_a_kill_after_the_checkpoint_left_out_is_made_up_for(tmp_path, step, method):
+    whole = validating(tmp_path / "whole", keep_every=4)
+    whole.fit()
+    trainer = validating(tmp_path / "cut", keep_every=4)
+    plain = getattr(trainer.stage, method)
+
+    def killed(*args):
+        if trainer.counters.step == step:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    setattr(trainer.stage, method, killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    validating(tmp_path / "cut", keep_every=4).fit()
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for folder in ("export", f"exports/step_{step:08d}"):
+        assert (tmp_path / "cut" / folder).is_dir()
+
+
+def test_a_longer_run_keeps_the_validation_at_the_former_end(tmp_path):
+    validating(tmp_path, validate_every=0).fit()
+    validating(tmp_path, validate_every=0, steps=12).fit()
+    assert [line["step"] for line in losses(tmp_path) if "validation/weight" in line] == [8, 12]
+
+
+def test_a_run_beyond_its_steps_is_over(tmp_path):
+    validating(tmp_path).fit()
+    assert validating(tmp_path, steps=6).fit() == 0
+
+
 def test_nonfinite_gradient_is_skipped_then_given_up(tmp_path, caplog):
     trainer = trainer_of(tmp_path / "a", steps=3, stage=Toy(KeyedNoise(0), explode_at=1))
     trainer.fit()

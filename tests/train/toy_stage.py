@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from train.stage import StepOutput
+from train.stage import StepOutput, ValidationOutput
 
 
 class Toy:
@@ -15,11 +15,11 @@ class Toy:
 
     needs_data = False
 
-    def __init__(self, noise, lazy=True, explode_at=None):
-        self.noise, self.lazy, self.explode_at = noise, lazy, explode_at
+    def __init__(self, noise, lazy=True, explode_at=None, validates=False):
+        self.noise, self.lazy, self.explode_at, self.validates = noise, lazy, explode_at, validates
         torch.manual_seed(noise.seed)
         self.nets = {"student": nn.Linear(3, 2), "critic": nn.Linear(3, 2)}
-        self.trace, self.exports, self.memory = [], [], 0.0
+        self.trace, self.exports, self.validated, self.memory = [], [], [], 0.0
 
     def setup(self, context): ...
 
@@ -52,7 +52,10 @@ class Toy:
         return StepOutput(sum(parts()))
 
     def validate(self, step):
-        return None
+        if not self.validates:
+            return None
+        self.validated.append(step)
+        return ValidationOutput({"weight": float(self.nets["student"].weight.sum())})
 
     def state_dict(self):
         return {"memory": self.memory, "tensor": torch.tensor([self.memory])}

@@ -1,0 +1,58 @@
+"""Running what is missing: a crash costs one clip, and markers tell what was left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from data.progress import Call, done_keys, run_items, worker_number, write_rejected
+from data.video import VideoError
+
+
+def rejected(out: Path) -> dict[str, dict]:
+    write_rejected(out)
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    return {line["file"]: line for line in lines}
+
+
+def test_a_crashing_decoder_costs_one_clip(tmp_path):
+    """And only what the broken pool had been given is done in processes of its own."""
+    calls = [Call(f"{n:02}", f"{n}.mp4", "s", _note_or_exit, (tmp_path, n, n == 3)) for n in range(20)]
+    assert run_items("render", tmp_path, calls, num_workers=1) == 19
+    assert "03" not in done_keys(tmp_path, "render") and "crashed" in rejected(tmp_path)["3.mp4"]["reason"]
+    processes = {path.read_text() for path in tmp_path.glob("*.process")}
+    assert len(processes) <= 3, "the worker that crashed, the next, and one for the item that had waited behind it"
+
+
+def _note_or_exit(folder: Path, number: int, crash: bool) -> None:
+    if crash:
+        os._exit(9)
+    (folder / f"{number}.process").write_text(str(os.getpid()))
+
+
+def test_workers_have_numbers_of_their_own(tmp_path):
+    calls = [Call(f"{n}", f"{n}", "s", _meet, (tmp_path, n)) for n in range(2)]
+    assert run_items("track", tmp_path, calls, num_workers=2) == 2
+    assert sorted((tmp_path / f"{n}.worker").read_text() for n in range(2)) == ["0", "1"]
+    assert worker_number() == 0
+
+
+def _meet(folder: Path, number: int) -> None:
+    """Write down which worker this is, and wait until the other one has."""
+    (folder / f"{number}.worker").write_text(str(worker_number()))
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("*.worker"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_file_name_that_is_not_unicode_is_listed(tmp_path, caplog):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    assert run_items("render", tmp_path, [Call("caf", name, "s", _refuse, (f"{name} is too short",))], 0) == 0
+    assert rejected(tmp_path)[name]["reason"] == f"{name} is too short"
+    assert b"caf\\udce9.mp4 is too short" in caplog.text.encode(), "as a log file is written"
+
+
+def _refuse(reason: str) -> None:
+    raise VideoError(reason)
