@@ -188,7 +188,7 @@ def plan(settings: Settings, trainer: Trainer) -> list[str]:
         f"batch: {cfg.global_batch} clips per update = {parallel.world} process(es) x {cfg.micro_batch} x "
         f"{trainer.accumulation} accumulated",
         f"steps: {cfg.steps}; checkpoint every {cfg.checkpoint_every}; validation "
-        f"{_every(cfg) if cfg.validation_shards else 'off (validation_shards=null)'}",
+        f"{_every(cfg) if cfg.validation_shards or not settings.stage.needs_data else 'off (validation_shards=null)'}",
     ]
     if trainer.loader is not None:
         clips = len(trainer.loader.dataset)
