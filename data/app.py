@@ -205,8 +205,8 @@ def run_app(config_name: str, main: Callable[[DictConfig], int | None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing them
 
     def task(cfg: DictConfig) -> None:
-        _restore_env("HYDRA_FULL_ERROR", full_error)
         refuse_added_keys(cfg)
+        _restore_env("HYDRA_FULL_ERROR", full_error)
         if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
             cfg.output_dir = HydraConfig.get().runtime.output_dir
         code = _guarded(main, cfg)

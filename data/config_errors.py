@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -92,6 +92,8 @@ def explain(
     unmatched = re.search(r"Could not override '([^']+)'", str(error))
     if unmatched:
         return _unknown_field(unmatched[1], known())
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"{_first_line(error)}; a text with commas, quotes or brackets is quoted: 'prompt=\"a, b\"'")
     return ConfigError(f"{_first_line(error)}")
 
 

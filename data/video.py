@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from models.condition import ClipGeometry
+from models.motion.tracks import centre_crop
 
 Result = TypeVar("Result")
 
@@ -78,11 +79,10 @@ def resize_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     have_h, have_w = frame.shape[:2]
     if (have_h, have_w) == (height, width):
         return frame
-    scale = max(height / have_h, width / have_w)
-    crop_h, crop_w = min(have_h, round(height / scale)), min(have_w, round(width / scale))
-    top, left = (have_h - crop_h) // 2, (have_w - crop_w) // 2
+    top, left, crop_h, crop_w = centre_crop((have_h, have_w), (height, width))
     crop = frame[top : top + crop_h, left : left + crop_w]
-    return cv2.resize(crop, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    is_smaller = max(height / have_h, width / have_w) < 1
+    return cv2.resize(crop, (width, height), interpolation=cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC)
 
 
 # ------------------------------------------------------------------------------------------ reading

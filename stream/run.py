@@ -109,8 +109,10 @@ def read_inputs(settings: StreamConfig, model_cfg: ModelConfig) -> Inputs:
     """Read and check image and tracks; builds no model.
 
     Raises:
-        ValueError: tracks of another resolution, or a length that the teacher cannot sample.
+        ValueError: tracks of another resolution, a length that the teacher cannot sample, or an `out` that cannot be
+            written or would replace what is read.
     """
+    check_out(settings)
     tracks = None
     if settings.tracks is not None:
         tracks = load_track_source(settings.tracks, model_cfg, settings.tracker, resize=settings.tracks_resize)
@@ -128,6 +130,17 @@ def read_inputs(settings: StreamConfig, model_cfg: ModelConfig) -> Inputs:
     return Inputs(load_first_frame(settings.image, model_cfg.clip), tracks, num_frames, drags)
 
 
+def check_out(settings: StreamConfig) -> None:
+    """Raises ValueError for an `out` that is no mp4 to be, or is the image or the tracks."""
+    out = Path(settings.out)
+    if out.suffix.lower() != ".mp4" or out.is_dir():
+        raise ValueError(f"out={settings.out} must be the name of an .mp4 file")
+    for name in ("image", "tracks"):
+        given = getattr(settings, name)
+        if given is not None and Path(given).resolve() == out.resolve():
+            raise ValueError(f"out={settings.out} is the {name} itself; name another file")
+
+
 def read_drags(settings: StreamConfig, model_cfg: ModelConfig, num_frames: int) -> dict[int, list[Drag]]:
     """Labelled drags at the model's size, by the number of chunks made before each.
 
@@ -139,6 +152,8 @@ def read_drags(settings: StreamConfig, model_cfg: ModelConfig, num_frames: int) 
     if settings.role != "student":
         raise ValueError("drags need role=student: they act on a running stream")
     where, clip, chunk_frames = Path(settings.drags), model_cfg.clip, model_cfg.rollout.chunk_frames
+    if not where.exists():
+        raise FileNotFoundError(f"drags={where}: no such file or folder")
     paths = sorted(where.glob("*_trajectory.json")) if where.is_dir() else [where]
     if not paths:
         raise ValueError(f"drags={where} has no *_trajectory.json; pass a label or a folder of labels")
@@ -152,6 +167,8 @@ def read_drags(settings: StreamConfig, model_cfg: ModelConfig, num_frames: int) 
         if pixel_frames_of(label.block * chunk_frames - 1, 1).stop > num_frames:
             raise ValueError(f"{path.name} drags after chunk {label.block}, but the video has {num_frames} frames")
         drags.setdefault(label.block, []).append(drag)
+    for block in drags.values():  # an edit makes the chunk again from which an animation starts
+        block.sort(key=lambda drag: drag.mode != "edit")
     return drags
 
 

@@ -81,7 +81,7 @@ def load_track_source(
     if not resize:
         raise ValueError(
             f"tracks={path} is at {tracks.height}x{tracks.width} px, the model needs "
-            f"{clip.height}x{clip.width} (model.clip); add tracks_resize=true to scale it"
+            f"{clip.height}x{clip.width} (model.clip); add tracks_resize=true to crop and scale it as the picture is"
         )
     return tracks.resize_to(clip.height, clip.width)
 

@@ -44,6 +44,8 @@ class LatencyConfig:
                 f"num_chunks={self.num_chunks} must be at least {least}, to compare the last {SPAN} with those around "
                 f"chunk {REFERENCE_CHUNK}"
             )
+        if not 0 <= self.warmup_chunks < self.num_chunks:
+            raise ValueError(f"warmup_chunks={self.warmup_chunks} must be in 0..{self.num_chunks - 1}")
 
 
 class Latency:

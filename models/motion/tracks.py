@@ -9,6 +9,7 @@ not stored, because they are drawn anew for each training sample and each sessio
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,9 +82,11 @@ class Tracks:
         )
 
     def resize_to(self, height: int, width: int) -> Tracks:
-        """The same motion in a frame of another size; each axis is scaled on its own."""
-        scale = self.points.new_tensor([width / self.width, height / self.height])
-        return replace(self, points=self.points * scale, height=height, width=width)
+        """The same motion in a frame of another size, cropped in the middle to its aspect as pictures are."""
+        top, left, crop_height, crop_width = centre_crop((self.height, self.width), (height, width))
+        scale = self.points.new_tensor([width / crop_width, height / crop_height])
+        points = (self.points - self.points.new_tensor([left, top])) * scale
+        return replace(self, points=points, height=height, width=width)
 
     def frames(self, frames: slice) -> Tracks:
         """A stretch of pixel frames."""
@@ -171,16 +174,44 @@ class Tracks:
         """Reads one clip at the resolution it was stored in; ids are 0 until drawn."""
         path = Path(path)
         if _suffix(path) == ".npz":
-            with np.load(path, allow_pickle=False) as stored:
-                fields = {name: stored[name] for name in stored.files}
+            try:
+                with np.load(path, allow_pickle=False) as stored:
+                    fields = {name: stored[name] for name in stored.files}
+            except (OSError, ValueError, zipfile.BadZipFile) as error:
+                raise ValueError(f"{path}: no npz file: {error}") from error
         else:
-            fields = json.loads(path.read_text())
+            try:
+                fields = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path}: not JSON: {error}") from error
         missing = {"points", "visibility", "height", "width"} - set(fields)
         if missing:
             raise ValueError(f"{path}: no field {sorted(missing)}; a track file has points, visibility, height, width")
-        points = np.asarray(fields["points"], np.float32).reshape(*np.shape(fields["visibility"]), 2)
-        visibility = np.asarray(fields["visibility"], bool)
-        return Tracks.from_arrays(points, visibility, int(fields["height"]), int(fields["width"]))
+        try:
+            points, visibility = np.asarray(fields["points"], np.float32), np.asarray(fields["visibility"])
+            height, width = int(fields["height"]), int(fields["width"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}; points are numbers, height and width whole pixels") from error
+        if not visibility.size:  # JSON does not tell the shape of what is empty
+            points = points.reshape(*visibility.shape, 2)
+        if points.shape != (*visibility.shape, 2) or visibility.ndim != 2:
+            raise ValueError(
+                f"{path}: points {points.shape} must be [T, N, 2] and visibility {visibility.shape} [T, N]: frames, "
+                "then tracks, then x and y"
+            )
+        if visibility.dtype.kind not in "biuf":
+            raise ValueError(f"{path}: visibility holds '{visibility.flat[0]}'; it must be true or false")
+        return Tracks.from_arrays(points, visibility.astype(bool), height, width)
+
+
+def centre_crop(have: tuple[int, int], want: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the middle of a frame of size `have` that has the aspect of size `want`, px.
+
+    The one rule by which pictures, tracks and masks come to the model's size.
+    """
+    scale = max(want[0] / have[0], want[1] / have[1])
+    height, width = (min(old, max(1, round(new / scale))) for old, new in zip(have, want))
+    return (have[0] - height) // 2, (have[1] - width) // 2, height, width
 
 
 def load_tracks(path: str | Path, height: int, width: int) -> Tracks:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from models.motion.tracks import centre_crop
+
 if TYPE_CHECKING:
     from stream.dragstream.features import Reference
 
@@ -108,24 +110,23 @@ class Drag:
         return all(pose == Pose() for handle in self.handles for pose in handle.poses)
 
     def resize_to(self, height: int, width: int) -> Drag:
-        """The same drag in a frame of another size. Raises ValueError where rotations would shear."""
-        from_height, from_width = self.handles[0].mask.shape
-        sx, sy = width / from_width, height / from_height
-        if any(handle.is_rotation for handle in self.handles) and abs(sx / sy - 1) > 0.02:
-            raise ValueError(
-                f"a rotation at {from_width} x {from_height} px cannot be stretched to {width} x {height}: crop "
-                "to the same aspect ratio first"
-            )
+        """The same drag in a frame of another size, cropped in the middle to its aspect as pictures are."""
+        top, left, crop_height, crop_width = centre_crop(self.handles[0].mask.shape[:2], (height, width))
+        sx, sy = width / crop_width, height / crop_height
 
         def scaled(mask: np.ndarray) -> np.ndarray:
-            return cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA) >= 0.5
+            crop = mask[top : top + crop_height, left : left + crop_width].astype(np.float32)
+            return cv2.resize(crop, (width, height), interpolation=cv2.INTER_AREA) >= 0.5
+
+        def placed(point: Point) -> Point:
+            return (point[0] - left) * sx, (point[1] - top) * sy
 
         handles = tuple(
             replace(
                 handle,
                 mask=scaled(handle.mask),
-                point=(handle.point[0] * sx, handle.point[1] * sy),
-                center=(handle.center[0] * sx, handle.center[1] * sy),
+                point=placed(handle.point),
+                center=placed(handle.center),
                 poses=tuple(Pose(pose.dx * sx, pose.dy * sy, pose.degrees) for pose in handle.poses),
             )
             for handle in self.handles

@@ -25,6 +25,7 @@ from data.video import (
     write_video,
 )
 from models.condition import ClipGeometry
+from models.motion.tracks import Tracks
 
 REPO = Path(__file__).parents[2]
 
@@ -246,3 +247,16 @@ def test_no_tracks_to_draw():
 def test_real_clip():
     frames = read_video(BEAR, ClipGeometry(240, 416, 33, 16))
     assert frames.shape == (33, 240, 416, 3) and frames.std() > 20
+
+
+@pytest.mark.parametrize(("have", "want"), [((120, 200), (64, 64)), ((100, 60), (48, 80)), ((54, 96), (480, 832))])
+def test_tracks_stay_on_what_a_resized_picture_shows(have, want) -> None:
+    picture = np.zeros((*have, 3), np.uint8)
+    row, column = have[0] // 2 - 4, have[1] // 2 + 7
+    picture[row - 3 : row + 3, column - 3 : column + 3] = 255
+    shown = resize_frame(picture, *want)[..., 0] > 127
+    rows, columns = np.nonzero(shown)
+    point = np.array([[[column, row]]], np.float32)
+    tracks = Tracks.from_arrays(point, np.ones((1, 1), bool), *have).resize_to(*want)
+    found = np.array([columns.mean() + 0.5, rows.mean() + 0.5])
+    np.testing.assert_allclose(tracks.points[0, 0, 0].numpy(), found, atol=0.6)

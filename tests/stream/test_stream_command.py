@@ -56,6 +56,33 @@ def test_motion_transfer_from_a_video_and_the_teacher(tiny_weights, sprites_vide
     assert len(student) == 10 and len(teacher) == 33
 
 
+@pytest.mark.parametrize(
+    ("image", "out", "message"),
+    [
+        ("a.png", "a.png", "out=.*a.png must be the name of an .mp4 file"),
+        ("a.mp4", "a.mp4", "out=.*a.mp4 is the image itself; name another file"),
+        ("a.png", "folder.mp4", "must be the name of an .mp4 file"),
+    ],
+)
+def test_what_is_read_is_not_written_over(tiny_weights, tmp_path: Path, image, out, message) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(ValueError, match=message):
+        _run(tiny_weights, tmp_path / out, f"image={tmp_path / image}")
+
+
+def test_an_edit_comes_before_an_animation_of_the_same_boundary(tiny_weights, tmp_path: Path) -> None:
+    mask = np.zeros((16, 16), bool)
+    mask[4:12, 4:12] = True
+    for mode, count in (("animate", 3), ("edit", 1)):
+        handle = Handle(mask, (8, 8), (Pose(dx=1),) * count, (8, 8))
+        DragLabel.from_drag(Drag(mode, (handle,)), "", 1, 3).write(tmp_path / "labels")
+    cv2.imwrite(str(tmp_path / "first.png"), np.zeros((16, 16, 3), np.uint8))
+    given = (f"image={tmp_path / 'first.png'}", f"drags={tmp_path / 'labels'}", "num_frames=21")
+    assert len(_run(tiny_weights, tmp_path / "a.mp4", *given)) == 21
+    with pytest.raises(FileNotFoundError, match="drags=nowhere: no such file or folder"):
+        _run(tiny_weights, tmp_path / "a.mp4", f"image={tmp_path / 'first.png'}", "drags=nowhere")
+
+
 def test_tracks_of_another_resolution_are_refused_before_anything_is_built(tiny_weights, tmp_path: Path) -> None:
     path = tmp_path / "tracks.npz"
     Tracks.from_arrays(np.full((9, 1, 2), 32.0), np.ones((9, 1), bool), 64, 128).save(path)
@@ -64,7 +91,7 @@ def test_tracks_of_another_resolution_are_refused_before_anything_is_built(tiny_
     with pytest.raises(ValueError, match=r"64x128 px.*16x16.*tracks_resize=true"):
         main(cfg)
     tracks = load_track_source(path, tiny_weights.model_cfg, TrackerConfig(), resize=True)
-    assert tracks.points[0, 0, 0].tolist() == [4.0, 8.0]
+    assert tracks.points[0, 0, 0].tolist() == [0.0, 8.0]  # the left edge of the middle 64 px
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.motion.tracks import Tracks, load_tracks, sample_track_ids
+from models.motion.tracks import Tracks, centre_crop, load_tracks, sample_track_ids
 
 
 def random_tracks(batch: int = 2, num_frames: int = 5, num_tracks: int = 7, seed: int = 0) -> Tracks:
@@ -31,20 +31,47 @@ def same(first: Tracks, second: Tracks) -> bool:
 
 
 @settings(max_examples=40)
-@given(st.integers(1, 500), st.integers(1, 500))
-def test_resize_keeps_relative_positions_and_comes_back(height, width):
+@given(st.integers(1, 12))
+def test_resizing_at_the_same_aspect_keeps_relative_positions_and_comes_back(factor):
     tracks = random_tracks()
-    resized = tracks.resize_to(height, width)
-    relative = resized.points / torch.tensor([float(width), float(height)])
-    torch.testing.assert_close(relative, tracks.points / torch.tensor([64.0, 48.0]), atol=1e-6, rtol=1e-5)
-    back = resized.resize_to(48, 64)
-    torch.testing.assert_close(back.points, tracks.points, atol=1e-4, rtol=1e-5)
-    assert (back.height, back.width) == (48, 64)
+    resized = tracks.resize_to(48 * factor, 64 * factor)
+    torch.testing.assert_close(resized.points, tracks.points * factor)
+    assert (resized.height, resized.width) == (48 * factor, 64 * factor)
+    torch.testing.assert_close(resized.resize_to(48, 64).points, tracks.points, atol=1e-4, rtol=1e-5)
 
 
-def test_resize_scales_x_by_width_and_y_by_height():
-    tracks = Tracks.from_arrays(np.array([[[6.0, 8.0]]]), np.array([[True]]), height=10, width=20)
-    assert tracks.resize_to(20, 80).points.flatten().tolist() == [24.0, 16.0]
+def test_another_aspect_is_cropped_in_the_middle():
+    tracks = Tracks.from_arrays(np.array([[[16.0, 8.0], [2.0, 5.0]]]), np.array([[True, True]]), height=10, width=20)
+    assert tracks.resize_to(20, 20).points[0, 0].tolist() == [[22.0, 16.0], [-6.0, 10.0]]  # columns 5 to 14 are kept
+
+
+@given(st.tuples(st.integers(1, 500), st.integers(1, 500)), st.tuples(st.integers(1, 500), st.integers(1, 500)))
+def test_a_crop_lies_in_the_frame(have, want):
+    top, left, height, width = centre_crop(have, want)
+    assert 0 <= top <= top + height <= have[0] and 0 <= left <= left + width <= have[1] and min(height, width) >= 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"points": np.zeros((3, 4, 2)).tolist()}, r"points \(3, 4, 2\) must be \[T, N, 2\] and visibility \(4, 3\)"),
+        ({"points": [["a"]]}, "could not convert string to float"),
+        ({"height": "64px"}, "height and width whole pixels"),
+        ({"visibility": [["no"] * 3] * 4}, "visibility holds 'no'.*must be true or false"),
+    ],
+)
+def test_a_track_file_that_cannot_be_read_is_named(tmp_path, fields, message):
+    content = {"height": 64, "width": 64, "points": np.zeros((4, 3, 2)).tolist(), "visibility": [[True] * 3] * 4}
+    (tmp_path / "t.json").write_text(json.dumps(content | fields))
+    with pytest.raises(ValueError, match=f"t.json: .*{message}"):
+        Tracks.load(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("name", ["t.json", "t.npz"])
+def test_a_broken_track_file_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"{broken")
+    with pytest.raises(ValueError, match=f"{name}: n"):
+        Tracks.load(tmp_path / name)
 
 
 @settings(max_examples=40)
