@@ -160,6 +160,8 @@ def read_drags(settings: StreamConfig, model_cfg: ModelConfig, num_frames: int) 
     drags: dict[int, list[Drag]] = {}
     for path in paths:
         label = DragLabel.read(path)
+        if label.prompt not in ("", settings.prompt):
+            log.warning("%s was drawn for prompt=%r; the stream's is %r", path.name, label.prompt, settings.prompt)
         drag = label.to_drag().resize_to(clip.height, clip.width)
         check_drag(drag, height=clip.height, width=clip.width, chunk_frames=chunk_frames)
         if label.block < 1:

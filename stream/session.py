@@ -119,7 +119,10 @@ class StreamSession:
         self._buffer.push(tracks)
 
     def unused_track_ids(self, count: int) -> Tensor:
-        """Identities for tracks that the stream has not seen yet: [count] long."""
+        """Identities for new tracks, [count] long: such as the stream has not seen yet, while there are any.
+
+        Raises ValueError where so many are not left beside those in use and those that drags have.
+        """
         return self._buffer.unused_ids(count, besides=self._buffer.snapshot().released)
 
     def set_prompt(self, prompt: str) -> None:
@@ -229,6 +232,8 @@ class StreamSession:
         self._boundaries[-1] = boundary  # taking the chunk back takes back what the drag did to the tracks
         self._prompt_embeds = now.prompt_embeds  # what came since the chunk is kept
         self._buffer.restore(replace(self._buffer.snapshot(), pushed=now.tracks.pushed))
+        if now.animation is None:
+            self._end_animation()
         return DragOutcome(frames, references, editor.logs)
 
     def _tracks_of(self, drag: Drag) -> tuple[frozenset[int], list[Tracks]]:
@@ -378,8 +383,8 @@ class StreamSession:
         asked, started = self._steering(), self.codecs.clock()
         condition = self._next_condition()
         conditioned = self.codecs.clock()
-        passes = list(earlier)
-        remembered = self._remembering(edit or self._animation_edit(), passes)
+        passes, edit = list(earlier), edit or self._animation_edit()
+        remembered = self._remembering(edit, passes)
         chunk = self._rollout.next_chunk(condition, start=start, edit=remembered, edit_x0=self._edit_x0())
         denoised = self.codecs.clock()
         frames = to_frames(self._decoder.push(chunk.x0))[0]
@@ -388,7 +393,7 @@ class StreamSession:
             self._chunk_index, len(frames), conditioned - started, denoised - conditioned, decoded - denoised
         )
         self._latest = (timing, chunk.x0)
-        self._remember(passes, chunk.x0, asked, edited_step=len(earlier))
+        self._remember(passes, chunk.x0, asked, edited_step=edit.cfg.step if isinstance(edit, DragEditor) else 0)
         self._chunk_index += 1
         self._num_frames += len(frames)
         return frames

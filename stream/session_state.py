@@ -66,7 +66,7 @@ class Memory:
     """What drags need of the chunks before."""
 
     passes: tuple[ChunkPass, ...] = ()  # of the latest chunk, one per denoising step
-    edited_step: int = 0  # of these; the passes before it are those of the chunk before it was edited
+    edited_step: int = 0  # the one at which a drag changed that chunk; the passes before it know nothing of the drag
     noisy: tuple[tuple[Tensor, ...], ...] = ()  # inputs of the latest chunks' steps, [1, C, c, h, w] each
     clean: tuple[Tensor, ...] = ()  # latents of the latest two chunks but the stream's first
     asked: Steering | None = None  # what the latest chunk was made with

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ class _Queue:
 
     held: Tracks | None = None
     num_read: int = 0  # frames at the head of `held` that were read: 0 or 1
+    seen: frozenset[int] = frozenset()  # identities of all that was ever appended
 
     @property
     def num_pending(self) -> int:
@@ -41,10 +41,11 @@ class _Queue:
         return None if self.held is None or not self.num_read else self.held.frames(slice(0, 1))
 
     def appended(self, tracks: Tracks) -> _Queue:
-        return _Queue(tracks if self.held is None else _append(self.held, tracks), self.num_read)
+        held = tracks if self.held is None else _append(self.held, tracks)
+        return _Queue(held, self.num_read, self.seen.union(_ids_of(tracks)))
 
     def without(self, ids: frozenset[int]) -> _Queue:
-        return self if self.held is None else _Queue(_without(self.held, ids), self.num_read)
+        return self if self.held is None else replace(self, held=_without(self.held, ids))
 
     def taken(self, count: int, ending: str) -> tuple[Tracks | None, _Queue]:
         """The next `count` frames, filled up as `ending` says, and what is left."""
@@ -52,7 +53,7 @@ class _Queue:
             return None, self
         taken = _filled(self.held.frames(slice(self.num_read, self.num_read + count)), self.held, count, ending)
         rest = self.held.frames(slice(self.num_read + count, None))
-        return taken, _Queue(_without_unseen(_append(taken.frames(slice(-1, None)), rest)), 1)
+        return taken, replace(self, held=_without_unseen(_append(taken.frames(slice(-1, None)), rest)), num_read=1)
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,16 @@ class TrackBuffer:
         return now.select((inside & hit).nonzero()[:, 0])
 
     def unused_ids(self, count: int, besides: Collection[int] = ()) -> torch.Tensor:  # -> [count]
-        """Identities that no track of this stream has now, nor ``besides``; fewer where so many are not left."""
-        used = {identity for queue in (self._pushed, self._led) for identity in _ids_of(queue.held)} | set(besides)
-        free = (identity for identity in reversed(self._identities.tolist()) if identity not in used)
-        return torch.tensor(list(islice(free, count)), dtype=torch.long)
+        """Identities that no track of this stream has now, nor ``besides``; those that none ever had come first.
+
+        Raises ValueError where so many are not left.
+        """
+        held = {identity for queue in (self._pushed, self._led) for identity in _ids_of(queue.held)} | set(besides)
+        free = [identity for identity in reversed(self._identities.tolist()) if identity not in held]
+        if len(free) < count:
+            raise ValueError(f"{count} new tracks need identities, and {len(free)} of {NUM_TRACK_IDS} are left")
+        seen = self._pushed.seen | self._released
+        return torch.tensor(sorted(free, key=lambda identity: identity in seen)[:count], dtype=torch.long)
 
     def release(self, ids: Iterable[int]) -> None:
         """From the next frame on these identities are unspecified, whatever is pushed."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data.trackers import TrackerConfig, build_tracker, grid_queries
-from data.video import probe_video, read_video, resize_frame
+from data.video import VideoError, probe_video, read_video, resize_frame
 from models.assemble import ModelConfig
 from models.condition import ClipGeometry
 from models.motion.tracks import Tracks
@@ -42,7 +42,12 @@ def load_first_frame(path: str | Path, clip: ClipGeometry) -> np.ndarray:  # -> 
     if not path.is_file():
         raise FileNotFoundError(f"image={path}: no such file; give a picture ({', '.join(PICTURES)}) or a video")
     if path.suffix.lower() not in PICTURES:
-        return read_video(path, ClipGeometry(clip.height, clip.width, 1, clip.fps))[0]
+        try:
+            return read_video(path, ClipGeometry(clip.height, clip.width, 1, clip.fps))[0]
+        except VideoError as error:
+            raise ValueError(
+                f"image={path} is neither a picture ({', '.join(PICTURES)}) nor a video: {error}"
+            ) from error
     import cv2
 
     picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
@@ -74,7 +79,10 @@ def load_track_source(
             f"tracks={path}: no such file; give {' or '.join(TRACK_FILES)}, or a video to take the motion from"
         )
     if path.suffix.lower() not in TRACK_FILES:
-        return _follow(path, model_cfg, tracker)
+        try:
+            return _follow(path, model_cfg, tracker)
+        except VideoError as error:
+            raise ValueError(f"tracks={path} is neither {' nor '.join(TRACK_FILES)} nor a video: {error}") from error
     tracks = Tracks.load(path)
     if (tracks.height, tracks.width) == (clip.height, clip.width):
         return tracks

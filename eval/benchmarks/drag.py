@@ -177,21 +177,21 @@ class DragBenchmark:
         depth = context.model_cfg.rollout.num_steps, student.config.num_layers
         step_of = {name: cfg.for_student(*depth).step for name, cfg in settings.items()}
         ways = {step: replace(UNTOUCHED, step=step) for step in sorted(set(step_of.values()))} | dict(settings)
+        far = DragConfig(adsr_frames=max(cfg.adsr_frames for cfg in settings.values()))  # what is remembered
         runs: dict[str | int, list[Run]] = {way: [] for way in ways}
         with progress_bar(len(scenarios) * len(ways), "drag", "stream") as bar:
             for scenario in scenarios:
-                session = self._open(context, student, scenario)
+                session = self._open(context, student, scenario, far)
                 opening = [session.next_chunk() for _ in range(scenario.events[0].after_chunks)]
-                state, latents, timing = session.snapshot(), session.latents, session.timing.total_seconds
+                state, latents = session.snapshot(), session.latents
                 for way, cfg in ways.items():
                     session.restore(state)
                     session.drag_cfg = cfg
-                    replay = Replay(session, scenario, self.cfg.locator, opening[-1], latents, timing)
-                    runs[way].append(replay.run())
+                    runs[way].append(Replay(session, scenario, self.cfg.locator, opening[-1], latents).run())
                     bar.update()
         return {name: runs[name] for name in settings}, {name: runs[step_of[name]] for name in settings}
 
-    def _open(self, context: EvalContext, student: WanDiT, scenario: DragScenario) -> StreamSession:
+    def _open(self, context: EvalContext, student: WanDiT, scenario: DragScenario, drag: DragConfig) -> StreamSession:
         clip, per_side = context.model_cfg.clip, self.cfg.tracks_per_side
         tracks = None
         if self.cfg.labels is None:
@@ -204,7 +204,7 @@ class DragBenchmark:
         return StreamSession(
             student, context.codecs, first_frame=scenario.first_frame, prompt=scenario.prompt, tracks=tracks,
             ending="hold" if self.cfg.hold_tracks else "release", seed=context.seed, sample_id=scenario.sample_id,
-            undo_chunks=1,
+            undo_chunks=1, drag=drag,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ judging
@@ -288,10 +288,9 @@ class DragBenchmark:
         Plain: a denoising pass. Latents are edited before a pass, so the larger of the two counts.
         """
         scenario = next((each for each in scenarios if each.mode == "animate"), scenarios[0])
-        session, clip = self._open(context, student, scenario), context.model_cfg.clip
+        session, clip = self._open(context, student, scenario, cfg), context.model_cfg.clip
         for _ in range(WARM_CHUNKS):
             session.next_chunk()
-        session.drag_cfg = cfg
         source = session.latest_passes[session.drag_cfg.step]
         reader, drag = FeatureReader(student, session.drag_cfg, source.sigma), scenario.events[0].drag
         references = read_references(reader, session.drag_cfg, drag, source, context.noise)

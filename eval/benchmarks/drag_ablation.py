@@ -162,7 +162,8 @@ class DragAblation:
         path = context.out / f"seed_{context.seed}.json"
         variants = {name: VARIANTS[name] for name in self.cfg.variants}
         settings = [str(each) for each in (replace(self.cfg, num_seeds=1), context.drag, variants)]
-        made_with = {"settings": settings, **context.made_with(["student"])}
+        figures = list(Verdict.__dataclass_fields__)
+        made_with = {"settings": settings, "figures": figures, **context.made_with(["student"])}
         if (kept := read_kept(path, made_with)) is not None:
             return {name: [_verdict(figures) for figures in found] for name, found in kept["verdicts"].items()}
         found = self._verdicts(context)

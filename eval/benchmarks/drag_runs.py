@@ -92,13 +92,12 @@ class Replay:
     """One method's way through one scenario, from the state before its first drag."""
 
     def __init__(
-        self, session: StreamSession, scenario: DragScenario, locator: LocatorConfig, last: np.ndarray,
-        latents: Tensor, plain_seconds: float,
-    ) -> None:  # fmt: skip
+        self, session: StreamSession, scenario: DragScenario, locator: LocatorConfig, last: np.ndarray, latents: Tensor
+    ) -> None:
         self.session, self.scenario, self.locator = session, scenario, locator
         self.chunks, self.latents = [last], [latents[0].float().cpu()]  # the latest replaced by an edit
         self.start = session.num_frames - len(last)
-        self.plain = [plain_seconds]
+        self.plain: list[float] = []
         self.dragged: list[DraggedChunks] = []
         self.references: list[tuple[Reference, ...]] = []
         self.origin: tuple[np.ndarray, Drag] | None = None  # frame and drag that a "follows" event starts from
@@ -117,7 +116,9 @@ class Replay:
             self._drag(drag, *look)
         while self.session.chunk_index < self.scenario.num_chunks:
             self._next()
-        return Run(np.concatenate(self.chunks), self.dragged, self.plain)
+        frames = np.concatenate(self.chunks)
+        self._next()  # timed alone: many scenarios have no chunk without a drag
+        return Run(frames, self.dragged, self.plain)
 
     def _placed(self, drag: Drag) -> Drag:
         """The drag where its objects are now, as a user would grab them."""

@@ -35,7 +35,8 @@ class DragLabel:
 
     @property
     def prompt(self) -> str:
-        return self.content["prompt"]
+        """Of the stream that was labelled; empty where the file does not say."""
+        return self.content.get("prompt") or ""
 
     @property
     def prefix(self) -> str:
@@ -52,12 +53,14 @@ class DragLabel:
             content = json.loads(path.read_text())
             mode, trajectories = content["drag_or_animation_select"], content["trajectories"]
             files = [content.get("movable_area_mask_file"), *(each.get("mask_file") for each in trajectories)]
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            paths = {file: path.parent / Path(file).name for file in files if file is not None}
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a DragStream label: {error!r}") from error
-        if mode not in MODE_NAMES:
-            raise ValueError(f"{path}: drag_or_animation_select='{mode}' must be {' or '.join(MODE_NAMES)}")
-        masks = {file: _read_mask(path.parent / Path(file).name) for file in files if file is not None}
-        return cls(int(name["block"]), content, masks)
+        if mode != name["mode"]:
+            raise ValueError(
+                f"{path}: drag_or_animation_select={mode!r}, but its name says {name['mode']!r}; they must agree"
+            )
+        return cls(int(name["block"]), content, {file: _read_mask(mask) for file, mask in paths.items()})
 
     def write(self, folder: str | Path) -> Path:
         """The JSON and its masks; returns the path of the JSON."""
@@ -70,14 +73,29 @@ class DragLabel:
         return path
 
     def to_drag(self) -> Drag:
-        """The operation; its masks have the size of the frame that was labelled. See `Drag.resize_to`."""
+        """The operation; its masks have the size of the frame that was labelled. See `Drag.resize_to`.
+
+        Raises ValueError, naming the trajectory, for an incomplete one, or masks of different sizes.
+        """
         trajectories = self.content["trajectories"]
         if not trajectories:
             raise ValueError(f"{self.prefix}: trajectories=[] must have at least one entry")
+        sizes = {file: f"{mask.shape[1]} x {mask.shape[0]}" for file, mask in self.masks.items()}
+        if len(set(sizes.values())) > 1:
+            found = ", ".join(f"{file} {size}" for file, size in sizes.items())
+            raise ValueError(f"{self.prefix}: masks must have the size of one frame, not {found}")
+        handles = []
+        for index, trajectory in enumerate(trajectories):
+            if trajectory.get("mask_file") is None:
+                raise ValueError(f"{self.prefix}: trajectory {index} has no mask_file; mark the region to drag")
+            try:
+                handles.append(self._handle(trajectory))
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise ValueError(f"{self.prefix}: trajectory {index} is incomplete or malformed: {error!r}") from error
         movable = self.content.get("movable_area_mask_file")
         return Drag(
             MODE_NAMES[self.content["drag_or_animation_select"]],
-            tuple(self._handle(index, each) for index, each in enumerate(trajectories)),
+            tuple(handles),
             None if movable is None else self.masks[movable],
             self.block - 1,
         )
@@ -102,9 +120,7 @@ class DragLabel:
         }
         return cls(block, content, masks)
 
-    def _handle(self, index: int, trajectory: Mapping[str, Any]) -> Handle:
-        if trajectory.get("mask_file") is None:
-            raise ValueError(f"{self.prefix}: trajectory {index} has no mask_file; mark the region to drag")
+    def _handle(self, trajectory: Mapping[str, Any]) -> Handle:
         mask = self.masks[trajectory["mask_file"]]
         parts = trajectory.get("block_trajectories") or [_recomputed(trajectory["original_trajectory"])]
         deltas = [delta for part in parts for delta in part["deltas"]]

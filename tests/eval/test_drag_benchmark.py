@@ -15,13 +15,15 @@ import torch
 
 from data.app import compose_config
 from data.sprites import SpritesConfig
-from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict
+from eval.benchmarks.context import EvalContext
+from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict, baseline_settings
 from eval.benchmarks.drag_pictures import pick_shown
 from eval.benchmarks.drag_runs import DraggedChunks, Replay, Run, pasted
 from eval.benchmarks.drag_scenarios import COMBINATIONS, DragEvent, labelled_scenarios, moved_to, sprites_scenarios
 from eval.metrics.drag import LocatorConfig
 from eval.run import main
 from models.condition import ClipGeometry
+from stream.codecs import Codecs
 from stream.dragstream.drag import Drag, Handle, Pose, check_drag
 from stream.dragstream.labels import DragLabel
 from stream.provenance import peak_bytes
@@ -222,14 +224,17 @@ def test_the_peak_is_what_is_held_at_once() -> None:
 
 
 class TimedSession:
-    """A session whose drags take 10 s and chunks 1 s, by its own clock; an edit makes its chunk again within."""
+    """A session whose drags take 10 s and whose n-th chunk takes n s; an edit makes its chunk again within."""
 
     def __init__(self) -> None:
         self.now, self.num_frames, self.chunk_index = 0.0, 12, 1
         self.latents, self.frames = torch.zeros(1, 2, 3, 16, 16), np.zeros((12, 64, 64, 3), np.uint8)
         rollout = SimpleNamespace(chunk_frames=3)
         self.codecs = SimpleNamespace(clock=lambda: self.now, model_cfg=SimpleNamespace(rollout=rollout))
-        self.timing = SimpleNamespace(total_seconds=1.0)
+
+    @property
+    def timing(self) -> SimpleNamespace:
+        return SimpleNamespace(total_seconds=float(self.chunk_index))
 
     def next_chunk(self) -> np.ndarray:
         self.now += 1.0
@@ -242,15 +247,17 @@ class TimedSession:
         return DragOutcome(self.frames if drag.mode == "edit" else None, (), [])
 
 
-@pytest.mark.parametrize(("mode", "poses", "seconds"), [("edit", 3, [10.0]), ("animate", 6, [11.0, 1.0])])
+@pytest.mark.parametrize(("mode", "poses", "seconds"), [("edit", 3, [10.0]), ("animate", 6, [12.0, 3.0])])
 def test_the_time_of_a_drag_has_what_starting_it_took(mode, poses, seconds) -> None:
     session = TimedSession()
     mask = np.zeros((64, 64), bool)
     mask[20:30, 20:30] = True
     drag = Drag(mode, (Handle(mask, (25, 25), (Pose(dx=2),) * poses, (25, 25)),))
     scenario = replace(scenarios(1)[0], events=(DragEvent(1, drag),), num_chunks=4)
-    run = Replay(session, scenario, LocatorConfig(), session.frames, session.latents, 1.0).run()
-    assert [dragged.seconds for dragged in run.drags] == [seconds] and set(run.plain_seconds) == {1.0}
+    run = Replay(session, scenario, LocatorConfig(), session.frames, session.latents).run()
+    assert [dragged.seconds for dragged in run.drags] == [seconds]
+    plain = [2.0, 3.0, 4.0, 5.0] if mode == "edit" else [4.0, 5.0]  # one beyond those judged; not the opening
+    assert run.plain_seconds == plain and len(run.frames) == 12 * 4
 
 
 def test_every_operation_is_shown_before_a_second_of_its_kind() -> None:
@@ -288,6 +295,8 @@ def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path
     assert json.loads((tmp_path / "per_clip.json").read_text()) == per_clip
     with pytest.raises(TypeError):
         main(compose_config("eval", [*tiny_weights.overrides, *overrides, "drag.lr=0.3"]))
+    names = json.loads((tmp_path / "seed_0.json").read_text())["made_with"]["figures"]
+    assert names == list(Verdict.__dataclass_fields__)  # a seed without a figure of today is dragged again
     trained = tmp_path / "trained"
     shutil.copytree(tiny_weights.folder / "student", trained)
     for kept in tmp_path.glob("seed_*.json"):
@@ -297,6 +306,19 @@ def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path
     shutil.copytree(tiny_weights.folder / "teacher", trained, dirs_exist_ok=True)  # other weights in the same place
     with pytest.raises(TypeError):
         main(compose_config("eval", [*tiny_weights.overrides, *overrides]))
+
+
+def test_neighbours_are_counted_from_before_the_drag(tiny_weights, tmp_path: Path) -> None:
+    """As many as there are and the setting asks for: 18 differ from 9 in the very first dragged chunk."""
+    model_cfg = replace(tiny_weights.model_cfg, clip=replace(tiny_weights.model_cfg.clip, height=32, width=32))
+    codecs = Codecs.load(model_cfg)
+    context = EvalContext(model_cfg, codecs, torch.device("cpu"), 0, tmp_path, baseline_settings("paper"))
+    world = SpritesConfig(max_sprites=1, min_size=0.4, max_size=0.5)
+    bench = DragBenchmark(DragBenchConfig(num_scenarios=1, baselines=[], world=world, opening_chunks=6))
+    settings = {str(count): replace(context.drag, iterations=1, adsr_frames=count) for count in (9, 18)}
+    runs, _ = bench.stream(context, context.load("student"), bench.scenarios(context), settings)
+    fewer, more = (runs[name][0].drags[0].latents for name in settings)
+    assert not torch.equal(fewer, more)
 
 
 def test_a_profile_that_optimises_nothing_has_nothing_to_ablate(tiny_weights, tmp_path: Path) -> None:

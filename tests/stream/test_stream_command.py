@@ -56,6 +56,15 @@ def test_motion_transfer_from_a_video_and_the_teacher(tiny_weights, sprites_vide
     assert len(student) == 10 and len(teacher) == 33
 
 
+@pytest.mark.parametrize("name", ["image", "tracks"])
+def test_what_is_no_video_is_named_with_its_field(tiny_weights, sprites_video: Path, tmp_path: Path, name: str) -> None:
+    text = tmp_path / "text.mp4"
+    text.write_text("no video")
+    given = {"image": sprites_video, "tracks": sprites_video} | {name: text}
+    with pytest.raises(ValueError, match=rf"{name}={text} is neither .* nor a video: not an mp4 file"):
+        _run(tiny_weights, tmp_path / "a.mp4", *(f"{key}={value}" for key, value in given.items()))
+
+
 @pytest.mark.parametrize(
     ("image", "out", "message"),
     [

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.motion.tracks import Tracks
+from models.motion.tracks import NUM_TRACK_IDS, Tracks
 from stream.track_buffer import TrackBuffer
 
 
@@ -141,3 +141,16 @@ def test_what_is_seen_in_a_region_is_where_it_was_led() -> None:
     buffer.take(2)
     assert buffer.seen_in(low).ids[0].tolist() == [2] and buffer.seen_in(~low).ids[0].tolist() == [1]
     assert not {1, 2} & set(buffer.unused_ids(50).tolist()) and len(set(buffer.unused_ids(50).tolist())) == 50
+
+
+def test_the_identity_of_a_stroke_that_ended_is_given_to_no_other_while_there_are_new_ones() -> None:
+    buffer = _buffer()
+    (first,) = buffer.unused_ids(1).tolist()
+    buffer.push(_tracks(2, count=1, ids=[first]))
+    buffer.take(2)
+    buffer.push(_tracks(2, count=1, ids=[7]))  # without the first, which is released
+    buffer.take(4)
+    assert first not in buffer.unused_ids(NUM_TRACK_IDS - 2).tolist()
+    assert first == buffer.unused_ids(NUM_TRACK_IDS - 1)[-1]
+    with pytest.raises(ValueError, match=f"{NUM_TRACK_IDS} new tracks need identities, and {NUM_TRACK_IDS - 1} of"):
+        buffer.unused_ids(NUM_TRACK_IDS)

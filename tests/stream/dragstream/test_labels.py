@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -27,8 +28,6 @@ def label(mode: str, trajectories: list[dict]) -> dict:
 
 
 def write(folder: Path, name: str, content: dict) -> Path:
-    import cv2
-
     cv2.imwrite(str(folder / "m.png"), mask().astype(np.uint8) * 255)
     (folder / name).write_text(json.dumps(content))
     return folder / name
@@ -107,7 +106,9 @@ def test_our_drags_survive_the_format(tmp_path: Path):
     [
         ("drag.json", label("Drag", []), "a label is named block_"),
         ("block_1_Drag_trajectory.json", {"prompt": "x"}, "is not a DragStream label"),
-        ("block_1_Drag_trajectory.json", label("Pull", []), "drag_or_animation_select='Pull' must be"),
+        ("block_1_Drag_trajectory.json", label("Pull", []), "'Pull', but its name says 'Drag'"),
+        ("block_1_Drag_trajectory.json", label("Animation", []), "'Animation', but its name says 'Drag'"),
+        ("block_1_Drag_trajectory.json", label("Drag", [{"mask_file": 5}]), "is not a DragStream label"),
         ("block_1_Drag_trajectory.json", label("Drag", [{"mask_file": "gone.png"}]), "names this mask"),
     ],
 )
@@ -120,3 +121,37 @@ def test_a_trajectory_without_a_mask_is_refused(tmp_path: Path):
     content = label("Drag", [{"original_trajectory": None, "block_trajectories": []}])
     with pytest.raises(ValueError, match="trajectory 0 has no mask_file"):
         DragLabel.read(write(tmp_path, "block_1_Drag_trajectory.json", content)).to_drag()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"is_rotation": False, "deltas": [[1.0, 2.0]]},  # no start_point
+        {"is_rotation": False, "deltas": [[1.0]], "start_point": [15, 12]},  # a delta of one number
+        {"is_rotation": True, "deltas": [5.0], "start_point": [15, 12]},  # no rotation_center
+        {"is_rotation": False, "deltas": [["right", 0]], "start_point": [15, 12]},
+    ],
+)
+def test_a_malformed_trajectory_is_named(tmp_path: Path, part: dict):
+    whole = {"is_rotation": False, "deltas": [[1.0, 2.0]], "start_point": [15, 12]}
+    each = [{"mask_file": "m.png", "block_trajectories": [blocks]} for blocks in (whole, part)]
+    read = DragLabel.read(write(tmp_path, "block_1_Drag_trajectory.json", label("Drag", each)))
+    with pytest.raises(ValueError, match="block_1_Drag: trajectory 1 is incomplete or malformed"):
+        read.to_drag()
+
+
+def test_masks_of_different_sizes_are_refused(tmp_path: Path):
+    """Of different frames: stretching one to the other would move the border of what may change."""
+    cv2.imwrite(str(tmp_path / "wide.png"), np.full((48, 96), 255, np.uint8))
+    part = {"is_rotation": False, "deltas": [[1.0, 2.0]], "start_point": [15, 12]}
+    content = label("Drag", [{"mask_file": "m.png", "block_trajectories": [part]}])
+    content["movable_area_mask_file"] = "wide.png"
+    read = DragLabel.read(write(tmp_path, "block_1_Drag_trajectory.json", content))
+    with pytest.raises(ValueError, match="wide.png 96 x 48, m.png 64 x 48"):
+        read.to_drag()
+
+
+def test_a_label_may_lack_a_prompt(tmp_path: Path):
+    content = label("Drag", [{"mask_file": "m.png"}])
+    del content["prompt"]
+    assert DragLabel.read(write(tmp_path, "block_1_Drag_trajectory.json", content)).prompt == ""

@@ -377,6 +377,19 @@ def test_an_animation_ended_on_its_way_leaves_its_tracks_where_they_are(parts) -
     assert [log.chunk for log in outcome.logs] == [2]
 
 
+def test_an_animation_that_was_ended_stays_ended_when_its_chunk_is_edited(parts) -> None:
+    session = tracked_session(parts)
+    advance(session, 2)
+    poses = tuple(Pose(dx=-n) for n in range(1, 7))
+    outcome = session.drag(Drag("animate", (Handle(mask(), (7.0, 7.0), poses, (7.0, 7.0)),)))
+    session.next_chunk()
+    session.drag(drag("animate", Pose()))
+    session.drag(drag("edit", Pose()))
+    assert {way[-1] for way in ways(session, 24).values()} == {4.0, 13.0}
+    session.next_chunk()
+    assert [log.chunk for log in outcome.logs] == [2]
+
+
 def test_a_new_stroke_needs_identities_that_no_drag_has(parts, caplog) -> None:
     session = tracked_session(parts)
     advance(session, 2)
@@ -405,6 +418,17 @@ def test_a_chunk_edited_at_a_step_is_not_edited_before_it(parts) -> None:
     session.next_chunk()
     session.drag_cfg = replace(session.drag_cfg, step=1)
     session.drag(drag("edit", LEFT))
+
+
+def test_a_chunk_animated_at_a_step_is_not_edited_before_it(parts) -> None:
+    session = open_session(parts)
+    advance(session, 2)
+    session.drag(drag("animate", LEFT))
+    session.next_chunk()
+    session.drag_cfg = replace(session.drag_cfg, step=1)
+    _refused(session, drag("edit", Pose()), "drag.step=1 must be at least 2: chunk 2 was edited there")
+    session.next_chunk()  # the animation is over
+    session.drag(drag("edit", Pose()))
 
 
 def test_an_edit_bends_the_tracks_of_its_chunk_and_undo_straightens_them(parts) -> None:
