@@ -94,6 +94,7 @@ def main(cfg: DictConfig) -> int:
     settings, model_cfg = build_config(cfg, StreamConfig), build_config(cfg.model)
     validate(model_cfg)
     inputs = replace(read_inputs(settings, model_cfg), drag_cfg=build_config(cfg.drag))
+    warn_of_idle_settings(settings, inputs.drag_cfg)
     device = pick_device(settings.device)
     dit = load_for_inference(model_cfg, settings.role, device)
     codecs = Codecs.load(model_cfg, device=device, tiny=settings.decoder == "tiny")
@@ -103,6 +104,17 @@ def main(cfg: DictConfig) -> int:
     seconds = time.perf_counter() - started
     print(f"{settings.out}: {inputs.num_frames} frames in {seconds:.1f} s, {inputs.num_frames / seconds:.1f} FPS")
     return 0
+
+
+def warn_of_idle_settings(settings: StreamConfig, drag_cfg: DragConfig) -> None:
+    """Say what was set and changes nothing."""
+    if settings.role == "student" and settings.num_inference_steps != StreamConfig.num_inference_steps:
+        log.warning(
+            "num_inference_steps=%d has no effect with role=student: model.rollout says its steps",
+            settings.num_inference_steps,
+        )
+    if settings.drags is not None and (idle := drag_cfg.without_effect()):
+        log.warning("drag.%s have no effect with drag.iterations=0; set it to optimise", ", drag.".join(idle))
 
 
 def read_inputs(settings: StreamConfig, model_cfg: ModelConfig) -> Inputs:

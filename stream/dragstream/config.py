@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 METHODS = ("dragstream", "sg_i2v", "dragvideo")
+OPTIMISATION = (  # fields that nothing reads where iterations=0
+    "method", "max_iterations", "segment_ratio", "segment_degrees", "subdivision", "start", "lr", "restart_optimizer",
+    "weight_decay", "grad_clip", "tolerance", "norm", "reduction", "rec_weight", "cst_weight", "cst_on",
+    "vacated_weight", "detach_key_value", "recompute", "cutoffs", "cutoff_range", "filter_rope", "css_alpha", "css_box",
+    "css_on",
+)  # fmt: skip
 REFERENCE_DEPTH, REFERENCE_LAYERS = 30, (12, 16)  # blocks 12 to 15 of Wan 1.3B's 30
 
 
@@ -81,6 +87,16 @@ class DragConfig:
             len(self.cutoff_range) == 2 and 0 < self.cutoff_range[0] < self.cutoff_range[1]
         ):
             raise ValueError(f"drag.cutoff_range={list(self.cutoff_range)} must be two rising numbers > 0")
+
+    def without_effect(self) -> list[str]:
+        """Fields that were set to something and change nothing: those of an optimisation with iterations=0."""
+        defaults = DragConfig()
+        idle = OPTIMISATION if not self.iterations else ()
+        return [
+            each.name
+            for each in fields(self)
+            if each.name in idle and vars(self)[each.name] != vars(defaults)[each.name]
+        ]
 
     def for_student(self, num_steps: int, num_layers: int) -> DragConfig:
         """The same with its step >= 0. Raises ValueError for a step or a block that the student does not have."""

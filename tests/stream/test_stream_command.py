@@ -153,11 +153,17 @@ def _label(folder: Path, mode: str, block: int, frames: int) -> Path:
     return DragLabel.from_drag(drag, "a red disc", block, 3).write(folder)
 
 
-def test_labelled_drags_are_applied_after_their_chunks(tiny_weights, sprites_video: Path, tmp_path: Path) -> None:
+def test_labelled_drags_are_applied_after_their_chunks(
+    tiny_weights, sprites_video: Path, tmp_path: Path, caplog
+) -> None:
     given = (f"image={sprites_video}", "num_frames=40")
     plain = _run(tiny_weights, tmp_path / "a.mp4", *given)
     _label(tmp_path / "labels", "edit", 2, 1)
-    edited = _run(tiny_weights, tmp_path / "b.mp4", *given, f"drags={tmp_path / 'labels'}", "drag.lr=0.3")
+    given_drags = (f"drags={tmp_path / 'labels'}", "drag.lr=0.3", "num_inference_steps=4")
+    edited = _run(tiny_weights, tmp_path / "b.mp4", *given, *given_drags)
+    assert "drag.lr have no effect with drag.iterations=0" in caplog.text
+    assert "num_inference_steps=4 has no effect with role=student" in caplog.text
+    assert "was drawn for prompt='a red disc'; the stream's is ''" in caplog.text
     np.testing.assert_array_equal(edited[:8], plain[:8])  # frame 8 and 9 share a predicted picture of the mp4
     assert len(edited) == len(plain) and (edited[12:21] != plain[12:21]).any()
     path = _label(tmp_path / "one", "animate", 3, 3)

@@ -14,7 +14,7 @@ from models.assemble import load_role
 from models.motion.tracks import Tracks
 from stream.codecs import Codecs
 from stream.dragstream import features as features_module
-from stream.dragstream.config import DragConfig
+from stream.dragstream.config import OPTIMISATION, DragConfig
 from stream.dragstream.drag import Drag, Handle, Pose
 from stream.dragstream.statistics import PER_CHANNEL
 from stream.session import StreamSession
@@ -534,6 +534,28 @@ def test_settings_that_do_not_fit_the_student_are_refused_at_once(parts, cfg: Dr
     session = open_session(parts)
     with pytest.raises(ValueError, match=message):
         session.drag_cfg = cfg
+
+
+def test_settings_of_the_optimisation_have_no_effect_without_it(parts) -> None:
+    other: dict = {
+        "method": "sg_i2v", "max_iterations": 5, "segment_ratio": 0.1, "segment_degrees": 1.0, "subdivision": "floor",
+        "start": "origin", "lr": 0.3, "restart_optimizer": True, "weight_decay": 0.5, "grad_clip": 0.1,
+        "tolerance": 9.0,
+        "norm": "l1", "reduction": "sum", "rec_weight": 0.0, "cst_weight": 9.0, "cst_on": "x0", "vacated_weight": 1.0,
+        "detach_key_value": False, "recompute": False, "cutoffs": [0.3], "cutoff_range": [0.1, 0.2],
+        "filter_rope": "pre", "css_alpha": None, "css_box": "target", "css_on": "gradient",
+    }  # fmt: skip
+    assert set(other) == set(OPTIMISATION)
+
+    def edited(**changes) -> np.ndarray:
+        session = open_session(parts, drag=DragConfig(**changes))
+        advance(session, 2)
+        return session.drag(drag("edit", LEFT)).frames
+
+    np.testing.assert_array_equal(edited(**other), edited())
+    assert (edited(**other, iterations=1) != edited(iterations=1)).any()
+    assert set(DragConfig(**other).without_effect()) == set(OPTIMISATION)
+    assert not DragConfig(**other, iterations=1).without_effect() and not DragConfig().without_effect()
 
 
 def test_a_stream_without_drags_runs_no_filter_and_no_attention_of_its_own(parts, monkeypatch) -> None:
