@@ -14,7 +14,9 @@ import atexit
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -110,7 +112,9 @@ class Loader:
             worker_init_fn=_ignore_stop_signals,
             persistent_workers=False,
         )
-        for batch in loader:
+        with _stop_signals_held() if self.num_workers else nullcontext():
+            batches = iter(loader)  # starts the processes
+        for batch in batches:
             self.sampler.advance()
             yield batch
 
@@ -121,7 +125,19 @@ class Loader:
         self.sampler.load_state_dict(state)
 
 
+@contextmanager
+def _stop_signals_held() -> Iterator[None]:
+    """Stop signals wait until the end of the block; for processes started in it, until they ignore them."""
+    resource_tracker.ensure_running()  # its start, which the first process needs, lets SIGTERM through again
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 def _ignore_stop_signals(worker: int) -> None:
+    """Those that came while the process started are dropped too."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -127,8 +127,8 @@ class PyavReader:
             with self._open() as container:
                 video = container.streams.video[0]
                 self.fps = float(video.average_rate or 0)
-                # a WebM or Matroska file does not state its length: each packet is a frame
-                self.num_frames = video.frames or sum(packet.size > 0 for packet in container.demux(video))
+                # A header may state no length (Matroska), that of the first fragment, or frames that an edit list cuts.
+                self.num_frames = sum(p.size > 0 and not p.is_discard for p in container.demux(video))
             self._rewind()
         except self._errors as error:
             raise DecodeFailure(_first_line(error)) from error

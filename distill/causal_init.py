@@ -86,7 +86,9 @@ class CausalInit:
                 )
         if store.recipe["guidance"] != dict(model_cfg.guidance):
             log.warning("%s: pairs of guidance %s, not model.guidance", self.cfg.pairs, store.recipe["guidance"])
-        if model_cfg.teacher and store.recipe["teacher"] != fingerprint(model_cfg.teacher):
+        if model_cfg.teacher and not Path(model_cfg.teacher).exists():
+            log.warning("model.teacher=%s is not here; whether the pairs are its own is not checked", model_cfg.teacher)
+        elif model_cfg.teacher and store.recipe["teacher"] != fingerprint(model_cfg.teacher):
             log.warning("%s: pairs of another teacher than model.teacher=%s", self.cfg.pairs, model_cfg.teacher)
         model_cfg.rollout.validate_clip(model_cfg.clip.num_latents)
 

@@ -234,7 +234,7 @@ def build_condition(
 
 def _latents_with_tracks(tracks: Tracks, latents: Tensor) -> Tensor:
     """1 where any track is seen in the pixel frames of a latent frame, else 0: [B, 1, F, 1, 1], as `latents`."""
-    seen = tracks.visibility.any(dim=2).to(latents)
+    seen = tracks.seen.any(dim=2).to(latents)
     missing = FRAMES_PER_LATENT * latents.shape[2] - seen.shape[1]  # the video's first frame stands for four
     seen = torch.cat([seen[:, :1].expand(-1, missing), seen], dim=1)
     return seen.unflatten(1, (-1, FRAMES_PER_LATENT)).amax(dim=2)[:, None, :, None, None]

@@ -145,7 +145,7 @@ class ChunkPass:
 class ChunkStart:
     """Where the denoising of a chunk begins, if not at pure noise: what an earlier making of it had there."""
 
-    step: int  # 0 .. num_steps - 1
+    step: int  # 0 .. the last step made
     noisy_latents: Tensor  # [B, C, c, h, w] float32, the input of that step
 
 
@@ -225,7 +225,7 @@ class Rollout:
         predicts; returning it as it is leaves the chunk the same bit for bit. Raises ValueError for a step
         outside the list, and for gradients or records with a static cache.
         """
-        last = self._check_request(condition, exit_step, gradient, record)
+        last = self._check_request(condition, exit_step, start, gradient, record)
         before, index = self.cache, self.chunk_index
         with torch.no_grad():
             context = self.cache.context(self.grid)
@@ -363,7 +363,12 @@ class Rollout:
         return self._text[2]
 
     def _check_request(
-        self, condition: Condition, exit_step: int | None, gradient: GradientPolicy, record: bool
+        self,
+        condition: Condition,
+        exit_step: int | None,
+        start: ChunkStart | None,
+        gradient: GradientPolicy,
+        record: bool,
     ) -> int:
         """The step to stop at."""
         if not self._is_open:
@@ -381,6 +386,8 @@ class Rollout:
         exit_step = last if exit_step is None else exit_step
         if not 0 <= exit_step <= last:
             raise ValueError(f"exit_step={exit_step} must be in 0..{last}, the student's steps")
+        if start is not None and not 0 <= start.step <= exit_step:
+            raise ValueError(f"start.step={start.step} must be in 0..{exit_step}, the steps up to the last one made")
         return exit_step
 
 

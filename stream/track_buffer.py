@@ -117,9 +117,8 @@ class TrackBuffer:
         if now is None:
             return Tracks.empty(1, 1, self.height, self.width)
         x, y = now.points[0, 0].floor().long().unbind(-1)
-        inside = now.visibility[0, 0] & (x >= 0) & (x < self.width) & (y >= 0) & (y < self.height)
         hit = torch.from_numpy(mask)[y.clamp(0, self.height - 1), x.clamp(0, self.width - 1)]
-        return now.select((inside & hit).nonzero()[:, 0])
+        return now.select((now.seen[0, 0] & hit).nonzero()[:, 0])
 
     def unused_ids(self, count: int, besides: Collection[int] = ()) -> torch.Tensor:  # -> [count]
         """Identities that no track of this stream has now, nor ``besides``; those that none ever had come first.

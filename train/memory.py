@@ -1,6 +1,7 @@
-"""Does the training state fit? Its bytes on each process are known before anything runs, unlike those of activations.
+"""Does the training state fit? Its bytes on each process are known before the first step, unlike those of activations.
 
-Left out: activations, frozen models beside the trained ones, the second copy of the weights while EMA stands in.
+Left out: activations, frozen models beside the trained ones, the second copy of the weights while EMA stands in, and
+that every process first holds whole modules on its GPU, in all launch modes: they are counted once they are there.
 """
 
 from __future__ import annotations

@@ -134,16 +134,26 @@ class Monitor:
         return raised
 
     def _cut_after(self, step: int) -> None:
-        """Drop records of steps that a resumed run will do again, and a torn last line."""
+        """Drop records of what a resumed run will do again, and a torn last line; the others count for alarms."""
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines() if _record(line).get("step", math.inf) <= step]
+        kept = [line for line in self.path.read_text().splitlines() if self._is_kept(_record(line), step)]
         fresh = self.path.with_suffix(".jsonl.partial")
         fresh.write_text("".join(line + "\n" for line in kept))
         os.replace(fresh, self.path)
         for record in map(_record, kept):
+            self._alarms(record)
             if any(name.startswith(VALIDATION) for name in record):
                 self.last_validation = record["step"]
+
+    def _is_kept(self, record: Mapping[str, Any], step: int) -> bool:
+        """Not of a later step, nor a validation of `step` that stopped the run: the same command stops there again."""
+        stopped = any(
+            alarm.stop and name.startswith(VALIDATION) and f"alarm/{name}" in record
+            for name, alarm in self.cfg.alarms.items()
+        )
+        at = record.get("step", math.inf)
+        return at < step or (at == step and not stopped)
 
 
 def _record(line: str) -> dict[str, Any]:
@@ -169,6 +179,7 @@ def _start_wandb(cfg: LoggerConfig, output_dir: Path, run_name: str, config: Any
         run = start(mode=_wandb_mode(os.environ))
     except wandb.Error as error:
         log.warning("W&B refused to start (%s); it runs offline, `wandb sync` uploads later", error)
+        wandb.teardown()  # its service still holds the run that failed to start, and refuses the id to another
         run = start(mode="offline")
     run.define_metric("step")
     run.define_metric("*", step_metric="step")

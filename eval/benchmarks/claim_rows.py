@@ -67,7 +67,7 @@ def _student(seen: Observations) -> list[Effect]:
     return [
         seen.effect("1.46 x teacher EPE minus student EPE (px)", _margin(teacher, student, 1.46)),
         seen.effect("student PSNR minus teacher PSNR + 1.15 (dB)", [ours - theirs + 1.15 for ours, theirs in psnr]),
-        seen.effect("a stream's frames per second over the paper's teacher's, minus 21", [speed - 21]),
+        seen.figure_effect("a stream's frames per second over the paper's teacher's, minus 21", speed - 21),
     ]
 
 
@@ -111,7 +111,7 @@ def _latency(seen: Observations) -> list[Effect]:
     return [
         seen.effect("relative spread of chunk times, growing window minus c3s1w1",
                     _differences(_spread(growing), _spread(fixed))),
-        seen.effect("1.05 minus the last chunks' time over the first ones', c3s1w1", [1.05 - late / early]),
+        seen.figure_effect("1.05 minus the last chunks' time over the first ones', c3s1w1", 1.05 - late / early),
     ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ A row compares *observations*. Some are made here, from the weights at hand unde
 `Run`); they are kept in OUT/runs, and made again only where what they were made with has changed. The others are
 ablations of training, made by `python -m train.ablations` and stored with the run that made them. An effect is a
 difference over the same clips that is positive where the finding holds. Its interval is a bootstrap over clips and,
-between ablations, over the seeds of training that all of them have; one training decides nothing.
+between ablations, over the seeds of training that all of them have; one clip or one training decides nothing.
 
     holds            every effect's interval lies above zero
     does not hold    some effect's interval lies below zero
@@ -85,14 +85,15 @@ class Effect:
     what: str
     interval: Interval
     num_trainings: int | None = None  # on each side; None: nothing was trained for it
+    is_figure: bool = False  # one figure of a whole run, such as a throughput, not a mean over clips
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """What decides: a figure without an interval stands for itself, unless it is of one training or missing."""
+        """What decides: the interval, of a figure the figure itself; nothing where it is of one clip or training."""
         mean, low, high = self.interval.mean, self.interval.low, self.interval.high
-        if mean is None or self.num_trainings == 1:
-            return (-math.inf, math.inf)
-        return (mean if low is None else low, mean if high is None else high)
+        if self.is_figure and mean is not None:
+            return (mean, mean)
+        return (-math.inf, math.inf) if low is None or high is None else (low, high)
 
     def __str__(self) -> str:
         return f"{self.what}: {self.interval}{' (one training each)' if self.num_trainings == 1 else ''}"
@@ -203,7 +204,12 @@ class Observations:
         return Effect(what, seeded_interval(by_seed, seed=self.context.seed), len(seeds))
 
     def effect(self, what: str, values: Sequence[float]) -> Effect:
+        """The mean of one value per clip, or per repeat of what is timed."""
         return Effect(what, bootstrap_interval(values, seed=self.context.seed))
+
+    def figure_effect(self, what: str, value: float) -> Effect:
+        """A difference of figures that a run has one of."""
+        return replace(self.effect(what, [value]), is_figure=True)
 
     def _stored(self, name: str, seeds: Sequence[str] | None) -> Values:
         by_seed = self._entry(name)["seeds"]

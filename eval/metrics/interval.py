@@ -63,7 +63,7 @@ def seeded_interval(
         seeds: for each training, at least one, the figures of the same clips in the same order; nan: not measured.
 
     Returns:
-        Of one training, an interval without bounds: nothing tells how much another would differ.
+        Of one training, or one clip, an interval without bounds: nothing tells how much another would differ.
     """
     means = mean_over_seeds(seeds)
     measured = [n for n, value in enumerate(means) if math.isfinite(value)]

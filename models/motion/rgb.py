@@ -60,14 +60,12 @@ def _front_tracks(tracks: Tracks, offsets: Tensor, radius_px: float) -> Tensor:
     A track whose centre has left the frame is gone, as in the identity map, even where its disc would reach
     in.
     """
-    x, y = tracks.points.unbind(-1)
-    inside = tracks.visibility & (x >= 0) & (x < tracks.width) & (y >= 0) & (y < tracks.height)
     stamped = tracks.points.floor()[:, :, :, None] + offsets  # [B, T, N, stamp, 2]
     reached = _opacity(stamped + 0.5 - tracks.points[:, :, :, None], radius_px) > 0
     ranks = track_priorities(tracks)[..., None].expand(-1, -1, len(offsets))
     winners = winning_tracks(
         stamped.flatten(2, 3),
-        (reached & inside[..., None]).flatten(2, 3),
+        (reached & tracks.seen[..., None]).flatten(2, 3),
         ranks.flatten(1),
         tracks.height,
         tracks.width,

@@ -13,12 +13,14 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+FIELDS = ("points", "visibility", "height", "width")  # of a track file
 NUM_TRACK_IDS = 10_000  # identities are integers 0..9999: integers keep the encodings far apart
 
 
@@ -59,6 +61,12 @@ class Tracks:
     @property
     def num_tracks(self) -> int:
         return self.points.shape[2]
+
+    @property
+    def seen(self) -> Tensor:  # [B, T, N] bool
+        """Where a point is visible and inside the frame: what a model is shown. NaN is outside."""
+        x, y = self.points.unbind(-1)
+        return self.visibility & (x >= 0) & (x < self.width) & (y >= 0) & (y < self.height)
 
     @classmethod
     def from_arrays(
@@ -171,22 +179,12 @@ class Tracks:
 
     @staticmethod
     def load(path: str | Path) -> Tracks:
-        """Reads one clip at the resolution it was stored in; ids are 0 until drawn."""
+        """Reads one clip at the resolution it was stored in; ids are 0 until drawn.
+
+        Raises FileNotFoundError where there is no such file, ValueError, which names it, where it holds no tracks.
+        """
         path = Path(path)
-        if _suffix(path) == ".npz":
-            try:
-                with np.load(path, allow_pickle=False) as stored:
-                    fields = {name: stored[name] for name in stored.files}
-            except (OSError, ValueError, zipfile.BadZipFile) as error:
-                raise ValueError(f"{path}: no npz file: {error}") from error
-        else:
-            try:
-                fields = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path}: not JSON: {error}") from error
-        missing = {"points", "visibility", "height", "width"} - set(fields)
-        if missing:
-            raise ValueError(f"{path}: no field {sorted(missing)}; a track file has points, visibility, height, width")
+        fields = _read_fields(path)
         try:
             points, visibility = np.asarray(fields["points"], np.float32), np.asarray(fields["visibility"])
             height, width = int(fields["height"]), int(fields["width"])
@@ -231,6 +229,35 @@ def sample_track_ids(batch_size: int, num_tracks: int, rng: torch.Generator) -> 
         raise ValueError(f"num_tracks={num_tracks} must be at most {NUM_TRACK_IDS}, the number of identities")
     draws = [torch.randperm(NUM_TRACK_IDS, generator=rng)[:num_tracks] for _ in range(batch_size)]
     return torch.stack(draws) if draws else torch.zeros(0, num_tracks, dtype=torch.long)
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a track file. Raises FileNotFoundError, and ValueError where it is none."""
+    kind, read = {".npz": ("npz", _read_npz), ".json": ("JSON", _read_json)}[_suffix(path)]
+    try:
+        found = read(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not {kind}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds one {type(found).__name__}; a track file has {', '.join(FIELDS)}")
+    if missing := set(FIELDS) - set(found):
+        raise ValueError(f"{path}: no field {sorted(missing)}; a track file has {', '.join(FIELDS)}")
+    return found
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_npz(path: Path) -> Any:
+    """What np.savez wrote, by name; what np.save wrote, as it is."""
+    stored = np.load(path, allow_pickle=False)
+    if isinstance(stored, np.ndarray):
+        return stored
+    with stored:
+        return dict(stored)
 
 
 def _suffix(path: Path) -> str:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from data.batch import Sample
-from data.loader import Loader, ResumableSampler
+from data.loader import STOP_SIGNALS, Loader, ResumableSampler
 
 
 def take(sampler: ResumableSampler, batches: int) -> list[list[int]]:
@@ -131,6 +131,48 @@ def test_loading_processes_outlive_the_signals_that_stop_a_job(number):
     assert not worker.is_alive()
 
 
+class Signalled(Numbers):
+    """A loading process gets the stop signals as it reads the data set from its parent: before it can ignore them."""
+
+    def __reduce__(self):
+        return numbers_after_signals, ()
+
+
+def numbers_after_signals() -> Numbers:
+    for number in STOP_SIGNALS:
+        os.kill(os.getpid(), number)
+    return Numbers()
+
+
+LOAD_SIGNALLED = """
+import signal
+
+from data.loader import STOP_SIGNALS, Loader, ResumableSampler
+from tests.data.test_loader import Signalled
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    batches = iter(Loader(Signalled(), ResumableSampler(10, 4, seed=3), num_workers=1))
+    for _ in range(4):
+        next(batches)
+    batches.close()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == {signal.SIGUSR2}
+"""
+
+
+def run_script(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, in which nothing of multiprocessing has begun."""
+    (folder / "script.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, folder / "script.py"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_loading_processes_outlive_those_signals_while_they_start(tmp_path):
+    ended = run_script(tmp_path, LOAD_SIGNALLED)
+    assert ended.returncode == 0, ended.stderr
+
+
 FAIL_WHILE_LOADING = """
 from data.loader import Loader, ResumableSampler
 from tests.data.test_loader import Numbers
@@ -143,9 +185,5 @@ if __name__ == "__main__":
 
 
 def test_the_training_process_does_not_wait_for_them_at_its_exit(tmp_path):
-    (tmp_path / "fail.py").write_text(FAIL_WHILE_LOADING)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    ended = subprocess.run(
-        [sys.executable, tmp_path / "fail.py"], env=environment, capture_output=True, text=True, timeout=60
-    )
+    ended = run_script(tmp_path, FAIL_WHILE_LOADING)
     assert ended.returncode == 1 and ended.stderr.strip() == "stopped"

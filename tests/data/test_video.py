@@ -176,6 +176,38 @@ def test_pyav_counts_the_frames_where_the_file_does_not_say(tmp_path, bar_file):
     assert PyavReader(tmp_path / "bar.mkv").num_frames == 12
 
 
+def test_pyav_reads_every_fragment(tmp_path):
+    """The header of a fragmented mp4 states the frames of the first fragment."""
+    av = pytest.importorskip("av")
+    path = tmp_path / "fragments.mp4"
+    with av.open(str(path), "w", options={"movflags": "frag_keyframe"}) as container:
+        stream = container.add_stream("libx264", rate=12, options={"g": "4"})
+        stream.height, stream.width, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in moving_bar(12, 64, 48):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        assert 0 < container.streams.video[0].frames < 12
+    assert read_video(path).shape == (12, 64, 48, 3)
+
+
+def test_pyav_leaves_out_what_an_edit_list_cuts(tmp_path):
+    """The header of an mp4 cut without decoding it states the frames before the cut too."""
+    av = pytest.importorskip("av")
+    whole, cut, seconds = tmp_path / "whole.mp4", tmp_path / "cut.mp4", 5 / 12
+    write_video(whole, moving_bar(12, 64, 48), 12)
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.pts, packet.dts = (int(at - seconds / packet.time_base) for at in (packet.pts, packet.dts))
+                packet.stream = stream
+                target.mux(packet)
+    with av.open(str(cut)) as container:
+        assert container.streams.video[0].frames == 12
+    assert np.array_equal(read_video(cut), read_video(whole)[5:])
+
+
 def test_a_name_that_is_not_unicode(tmp_path, bar_file):
     path = tmp_path / os.fsdecode(b"caf\xe9.mp4")
     path.write_bytes(bar_file.read_bytes())

@@ -182,6 +182,9 @@ def test_pairs_of_another_teacher_or_guidance_are_said(model_cfg, pairs, tmp_pat
     assert "pairs of another teacher than model.teacher=" in caplog.text and "pairs of guidance" in caplog.text
 
 
-def test_a_student_that_goes_on_needs_no_teacher(model_cfg, pairs, tmp_path):
+def test_a_student_that_goes_on_needs_no_teacher(model_cfg, pairs, tmp_path, caplog):
     start = CausalInitConfig(pairs=str(pairs), init_from=model_cfg.teacher)
     CausalInit(start).check(replace(model_cfg, teacher=None))
+    assert not caplog.text
+    CausalInit(start).check(replace(model_cfg, teacher=str(tmp_path / "gone")))
+    assert "gone is not here; whether the pairs are its own is not checked" in caplog.text

@@ -51,10 +51,19 @@ def test_the_interval_decides(intervals, verdict):
     assert finding(*(Interval((a + b) / 2, a, b, 4) for a, b in intervals)).verdict == verdict
 
 
-def test_a_figure_without_interval_stands_for_itself_and_an_absent_one_decides_nothing():
-    assert finding(Interval(0.2, None, None, 1)).verdict == "holds"
-    assert finding(Interval(-0.2, None, None, 1)).verdict == "does not hold"
-    assert finding(Interval(None, None, None, 0)).verdict == "within noise"
+@pytest.mark.parametrize(("mean", "of_a_run"), [(0.2, "holds"), (-0.2, "does not hold"), (None, "within noise")])
+def test_a_figure_of_a_whole_run_stands_for_itself_and_that_of_one_clip_decides_nothing(mean, of_a_run):
+    interval = Interval(mean, None, None, 1)
+    assert Finding(1, "claim", "paper", [Effect("effect", interval, is_figure=True)]).verdict == of_a_run
+    assert finding(interval).verdict == "within noise"
+
+
+def test_one_clip_of_many_trainings_decides_nothing(tmp_path):
+    key = "teacher.epe_px"
+    path = ablations(tmp_path / "a.json", key, mine={"0": [1.0, None], "1": [2.0, None]},
+                     theirs={"0": [4.0, 4.0], "1": [4.0, 4.0]})  # fmt: skip
+    effect = observations(tmp_path, ablations=path).less("", "mine", "theirs", key)
+    assert effect.interval.mean == 2.5 and effect.bounds == (-math.inf, math.inf)
 
 
 class Recorder(Observations):

@@ -93,7 +93,9 @@ def test_drawn_tracks_that_nobody_sees_are_the_null(frames):
     dit = SimpleNamespace(clip_dim=None, track_channels=5, track_encoding="rgb", image_conditioning="none")
     visibility = torch.zeros(1, frames, 2, dtype=torch.bool)
     visibility[0, frames - 12 : frames - 8, 1] = True  # the four frames of the last latent but two
-    tracks = Tracks(torch.zeros(1, frames, 2, 2), visibility, torch.ones(1, 2, dtype=torch.long), 4, 6)
+    points = torch.zeros(1, frames, 2, 2)
+    visibility[0, :, 0], points[0, :, 0, 0] = True, 6.0  # beside the frame, where it is not drawn
+    tracks = Tracks(points, visibility, torch.ones(1, 2, dtype=torch.long), 4, 6)
     built = build_condition(
         prompt_embeds=torch.ones(1, 4, 3), null_prompt_embeds=torch.ones(1, 4, 3), tracks=tracks, dit=dit,
         latent_size=(2, 3), cell_px=2, track_latents=torch.ones(1, 5, 9, 2, 3),

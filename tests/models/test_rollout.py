@@ -12,6 +12,7 @@ from models.diffusion.noise import KeyedNoise
 from models.diffusion.prediction import add_noise
 from models.rollout import (
     Chunk,
+    ChunkStart,
     GradientPolicy,
     Rollout,
     RolloutConfig,
@@ -444,6 +445,10 @@ def test_bad_requests_are_named():
         start(dit, config(), cache="ring")
     with pytest.raises(ValueError, match=r"exit_step=3 must be in 0\.\.2"):
         start(dit, config()).next_chunk(part, exit_step=3)
+    for step, exit_step, steps in ((3, None, "0..2"), (-1, None, "0..2"), (2, 1, "0..1")):
+        begun = ChunkStart(step, torch.zeros(1))
+        with pytest.raises(ValueError, match=f"start.step={step} must be in {steps}"):
+            start(dit, config()).next_chunk(part, start=begun, exit_step=exit_step)
     with pytest.raises(ValueError, match="condition has batch 2, but there are 1"):
         start(dit, config(), sample_ids=[1]).next_chunk(part)
     static = start(dit, config(), cache="static")

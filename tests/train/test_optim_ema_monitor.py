@@ -14,7 +14,7 @@ from torch import nn
 
 from data.app import build_config, compose_config
 from train.ema import Ema
-from train.monitor import Alarm, LoggerConfig, MetricWindow, Monitor
+from train.monitor import Alarm, AlarmError, LoggerConfig, MetricWindow, Monitor
 from train.optim import ModuleOptim, OptimConfig, build_optimizer, learning_rate
 
 
@@ -134,6 +134,16 @@ def test_alarm_needs_patience(tmp_path, caplog):
     assert caplog.text.count("alarm: psnr") == 1
 
 
+def test_a_resumed_run_goes_on_counting_the_records_beyond_a_limit(tmp_path):
+    cfg = LoggerConfig(alarms={"student/loss": Alarm(max=1.0, patience=3, stop=True)})
+    first, resumed = (Monitor(cfg, tmp_path, "run", {}) for _ in range(2))
+    for step in (1, 2):
+        first.log(step, {"student/loss": 2.0})
+    resumed.start(2)
+    with pytest.raises(AlarmError, match="3 records"):
+        resumed.log(3, {"student/loss": 2.0})
+
+
 def test_window_means_over_processes():
     first, second = MetricWindow(), MetricWindow()
     first.add({"loss": torch.tensor(1.0)})
@@ -158,7 +168,9 @@ def wandb(monkeypatch):
     def define_metric(name, step_metric=None):
         said.axes[name] = step_metric
 
-    module = SimpleNamespace(init=init, Error=Unreachable, Video=lambda path, format: Path(path).name)
+    module = SimpleNamespace(
+        init=init, teardown=lambda: None, Error=Unreachable, Video=lambda path, format: Path(path).name
+    )
     monkeypatch.setitem(sys.modules, "wandb", module)
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -199,11 +211,30 @@ def test_wandb_out_of_reach_does_not_end_the_run(wandb, tmp_path, monkeypatch, c
     assert "W&B refused to start (timed out); it runs offline" in caplog.text
 
 
-def test_wandb_runs_offline_inside_the_output_folder(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+@pytest.fixture
+def real_wandb(monkeypatch):
+    """The package, without a key; it reads the environment anew."""
+    wandb = pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def test_the_real_wandb_goes_on_offline_where_its_server_refuses(real_wandb, tmp_path, monkeypatch, caplog):
+    settings = {"API_KEY": "a" * 40, "BASE_URL": "http://127.0.0.1:9", "INIT_TIMEOUT": "1"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monitor = Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {})
+    monitor.log(1, {"loss": 2.0})
+    monitor.close()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert run.name.endswith((tmp_path / "wandb_id").read_text()) and "it runs offline" in caplog.text
+
+
+def test_wandb_runs_offline_inside_the_output_folder(real_wandb, tmp_path):
     monitor = Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {"a": 1})
     monitor.start(0)
     monitor.log(1, {"loss": 2.0})

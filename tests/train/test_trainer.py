@@ -15,7 +15,7 @@ from toy_stage import Toy
 from models.diffusion.noise import KeyedNoise
 from train import checkpoint
 from train.accelerator import Parallel
-from train.monitor import LoggerConfig, Monitor
+from train.monitor import Alarm, AlarmError, LoggerConfig, Monitor
 from train.optim import ModuleOptim, OptimConfig
 from train.trainer import EXIT_REQUEUE, MAX_NONFINITE, TrainConfig, Trainer, accumulation_of
 
@@ -365,9 +365,24 @@ def test_keeps_the_last_and_the_milestones(tmp_path):
     assert sorted(p.name for p in (tmp_path / "exports").iterdir()) == ["step_00000004", "step_00000008"]
 
 
-def test_alarm_stops_the_run(tmp_path):
-    from train.monitor import Alarm, AlarmError
+@pytest.mark.parametrize("patience", [1, 2])
+@pytest.mark.parametrize("steps", [8, 20])
+def test_an_alarm_of_a_validation_stops_the_same_command_again(tmp_path, patience, steps):
+    every, limit = 4 if patience == 2 else 8, Alarm(max=-100.0, patience=patience, stop=True)
+    for starts in range(2):
+        trainer = validating(tmp_path, validate_every=every, steps=steps)
+        trainer.monitor.cfg.alarms["validation/weight"] = limit
+        with pytest.raises(AlarmError, match="alarm: validation/weight="):
+            trainer.fit()
+        assert trainer.counters.step == 8 and bool(trainer.stage.trace) == (starts == 0)
+    assert [line["step"] for line in losses(tmp_path) if "validation/weight" in line] == list(range(every, 9, every))
+    limit.max = 100.0  # the user thinks better of it
+    trainer = validating(tmp_path, validate_every=every, steps=steps)
+    trainer.monitor.cfg.alarms["validation/weight"] = limit
+    assert trainer.fit() == 0 and trainer.stage.validated[0] == 8
 
+
+def test_alarm_stops_the_run(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.monitor.cfg.alarms["critic/loss"] = Alarm(max=1e-9, patience=2, stop=True)
     with pytest.raises(AlarmError, match=r"critic/loss=.* is beyond min=None, max=1e-09 .2 records"):

@@ -30,7 +30,7 @@ def same(first: Tracks, second: Tracks) -> bool:
     return size and all(torch.equal(a, b) for a, b in tensors)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)  # the first comparison imports for long
 @given(st.integers(1, 12))
 def test_resizing_at_the_same_aspect_keeps_relative_positions_and_comes_back(factor):
     tracks = random_tracks()
@@ -71,6 +71,27 @@ def test_a_track_file_that_cannot_be_read_is_named(tmp_path, fields, message):
 def test_a_broken_track_file_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"{broken")
     with pytest.raises(ValueError, match=f"{name}: n"):
+        Tracks.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [("t.json", np.zeros((4, 3, 2)).tolist(), "list"), ("t.json", 7, "int"), ("t.npz", np.zeros((4, 3, 2)), "ndarray")],
+)
+def test_a_file_without_fields_is_told_what_it_must_hold(tmp_path, name, content, kind):
+    with (tmp_path / name).open("wb") as file:
+        np.save(file, content) if name == "t.npz" else file.write(json.dumps(content).encode())
+    message = f"{name}: holds one {kind}; a track file has points, visibility, height, width"
+    with pytest.raises(ValueError, match=message):
+        Tracks.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["t.json", "t.npz"])
+def test_an_empty_and_a_missing_track_file_are_told_apart(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=name):
+        Tracks.load(tmp_path / name)
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"{name}: not"):
         Tracks.load(tmp_path / name)
 
 
