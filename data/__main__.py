@@ -6,4 +6,4 @@ from data.app import run_app
 from data.prepare import main
 
 if __name__ == "__main__":
-    run_app("data", main)
+    run_app("data", main, kept="what is finished is kept; the same command goes on from there")

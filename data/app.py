@@ -18,7 +18,7 @@ import os
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.command_help import help_text
 from data.config_errors import ConfigError, explain, leaf_keys, refuse_added_keys
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 REPO_DIR = CONF_DIR.parent
 EXIT_CONFIG = 2  # exit code of a refused configuration
+EXIT_INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 _ADDED_FIELDS = ("_target_", "name")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt, in glibc's malloc.h
 KEPT_BYTES = 1 << 30  # of freed memory at the top of the heap
@@ -185,21 +188,38 @@ def build_target(node: DictConfig) -> Any:
 
 
 # --------------------------------------------------------------------------------------------- running
-def run_app(config_name: str, main: Callable[[DictConfig], int | None]) -> None:
+def run_app(config_name: str, main: Callable[[DictConfig], int | None], kept: str = "nothing is kept") -> None:
     """Run `main(cfg)` as the Hydra app conf/<config_name>.yaml, and exit.
 
     The run directory is the config's `output_dir`; the working directory is not changed. A refused
     configuration, and any ValueError, FileNotFoundError or ImportError raised by this repository's own code,
     is told in one line (exit code 2; the traceback goes to <output_dir>/traceback.txt, or to the terminal
-    with MARIONETTE_DEBUG=1 or hydra.verbose=true). An integer returned by `main` is the exit code.
+    with MARIONETTE_DEBUG=1 or hydra.verbose=true). An integer returned by `main` is the exit code. Ctrl-C is
+    told in one line too (exit code 130): the message of the KeyboardInterrupt, or else `kept`, what it leaves.
     """
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text(config_name))
-        sys.exit(0)
-    keep_freed_memory()
-    register_schemas()
     overrides = [arg for arg in sys.argv[1:] if arg.startswith("~") or ("=" in arg and arg[0] != "-")]
     options = [arg for arg in sys.argv[1:] if arg not in overrides]
+    try:
+        if {"-h", "--help"} & set(options):
+            print(help_text(CONF_DIR, config_name, compose_config(config_name, overrides), overrides))
+            sys.exit(0)
+        _run_hydra(config_name, main, options, overrides)
+    except KeyboardInterrupt as stop:
+        print(f"\ninterrupted: {str(stop) or kept}", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except (HydraException, OmegaConfBaseException, ConfigError) as error:
+        if _debug():
+            raise
+        line = explain(error, CONF_DIR, _schema_failures, lambda: _known_keys(config_name, overrides))
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG)
+
+
+def _run_hydra(
+    config_name: str, main: Callable[[DictConfig], int | None], options: list[str], overrides: list[str]
+) -> None:
+    keep_freed_memory()
+    register_schemas()
     sys.argv = [sys.argv[0], *options, *_hydra_settings(config_name), *overrides]
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors to us instead of printing them
@@ -208,19 +228,37 @@ def run_app(config_name: str, main: Callable[[DictConfig], int | None]) -> None:
         refuse_added_keys(cfg)
         _restore_env("HYDRA_FULL_ERROR", full_error)
         if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
-            cfg.output_dir = HydraConfig.get().runtime.output_dir
+            _give_own_places(cfg, overrides)
         code = _guarded(main, cfg)
         if code:
             sys.exit(code)
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(task)()
-    except (HydraException, OmegaConfBaseException, ConfigError) as error:
-        if _debug():
-            raise
-        line = explain(error, CONF_DIR, _schema_failures, lambda: _known_keys(config_name, overrides))
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(EXIT_CONFIG)
+    except (FileExistsError, NotADirectoryError) as error:  # Hydra could not make the run directory
+        require_folder(Path(str(error.filename)), str(error.filename))
+        raise
+
+
+def _give_own_places(cfg: DictConfig, overrides: list[str]) -> None:
+    """Jobs of --multirun must not write over each other: each has its number in `output_dir`, and in `out` too where
+    that is not all that is swept and does not have ${hydra:job.num}.
+    """
+    cfg.output_dir = HydraConfig.get().runtime.output_dir
+    swept = {override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)
+             if override.is_sweep_override()}  # fmt: skip
+    numbered = any(override.startswith("out=") and "hydra:job.num" in override for override in overrides)
+    if "out" in cfg and swept != {"out"} and not numbered:
+        out = Path(cfg.out)
+        cfg.out = str(out.parent / str(HydraConfig.get().job.num) / out.name)
+        log.info("out=%s for this job of --multirun", cfg.out)
+
+
+def require_folder(folder: Path, given: str) -> None:
+    """Raises ConfigError, naming what was given ("out=a/b"), where no folder can be made as a file is in its way."""
+    found = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not found.is_dir():
+        raise ConfigError(f"{given}: {found} is a file where a folder is needed; name another place")
 
 
 def keep_freed_memory() -> bool:
@@ -280,50 +318,3 @@ def _raised_here(error: Exception) -> bool:
         and Path(frames[-1].filename).resolve().is_relative_to(REPO_DIR)
         and "site-packages" not in frames[-1].filename
     )
-
-
-# --------------------------------------------------------------------------------------------- help
-def help_text(config_name: str) -> str:
-    """The opening comment of conf/<config_name>.yaml, its groups with their choices, and how to override."""
-    path = CONF_DIR / f"{config_name}.yaml"
-    lines = [f"python -m {config_name} [group=choice …] [field=value …]", "", *_opening_comment(path), ""]
-    content = yaml.safe_load(path.read_text()) or {}
-    chosen = dict(_group_defaults(content.get("defaults", [])))
-    lines.append("Groups (group=choice):")
-    for group, default in chosen.items():
-        for file in sorted((CONF_DIR / group).rglob("*.yaml")):
-            choice = file.relative_to(CONF_DIR / group).with_suffix("").as_posix()
-            mark = "*" if choice == default else " "
-            first = (_opening_comment(file) or [""])[0]
-            lines.append(f"  {mark} {group + '=' + choice:<34} {first}".rstrip())
-    fields = [f"{key}={value}" for key, value in content.items() if not isinstance(value, (dict, list))]
-    lines += ["  (* = default)", "", "Fields of this command and their values in the YAML:"]
-    lines += [f"    {field}" for field in fields if not field.startswith("_target_")]
-    lines += [
-        "",
-        "Overrides: any field of any group, e.g. seed=1 output_dir=outputs/try; an unknown one is refused.",
-        "  --cfg job           print the composed configuration and stop",
-        "  --multirun a=1,2    one run for each value",
-        "  --hydra-help        the options of Hydra itself",
-        "  MARIONETTE_DEBUG=1  show tracebacks of refused configurations",
-    ]
-    return "\n".join(lines)
-
-
-def _opening_comment(path: Path) -> list[str]:
-    lines = []
-    for line in path.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        if not line.startswith("# @package"):
-            lines.append(line.lstrip("#").strip())
-    return lines
-
-
-def _group_defaults(defaults: list[Any]) -> Iterator[tuple[str, str | None]]:
-    for entry in defaults:
-        if isinstance(entry, dict):
-            for group, choice in entry.items():
-                name = group.removeprefix("optional ").removeprefix("override ").split("@")[0]
-                if (CONF_DIR / name).is_dir():
-                    yield name, choice

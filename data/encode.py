@@ -39,7 +39,7 @@ TEXT_PARTS = ("text_encoder", "tokenizer")  # what UMT5 reads of a whole reposit
 @dataclass
 class EncodeConfig:
     batch_size: int = 8  # clips per forward pass
-    device: str = "cpu"  # cpu | cuda
+    device: str = "cpu"  # auto | cpu | cuda
     dtype: str = "float32"  # float32 | bfloat16: weights of VAE, text encoder and CLIP
 
     def __post_init__(self) -> None:
@@ -135,10 +135,12 @@ def process_share() -> tuple[int, int]:
 
 
 def _no_vae(model: DictConfig) -> str | None:
+    from models.assemble import located
+
     path = OmegaConf.select(model, "vae.path")
     if path is None:
         return "model.vae.path is null: set it to a VAE folder to store latents with the clips"
-    if not (Path(path) / "config.json").is_file():
+    if not (Path(located(path)) / "config.json").is_file():
         return f"model.vae.path={path} holds no VAE yet: train one with `python -m train stage=vae`"
     return None
 

@@ -25,7 +25,7 @@ from data.batch import Batch, collate
 from data.shards import ShardDataset
 from models.condition import ClipGeometry
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm may send them to every process of a job
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # Slurm, and Ctrl-C, send them to every process of a job
 
 
 class ResumableSampler(Sampler[list[int]]):
@@ -90,6 +90,10 @@ class LoaderConfig:
     num_workers: int = 0  # loading processes; 0 loads in the training process
     cache: bool = False  # keep loaded samples in memory (each worker its own)
     seed: int = 0  # order of the samples
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers={self.num_workers} must be at least 0; 0 loads in the training process")
 
 
 class Loader:

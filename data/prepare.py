@@ -25,7 +25,7 @@ import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from data.app import build_config, build_target
+from data.app import build_config, build_target, require_folder
 from data.encode import EncodeConfig, encode_clips, encoded_now, process_share
 from data.progress import (
     Call,
@@ -46,6 +46,7 @@ from data.sources import Source, SourceItem, scene_of
 from data.trackers import TrackerConfig, build_tracker, grid_queries, on_own_device
 from data.video import draw_tracks_on, read_video, write_video
 from models.condition import ClipGeometry
+from models.device import pick_device
 from models.motion.tracks import Tracks
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if self.step not in (*STEPS, "all"):
             raise ValueError(f"step={self.step!r} must be one of {(*STEPS, 'all')}")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must be at least 0; 0 works in this process")
         if self.previews != "all" and not self.previews.isdigit():
             raise ValueError(f"previews={self.previews!r} must be 'all' or a number >= 0")
 
@@ -99,10 +102,13 @@ def main(cfg: DictConfig) -> int:
             f"step={settings.step} under {world} processes must be step=encode, the only one that they share; "
             "run the others without torchrun (they have num_workers)"
         )
+    steps = STEPS if settings.step == "all" else (settings.step,)
+    if "encode" in steps:
+        settings.encode.device = str(pick_device(settings.encode.device, "encode.device"))
     out = Path(settings.out)
+    require_folder(out, f"out={settings.out}")
     job = Job(out, ClipGeometry(**cfg.model.clip), build_target(cfg.source), settings.tracker)
     out.mkdir(parents=True, exist_ok=True)
-    steps = STEPS if settings.step == "all" else (settings.step,)
     for step in steps:
         alive = run_step(step, settings, job, cfg)
         if rank == 0:

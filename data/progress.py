@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -179,6 +180,7 @@ def _open_pool(num_workers: int) -> ProcessPoolExecutor:
 
 def _take_number(next_number: Synchronized[int]) -> None:
     global _worker_number
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
     with next_number.get_lock():
         _worker_number = next_number.value
         next_number.value += 1

@@ -16,6 +16,7 @@ import numpy as np
 
 from data.lucas_kanade import LucasKanadeConfig, LucasKanadeTracker
 from data.sprites import Scene
+from models.device import pick_device
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ def build_tracker(cfg: TrackerConfig | str, scene: Scene | None = None) -> Track
         return LucasKanadeTracker(
             LucasKanadeConfig(cfg.window_px, cfg.levels, cfg.upsample, cfg.max_roundtrip_px, cfg.max_layers)
         )
-    return _kept_cotracker3(cfg.mode, cfg.checkpoint, cfg.allow_download, cfg.device)
+    device = str(pick_device(cfg.device, "tracker.device"))
+    return _kept_cotracker3(cfg.mode, cfg.checkpoint, cfg.allow_download, device)
 
 
 def on_own_device(cfg: TrackerConfig, worker: int) -> TrackerConfig:

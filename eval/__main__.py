@@ -6,4 +6,7 @@ from data.app import run_app
 from eval.run import main
 
 if __name__ == "__main__":
-    run_app("eval", main)
+    kept = (
+        "no figures are written; those that bench=claims and bench=drag_ablation had finished are kept for the next run"
+    )
+    run_app("eval", main, kept)

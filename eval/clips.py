@@ -106,7 +106,7 @@ def folder_clips(
         clips.append(EvalClip(path.stem, len(clips), caption, frames, tracks))
     if not clips:
         raise ValueError(
-            f"source={folder} holds no usable video ({len(paths)} found); it needs mp4 files of at least "
+            f"bench.source={folder} holds no usable video ({len(paths)} found); it needs mp4 files of at least "
             f"{geometry.num_frames} frames at {geometry.fps} fps"
         )
     return clips

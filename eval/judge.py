@@ -9,6 +9,7 @@ the ground truth.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from copy import copy
@@ -86,6 +87,12 @@ def check_tracker(cfg: TrackerConfig) -> None:
         )
 
 
+def check_workers(num_workers: int) -> None:
+    """Raises ValueError for a number of judging processes that cannot be."""
+    if num_workers < 0:
+        raise ValueError(f"bench.num_workers={num_workers} must be at least 0; 0 judges in this process")
+
+
 def judge_clip(
     clip: EvalClip, frames: np.ndarray, tracker: TrackerConfig, registration: RegistrationConfig
 ) -> ClipVerdict:
@@ -109,7 +116,8 @@ def worker_pool(num_workers: int) -> ProcessPoolExecutor | None:
 
 
 def _one_thread() -> None:
-    """A worker is one of several that share the cores."""
+    """A worker is one of several that share the cores; Ctrl-C ends it without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 

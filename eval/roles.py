@@ -36,9 +36,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={self.num_inference_steps} must be at least 1")
+            raise ValueError(f"bench.num_inference_steps={self.num_inference_steps} must be at least 1")
         if self.release_frame is not None and self.release_frame < 1:
-            raise ValueError(f"release_frame={self.release_frame} must be at least 1, or null to never let go")
+            raise ValueError(f"bench.release_frame={self.release_frame} must be at least 1, or null to never let go")
 
 
 @dataclass(frozen=True)

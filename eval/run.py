@@ -8,11 +8,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from data.app import build_config, build_target
+from data.app import build_config, build_target, require_folder
 from eval.benchmarks.context import EvalContext
 from eval.report import write_report
 from models.assemble import validate
-from stream.codecs import DECODERS, Codecs, pick_device
+from models.device import pick_device
+from stream.codecs import DECODERS, Codecs
 from stream.provenance import machine
 
 
@@ -39,6 +40,7 @@ def main(cfg: DictConfig) -> int:
     """Entry of `python -m eval`."""
     settings, model_cfg = build_config(cfg, EvalConfig), build_config(cfg.model)
     validate(model_cfg)
+    require_folder(Path(settings.out), f"out={settings.out}")
     benchmark, device = build_target(cfg.bench), pick_device(settings.device)
     codecs = Codecs.load(model_cfg, device=device, tiny=settings.decoder == "tiny")
     out = Path(settings.out)

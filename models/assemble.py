@@ -10,12 +10,12 @@ Left out: Hydra (``data/app.py``), and the choice of a device.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from models.condition import ClipGeometry, num_pixel_frames
+from models.condition import FRAMES_PER_LATENT, ClipGeometry, num_pixel_frames
 from models.diffusion.guidance import Guidance
 from models.rollout import RolloutConfig
 from models.vae.latent_space import LatentSpace
@@ -31,7 +31,16 @@ log = logging.getLogger(__name__)
 
 TEXT_KINDS = ("vocabulary", "hashed", "umt5")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+REPO_DIR = Path(__file__).resolve().parents[1]
 ROLE_STAGES = {"teacher": "teacher", "student": "self_forcing"}  # role: the stage that makes it
+
+
+def located(path: str) -> str:
+    """The path, or where it is below the repository if only there is something, as the shipped weights are."""
+    if Path(path).exists() or not (REPO_DIR / path).exists():
+        return path
+    log.info("%s is not in the working directory; taken from %s", path, REPO_DIR)
+    return str(REPO_DIR / path)
 
 
 @dataclass
@@ -45,7 +54,9 @@ class TextConfig:
 
 @dataclass
 class ModelConfig:
-    """All of a model. Paths are relative to the working directory; an unset one is refused when needed."""
+    """All of a model. Paths are relative to the working directory, or else to the repository; an unset one is refused
+    when needed.
+    """
 
     clip: ClipGeometry  # size of a clip, for data, training, streaming and evaluation
     dit: WanConfig  # architecture of teacher, student and critic
@@ -59,6 +70,13 @@ class ModelConfig:
     teacher: str | None = None  # folder of the trained teacher, or a published checkpoint
     student: str | None = None  # folder of the distilled student
     dtype: str = "float32"  # of frozen weights: float32 | bfloat16
+
+    def __post_init__(self) -> None:
+        self.vae = replace(self.vae, path=self.vae.path and located(self.vae.path))
+        self.text = replace(self.text, path=self.text.path and located(self.text.path))
+        for name in ("clip_encoder", "tiny_vae", "teacher", "student"):
+            path = vars(self)[name]
+            setattr(self, name, path and located(path))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -121,13 +139,18 @@ def _check_rollout(cfg: ModelConfig) -> None:
             f"model.rollout.window_chunks={rollout.window_chunks} must be at least 1, or null for all past "
             "chunks: a chunk that does not see the one before it cannot continue it"
         )
-    chunk = rollout.chunk_frames
-    if latents % chunk:
-        nearest = num_pixel_frames(max(1, round(latents / chunk)) * chunk)
+    if latents % rollout.chunk_frames:
         raise ValueError(
             f"model.clip.num_frames={cfg.clip.num_frames} gives {latents} latent frames, which "
-            f"model.rollout.chunk_frames={chunk} does not divide; nearest valid num_frames: {nearest}"
+            f"model.rollout.chunk_frames={rollout.chunk_frames} does not divide; nearest valid num_frames: "
+            f"{nearest_num_frames(cfg, cfg.clip.num_frames)}"
         )
+
+
+def nearest_num_frames(cfg: ModelConfig, num_frames: int) -> int:
+    """The clip length of whole chunks that is nearest to a number of frames."""
+    chunk = cfg.rollout.chunk_frames
+    return num_pixel_frames(max(1, round(((num_frames - 1) / FRAMES_PER_LATENT + 1) / chunk)) * chunk)
 
 
 def _check_channels(cfg: ModelConfig) -> None:

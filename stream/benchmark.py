@@ -296,13 +296,20 @@ def _cpu_seconds(call: Callable[[], Tensor]) -> float:
     return time.process_time() - started
 
 
+def count(text: str) -> int:
+    """A number of an option. Raises ArgumentTypeError below 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return int(text)
+
+
 def main() -> None:
     """Entry of `python -m stream.benchmark`."""
     parser = argparse.ArgumentParser(prog="python -m stream.benchmark", description=__doc__.split("\n\n")[0])
     default = Sizes()
     for name in ("heads", "ffn_dim", "layers", "height", "width", "text_len", "pairs"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=vars(default)[name])
-    parser.add_argument("--windows", type=int, nargs="*", default=default.windows, help="past chunks in the cache")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=count, default=vars(default)[name])
+    parser.add_argument("--windows", type=count, nargs="*", default=default.windows, help="past chunks in the cache")
     arguments = vars(parser.parse_args())
     torch.set_num_threads(1)
     with torch.no_grad():

@@ -172,15 +172,6 @@ class Codecs:
         return time.perf_counter()
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the accelerator if there is one. Raises ValueError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={name}, but this machine has no CUDA device; use device=cpu or auto")
-    return torch.device(name)
-
-
 def to_pixels(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """uint8 [B, T, H, W, 3] -> float32 [B, 3, T, H, W] in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0

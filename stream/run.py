@@ -8,8 +8,11 @@ clip of the model's length bidirectionally, for comparison. All inputs are read 
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +21,18 @@ import numpy as np
 from omegaconf import MISSING, DictConfig
 from tqdm import tqdm
 
-from data.app import build_config
+from data.app import build_config, require_folder
 from data.trackers import TrackerConfig
 from data.video import VideoWriter
-from models.assemble import ModelConfig, load_for_inference, validate
+from models.assemble import ModelConfig, load_for_inference, nearest_num_frames, validate
 from models.condition import pixel_frames_of
+from models.device import pick_device
 from models.diffusion.guidance import Guidance
 from models.diffusion.noise import KeyedNoise
 from models.diffusion.sampler import sample_teacher
 from models.motion.tracks import Tracks
 from models.wan.dit import WanDiT
-from stream.codecs import DECODERS, Codecs, pick_device
+from stream.codecs import DECODERS, Codecs
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, check_drag
 from stream.dragstream.labels import DragLabel
@@ -131,9 +135,11 @@ def read_inputs(settings: StreamConfig, model_cfg: ModelConfig) -> Inputs:
     clip_frames = model_cfg.clip.num_frames
     if settings.role == "teacher":
         if settings.num_frames not in (None, clip_frames):
+            nearest = nearest_num_frames(model_cfg, settings.num_frames)
             raise ValueError(
-                f"num_frames={settings.num_frames} must be {clip_frames} with role=teacher, which samples "
-                f"one whole clip; set model.clip.num_frames={settings.num_frames}, or role=student"
+                f"num_frames={settings.num_frames} must be {clip_frames} with role=teacher, which samples one clip of "
+                f"model.clip; leave it out, set num_frames={nearest} model.clip.num_frames={nearest}, the nearest that "
+                "a model of these chunks has, or take role=student"
             )
         num_frames = clip_frames
     else:
@@ -143,10 +149,11 @@ def read_inputs(settings: StreamConfig, model_cfg: ModelConfig) -> Inputs:
 
 
 def check_out(settings: StreamConfig) -> None:
-    """Raises ValueError for an `out` that is no mp4 to be, or is the image or the tracks."""
+    """Raises ValueError for an `out` that is no mp4 to be, lies below a file, or is the image or the tracks."""
     out = Path(settings.out)
     if out.suffix.lower() != ".mp4" or out.is_dir():
         raise ValueError(f"out={settings.out} must be the name of an .mp4 file")
+    require_folder(out.parent, f"out={settings.out}")
     for name in ("image", "tracks"):
         given = getattr(settings, name)
         if given is not None and Path(given).resolve() == out.resolve():
@@ -233,9 +240,37 @@ def sample_frames(teacher: WanDiT, codecs: Codecs, inputs: Inputs, settings: Str
 
 
 def write_frames(chunks: Iterator[np.ndarray], path: Path, fps: int, total: int) -> None:
-    """Write frames to the mp4 as they come; the bar's rate is the FPS so far."""
+    """Write frames to the mp4 as they come; the bar's rate is the FPS so far.
+
+    Ctrl-C leaves a video of the chunks until then, and the KeyboardInterrupt says so.
+    """
+    interrupted = None
     with VideoWriter(path, fps) as writer, tqdm(total=total, unit="frame", disable=None) as bar:
-        for chunk in chunks:
-            for frame in chunk:
-                writer.write(frame)
-            bar.update(len(chunk))
+        try:
+            for chunk in chunks:
+                with _uninterrupted():
+                    for frame in chunk:
+                        writer.write(frame)
+                bar.update(len(chunk))
+        except KeyboardInterrupt as stop:
+            if writer.num_frames == 0:
+                raise
+            interrupted = stop
+    if interrupted is not None:
+        raise KeyboardInterrupt(f"{path} has the {writer.num_frames} of {total} frames made so far") from interrupted
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Puts off Ctrl-C to the end of the block: half a frame would spoil the video."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals come to the main thread
+        return
+    waiting: list[int] = []
+    former = signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+    if waiting:
+        raise KeyboardInterrupt

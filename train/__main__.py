@@ -1,8 +1,8 @@
 """`python -m train stage=vae|teacher|… experiment=… field=value …`; `--help` lists what there is.
 
 Under `accelerate launch --config_file conf/launch/<mode>.yaml -m train …` or torchrun on many GPUs. Exit
-codes: 0 done, 2 configuration refused, 75 preempted with a checkpoint (run the same command again). Launchers turn 75
-into 1, so the file that MARIONETTE_REQUEUE_FILE names, if it is set, is made beside it.
+codes: 0 done, 2 configuration refused, 75 preempted with a checkpoint (run the same command again), 130 the same after
+Ctrl-C. Launchers turn 75 into 1, so the file that MARIONETTE_REQUEUE_FILE names, if it is set, is made beside it.
 """
 
 from __future__ import annotations
@@ -36,4 +36,4 @@ def main(cfg: DictConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_app("train", main)
+    run_app("train", main, kept="the last checkpoint, if there is one, is kept; the same command continues it")

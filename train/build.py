@@ -139,7 +139,7 @@ def build_trainer(settings: Settings) -> Trainer:
     monitor = None
     if parallel.is_main:
         monitor = Monitor(settings.logger, output_dir, f"{settings.model.name}/{cfg.name}", settings.plain)
-    trainer = Trainer(cfg, settings.optim, settings.stage, parallel, loader, monitor, settings.identity)
+    trainer = Trainer(cfg, settings.optim, settings.stage, parallel, loader, monitor, settings.identity, settings.plain)
     if parallel.is_main:
         for line in plan(settings, trainer):
             log.info(line)

@@ -142,6 +142,18 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return tensors, json.loads((path / "trainer.json").read_text())
 
 
+def changed_fields(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """ "optim.lr: 0.1 there, 0.2 here" for each value in which two composed configurations differ."""
+    changed: list[str] = []
+    for key in dict.fromkeys((*there, *here)):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed += changed_fields(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changed.append(f"{prefix}{key}: {old} there, {new} here")
+    return changed
+
+
 def damaged(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:

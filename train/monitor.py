@@ -66,7 +66,7 @@ class LoggerConfig:
 
     def require_measured(self, updates: Iterable[str]) -> None:
         """Raises ValueError for an alarm of a metric that a run which makes `updates` cannot have."""
-        beginnings = (*(f"{name}/" for name in updates), VALIDATION, *TIMES)
+        beginnings = (*dict.fromkeys(f"{name}/" for name in updates), VALIDATION, *TIMES)
         for name in self.alarms:
             if not name.startswith(beginnings):
                 known = ", ".join(beginnings)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.app import EXIT_INTERRUPTED
 from data.batch import Batch
 from data.loader import Loader
 from train import checkpoint
@@ -114,14 +115,17 @@ class Trainer:
         loader: Loader | None,
         monitor: Monitor | None = None,
         identity: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
     ) -> None:
         """`stage` has been set up; `loader` is None where it needs no data; `monitor` only on the main
         process.
 
         `identity`: what must not change between a checkpoint and its resume (stage, architecture, seed).
+        `config`: the whole configuration; what of it has changed is told at a resume.
         """
         self.cfg, self.optim_cfg, self.stage, self.parallel = cfg, optim, stage, parallel
         self.loader, self.monitor, self.identity = loader, monitor, identity or {}
+        self.config = config or {}
         self.output_dir = Path(cfg.output_dir)
         self.accumulation = accumulation_of(cfg.global_batch, cfg.micro_batch, parallel.world)
         self.modules: dict[str, nn.Module] = parallel.prepare(stage.modules())
@@ -138,7 +142,9 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ the loop
     def fit(self) -> int:
-        """Train up to cfg.steps, then save, export and validate. Returns 0, or EXIT_REQUEUE after a preemption."""
+        """Train up to cfg.steps, then save, export and validate. Returns 0, EXIT_REQUEUE after a preemption, or
+        EXIT_INTERRUPTED after Ctrl-C.
+        """
         self.resume()
         if self.monitor is not None:
             self.monitor.start(self.counters.step)
@@ -169,9 +175,12 @@ class Trainer:
             return None
         if step != self._saved:
             self.save()
-        log.warning("preempted: step %d is saved; the same command continues it", step)
+        by_user = self.parallel.any(signal.interrupted is not None)
+        log.warning(
+            "%s: step %d is saved; the same command continues it", "interrupted" if by_user else "preempted", step
+        )
         self.parallel.barrier()  # a launcher stops the others, one of whom exports, when one has left
-        return EXIT_REQUEUE
+        return EXIT_INTERRUPTED if by_user else EXIT_REQUEUE
 
     def _is_validation_due(self) -> bool:
         step, every = self.counters.step, self.cfg.validate_every
@@ -356,7 +365,7 @@ class Trainer:
             "step": step, "updates": self.counters.updates, "nonfinite": self.counters.nonfinite,
             "ema_updates": {name: ema.updates for name, ema in self.emas.items()},
             "loader": self.loader.state_dict() if self.loader is not None else None,
-            "windows": windows, "identity": self.identity, "mode": self.parallel.mode,
+            "windows": windows, "identity": self.identity, "config": self.config, "mode": self.parallel.mode,
         }  # fmt: skip
         if self.parallel.is_main:
             self.store.clear_partial(step)
@@ -396,6 +405,24 @@ class Trainer:
         for name in self.modules:
             self._set_rate(name)
         log.info("resumed from %s at step %d", path, self.counters.step)
+        self._tell_changes(path, trainer.get("config"))
+
+    def _tell_changes(self, path: Path, config: dict[str, Any] | None) -> None:
+        """Say which settings are not those of the checkpoint (None: it is from before they were stored), and that a run
+        which is finished does not train.
+        """
+        if not self.parallel.is_main:
+            return
+        changed = "; ".join(checkpoint.changed_fields(config or self.config, self.config))
+        if self.counters.step >= self.cfg.steps:
+            log.warning(
+                "the run in %s is finished at step %d: nothing is trained%s. To train on set steps to more than %d; to "
+                "train anew set another output_dir",
+                self.output_dir, self.counters.step, f", though settings differ ({changed})" if changed else "",
+                self.counters.step,
+            )  # fmt: skip
+        elif changed:
+            log.warning("settings differ from those of %s and hold from here on: %s", path, changed)
 
     def _load_optimizers(self, path: Path, tensors: dict[str, Any], trainer: dict[str, Any]) -> None:
         if self.parallel.mode == "deepspeed" or trainer["mode"] == "deepspeed":

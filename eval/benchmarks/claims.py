@@ -30,10 +30,12 @@ from eval.benchmarks.context import EvalContext, Outcome, content_of
 from eval.benchmarks.latency import Latency, LatencyConfig
 from eval.benchmarks.motion_transfer import MotionTransfer, MotionTransferConfig, load_clips
 from eval.clips import stack_tracks
+from eval.judge import check_workers
 from eval.metrics.interval import Interval, bootstrap_interval, mean_over_seeds, seeded_interval
 from eval.report import Section, Table
 from eval.results import Results, keep, read_kept, write_json
 from eval.roles import ROLES
+from models.assemble import located
 from models.motion.embedding import scatter_tracks
 from models.motion.rgb import draw_tracks
 from models.motion.track_head import TrackHead
@@ -60,6 +62,9 @@ class ClaimsConfig:
     features: str | None = None  # folder of the sprites feature network: text accuracy; null: unavailable
     world: SpritesConfig = field(default_factory=SpritesConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+    def __post_init__(self) -> None:
+        check_workers(self.num_workers)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ class Observations:
         self.context, self.cfg, self.runs = context, cfg, runs
         self.made: dict[str, Values] = {}
         self.figures: dict[str, dict[str, Any]] = {}
-        path = Path(cfg.ablations)
+        path = Path(located(cfg.ablations))
         self.stored: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
 
     def values(self, name: str, key: str, seeds: Sequence[str] | None = None) -> list[float]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data.encode import fingerprint, fingerprints
 from eval.report import Section
 from eval.results import Results
-from models.assemble import ModelConfig, load_for_inference
+from models.assemble import ModelConfig, load_for_inference, located
 from models.diffusion.noise import KeyedNoise
 from models.wan.dit import WanDiT
 from stream.codecs import Codecs
@@ -87,6 +87,7 @@ class Benchmark(Protocol):
 
 def content_of(path: str | None) -> str | None:
     """Hash of the files at a path, cheap for large ones; None where nothing is there."""
+    path = path and located(path)
     return fingerprint(path) if path is not None and Path(path).exists() else None
 
 

@@ -85,15 +85,15 @@ class DragBenchConfig:
     def __post_init__(self) -> None:
         if min(self.num_scenarios, self.tracks_per_side, self.opening_chunks) < 1:
             raise ValueError(
-                f"num_scenarios={self.num_scenarios}, tracks_per_side={self.tracks_per_side} and "
-                f"opening_chunks={self.opening_chunks} must be at least 1"
+                f"bench.num_scenarios={self.num_scenarios}, bench.tracks_per_side={self.tracks_per_side} and "
+                f"bench.opening_chunks={self.opening_chunks} must be at least 1"
             )
         if self.num_shown < 0:
-            raise ValueError(f"num_shown={self.num_shown} must be at least 0")
+            raise ValueError(f"bench.num_shown={self.num_shown} must be at least 0")
         known = sorted(path.stem for path in (CONF_DIR / "drag").glob("*.yaml"))
         for name in self.baselines:
             if name not in known:
-                raise ValueError(f"baselines has '{name}'; conf/drag has {', '.join(known)}")
+                raise ValueError(f"bench.baselines has '{name}'; conf/drag has {', '.join(known)}")
 
 
 @dataclass(frozen=True)

@@ -78,11 +78,13 @@ class DragAblationConfig:
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.variants if name not in VARIANTS]:
-            raise ValueError(f"variants has '{unknown[0]}'; known are {', '.join(VARIANTS)}")
+            raise ValueError(f"bench.variants has '{unknown[0]}'; known are {', '.join(VARIANTS)}")
         if FULL not in self.variants:
-            raise ValueError(f"variants must have '{FULL}', which the others are compared with")
+            raise ValueError(f"bench.variants must have '{FULL}', which the others are compared with")
         if self.num_scenarios < 1 or self.num_seeds < 1:
-            raise ValueError(f"num_scenarios={self.num_scenarios} and num_seeds={self.num_seeds} must be at least 1")
+            raise ValueError(
+                f"bench.num_scenarios={self.num_scenarios} and bench.num_seeds={self.num_seeds} must be at least 1"
+            )
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,7 @@ def labelled_scenarios(folder: Path, geometry: ClipGeometry, chunk_frames: int) 
             )
         )  # fmt: skip
     if not scenarios:
-        raise ValueError(f"labels={folder} has no *_trajectory.json; set a folder of DragStream labels, or null")
+        raise ValueError(f"bench.labels={folder} has no *_trajectory.json; set a folder of DragStream labels, or null")
     return scenarios
 
 

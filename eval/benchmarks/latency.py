@@ -41,11 +41,11 @@ class LatencyConfig:
         least = REFERENCE_CHUNK + SPAN // 2 + SPAN
         if self.num_chunks < least:
             raise ValueError(
-                f"num_chunks={self.num_chunks} must be at least {least}, to compare the last {SPAN} with those around "
-                f"chunk {REFERENCE_CHUNK}"
+                f"bench.num_chunks={self.num_chunks} must be at least {least}, to compare the last {SPAN} with those "
+                f"around chunk {REFERENCE_CHUNK}"
             )
         if not 0 <= self.warmup_chunks < self.num_chunks:
-            raise ValueError(f"warmup_chunks={self.warmup_chunks} must be in 0..{self.num_chunks - 1}")
+            raise ValueError(f"bench.warmup_chunks={self.warmup_chunks} must be in 0..{self.num_chunks - 1}")
 
 
 class Latency:

@@ -25,7 +25,7 @@ from data.trackers import TrackerConfig, build_tracker
 from eval.benchmarks.context import EvalContext, Outcome, progress_bar
 from eval.benchmarks.motion_transfer import draw_clip
 from eval.clips import EvalClip, sprites_clips
-from eval.judge import check_tracker, worker_pool
+from eval.judge import check_tracker, check_workers, worker_pool
 from eval.metrics.drift import drift, frame_saturation, latent_moments, window_means
 from eval.metrics.epe import endpoint_error
 from eval.metrics.registration import RegistrationConfig, register_sprites
@@ -56,13 +56,14 @@ class LongVideoConfig:
 
     def __post_init__(self) -> None:
         check_tracker(self.tracker)
+        check_workers(self.num_workers)
         if self.num_frames < 2:
-            raise ValueError(f"num_frames={self.num_frames} must be at least 2")
+            raise ValueError(f"bench.num_frames={self.num_frames} must be at least 2")
         for name in ("num_clips", "num_floor_clips", "window_frames"):
             if vars(self)[name] < 1:
-                raise ValueError(f"{name}={vars(self)[name]} must be at least 1")
+                raise ValueError(f"bench.{name}={vars(self)[name]} must be at least 1")
         if self.requery_frames < 0 or self.requery_frames == 1:
-            raise ValueError(f"requery_frames={self.requery_frames} must be 0 (one grid) or at least 2")
+            raise ValueError(f"bench.requery_frames={self.requery_frames} must be 0 (one grid) or at least 2")
 
     def segments(self) -> list[slice]:
         """The stretches of frames that share one grid of tracks; the last holds at least two frames."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from data.trackers import TrackerConfig
 from data.video import draw_tracks_on
 from eval.benchmarks.context import EvalContext, Outcome, progress_bar
 from eval.clips import EvalClip, folder_clips, sprites_clips
-from eval.judge import Judge, Verdict, still_error
+from eval.judge import Judge, Verdict, check_workers, still_error
 from eval.metrics.lpips import load_lpips
 from eval.metrics.registration import RegistrationConfig
 from eval.metrics.sprites_network import SpritesNetwork, event_accuracy
@@ -61,10 +62,14 @@ class MotionTransferConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_clips < 1 or self.batch_size < 1:
-            raise ValueError(f"num_clips={self.num_clips} and batch_size={self.batch_size} must be at least 1")
+        check_workers(self.num_workers)
+        for name in ("num_clips", "batch_size", "num_floor_clips"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"bench.{name}={vars(self)[name]} must be at least 1")
         if unknown := [role for role in self.roles if role not in ROLES]:
-            raise ValueError(f"roles={list(self.roles)} has {unknown[0]}; roles are {', '.join(ROLES)}")
+            raise ValueError(f"bench.roles={list(self.roles)} has {unknown[0]}; roles are {', '.join(ROLES)}")
+        if self.source != "sprites" and not Path(self.source).is_dir():
+            raise ValueError(f"bench.source={self.source} must be sprites, or a folder that exists, of videos")
 
 
 class MotionTransfer:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.sprites import COLORS, SHAPES, TEXTURES
+from models.assemble import located
 from models.vae.folder import replace_folder
 
 LABELS = {"shapes": list(SHAPES), "colors": list(COLORS)}  # what each logit stands for
@@ -226,7 +227,7 @@ class SpritesNetwork(nn.Module):
     @classmethod
     def from_folder(cls, folder: str | Path) -> SpritesNetwork:
         """A folder written by ``save``, in float32 whatever it was written in."""
-        folder = Path(folder)
+        folder = Path(located(str(folder)))
         if not (folder / "model.json").is_file():
             raise FileNotFoundError(
                 f"no sprites network in {folder}: there is no model.json; pass a folder made by stage=features"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 import data.app as app
+from data.command_help import fits, group_defaults, help_text
 from data.config_errors import ConfigError, nearest
 
 REPO = Path(app.__file__).resolve().parent.parent
@@ -26,6 +27,7 @@ class Inner:
 class TopConfig:
     stage: dict = dataclasses.field(default_factory=dict)
     output_dir: str = "outputs/x"
+    out: str = "outputs/result"
     width: int = 8
     inner: Inner = dataclasses.field(default_factory=Inner)
 
@@ -52,10 +54,15 @@ app.REPO_DIR = Path({here!r})
 def main(cfg):
     stage = app.build_target(cfg.stage)
     (Path(cfg.output_dir) / "ran.txt").write_text(type(stage.cfg).__name__)
+    Path(cfg.out).mkdir(parents=True)
     if stage.cfg.window_chunks == 77:
         int("not ours")
+    if stage.cfg.window_chunks == 33:
+        raise KeyboardInterrupt
+    if stage.cfg.window_chunks == 44:
+        raise KeyboardInterrupt("two chunks are kept")
     return 5 if stage.cfg.window_chunks == 55 else None
-app.run_app("top", main)
+app.run_app("top", main, kept="the rest is kept")
 """
 
 
@@ -154,6 +161,44 @@ def test_one_run_per_value(small_app):
     assert [(small_app / f"outputs/many/{n}/ran.txt").exists() for n in range(3)] == [True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "places"),
+    [
+        (["width=1,2"], ["outputs/0/result", "outputs/1/result"]),
+        (["width=1,2", "out=a"], ["0/a", "1/a"]),
+        (["out=a,b"], ["a", "b"]),
+        (["out=a,b", "width=1,2"], ["0/a", "1/a", "2/b", "3/b"]),
+        (["width=1,2", "out=n${hydra:job.num}"], ["n0", "n1"]),
+        (["width=1,2", "out='a,b'"], ["0/a,b", "1/a,b"]),
+    ],
+)
+def test_jobs_do_not_write_over_each_other(small_app, overrides, places):
+    done = _run(small_app, "--multirun", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert [place for place in places if not (small_app / place).is_dir()] == []
+
+
+def test_a_file_in_the_way_of_the_run_directory_is_told_in_one_line(small_app):
+    done = _run(small_app, "output_dir=main.py/run")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: main.py/run: \S+main.py is a file where a folder is needed; .*\n", done.stderr)
+
+
+def test_where_a_folder_can_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    app.require_folder(tmp_path, "out=x")
+    app.require_folder(tmp_path / "new" / "newer", "out=x")
+    for path in (tmp_path / "file", tmp_path / "file" / "new" / "newer"):
+        with pytest.raises(ConfigError, match=r"out=x: \S+/file is a file where a folder is needed"):
+            app.require_folder(path, "out=x")
+
+
+def test_an_interrupt_is_told_in_one_line(small_app):
+    for number, kept in ((33, "the rest is kept"), (44, "two chunks are kept")):
+        done = _run(small_app, f"stage.window_chunks={number}", f"out=outputs/{number}")
+        assert (done.returncode, done.stderr) == (130, f"\ninterrupted: {kept}\n")
+
+
 def test_value_errors_of_our_code_are_one_line_others_keep_their_traceback(small_app):
     refused = _run(small_app, "stage.window_chunks=-1")
     assert refused.returncode == 2
@@ -163,10 +208,24 @@ def test_value_errors_of_our_code_are_one_line_others_keep_their_traceback(small
 
 
 def test_help(small_app):
-    text = app.help_text("top")
-    for part in ("Does nothing, well.", "* stage=causal", "The rl stage.", "width=16", "--cfg job"):
+    text = _help("top", "stage=rl", "stage.sizes=[3]", "width=9")
+    for part in ("Does nothing, well.", "* stage=causal", "The rl stage.", "    width=9\n", "--cfg job"):
         assert part in text
-    assert "schema" not in text
+    assert "Fields of stage=rl and their values:\n    stage.init_from=a\n    stage.window_chunks=1\n" in text
+    assert "    stage.sizes=[3]\n    stage.decay=null\n" in text
+    assert "    inner.…  (1 field(s), depth …)\n" in text
+    assert "schema" not in text and "_target_" not in text
+
+
+def _help(name, *overrides):
+    return help_text(app.CONF_DIR, name, app.compose_config(name, overrides), overrides)
+
+
+def test_help_is_printed_by_the_command(small_app):
+    done = _run(small_app, "stage=rl", "--help")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", _help("top", "stage=rl") + "\n")
+    refused = _run(small_app, "stage=lr", "--help")
+    assert (refused.returncode, refused.stdout) == (2, "") and "no choice 'lr' for 'stage'" in refused.stderr
 
 
 def test_nearest_prefers_siblings():
@@ -181,9 +240,7 @@ TOP_LEVEL = sorted(path.stem for path in app.CONF_DIR.glob("*.yaml"))
 CASES = [
     (name, f"{group}={file.stem}")
     for name in TOP_LEVEL
-    for group, _ in app._group_defaults(
-        OmegaConf.to_container(OmegaConf.load(app.CONF_DIR / f"{name}.yaml"))["defaults"]
-    )
+    for group, _ in group_defaults(app.CONF_DIR, name)
     for file in sorted((app.CONF_DIR / group).glob("*.yaml"))
     if group != "experiment"
 ]
@@ -217,6 +274,26 @@ def test_every_experiment_composes(experiment):
         except ConfigError as error:
             errors.append(f"{name}: {error}")
     pytest.fail("; ".join(errors))
+
+
+@pytest.mark.parametrize("name", TOP_LEVEL)
+def test_help_lists_the_experiments_that_compose(name):
+    """One of each kind: those of another model differ in values alone."""
+    text = _help(name)
+    for path in (app.CONF_DIR / "experiment").glob("quickstart/*.yaml"):
+        try:
+            app.compose_config(name, [f"experiment=quickstart/{path.stem}"])
+            composes = True
+        except ConfigError:
+            composes = False
+        assert fits(app.CONF_DIR, name, path) == composes, path
+        assert (f"experiment=quickstart/{path.stem} " in text) == composes
+
+
+def test_help_lists_the_fields_of_the_groups_that_are_the_commands_own_or_named():
+    assert "    bench.num_frames=241\n" in _help("eval", "experiment=sprites/long_video")
+    assert "drag.lr=" not in _help("eval") and "    drag.lr=" in _help("eval", "drag=paper")
+    assert "    prompt=''\n    tracks=null\n    tracks_resize=false\n" in _help("stream")
 
 
 def test_unknown_key_is_refused_by_each_command():

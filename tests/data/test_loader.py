@@ -118,7 +118,7 @@ def test_worker_processes_change_neither_order_nor_state():
     assert here.state_dict() == there.state_dict(), "batches read ahead by workers do not count"
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_loading_processes_outlive_the_signals_that_stop_a_job(number):
     batches = iter(Loader(Numbers(), ResumableSampler(10, 4, seed=3), num_workers=1))
     next(batches)

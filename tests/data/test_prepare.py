@@ -444,11 +444,31 @@ def test_real_clips_with_a_50x50_grid(tmp_path):
         (["previews=some"], "previews='some'"),
         (["tracker.name=kalman"], "tracker.name='kalman'"),
         (["encode.dtype=float8"], "encode.dtype='float8'"),
+        (["encode.device=gpu"], "encode.device=gpu must be auto, cpu or cuda"),
+        (["num_workers=-1"], "num_workers=-1 must be at least 0"),
     ],
 )
 def test_values_are_checked(tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         run(f"out={tmp_path}", *overrides)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_without_gpu_does_what_needs_none(tmp_path):
+    assert run(f"out={tmp_path}", "source.num_clips=1", "step=render", "encode.device=cuda:99") == 0
+
+
+def test_an_out_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"out=\S+/file/x: \S+/file is a file where a folder is needed"):
+        run(f"out={tmp_path}/file/x", "source.num_clips=1")
+
+
+def test_the_shipped_vae_encodes_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["model=sprites", "source.num_clips=1", "previews=0", "out=here"]
+    assert prepare.main(compose_config("data", given)) == 0
+    assert ShardDataset("here/shards", ["latents"])[0]
 
 
 def test_unknown_key_is_refused_when_composed():

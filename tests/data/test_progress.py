@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -24,6 +25,16 @@ def test_a_crashing_decoder_costs_one_clip(tmp_path):
     assert "03" not in done_keys(tmp_path, "render") and "crashed" in rejected(tmp_path)["3.mp4"]["reason"]
     processes = {path.read_text() for path in tmp_path.glob("*.process")}
     assert len(processes) <= 3, "the worker that crashed, the next, and one for the item that had waited behind it"
+
+
+def test_an_interrupted_worker_ends_without_a_word(tmp_path):
+    call = Call("a", "a.mp4", "s", _note_handler, (tmp_path / "handler",))
+    assert run_items("render", tmp_path, [call], num_workers=1) == 1
+    assert (tmp_path / "handler").read_text() == str(signal.SIG_DFL)
+
+
+def _note_handler(path: Path) -> None:
+    path.write_text(str(signal.getsignal(signal.SIGINT)))
 
 
 def _note_or_exit(folder: Path, number: int, crash: bool) -> None:

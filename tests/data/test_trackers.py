@@ -256,6 +256,11 @@ def test_cotracker_offline(fake_cotracker):
     assert tracker.model.checkpoint == "scaled_offline.pth"
 
 
+def test_cotracker_on_an_unknown_device_is_refused(fake_cotracker):
+    with pytest.raises(ValueError, match="tracker.device=gpu must be auto, cpu or cuda"):
+        build_tracker(TrackerConfig("cotracker3", checkpoint="scaled_offline.pth", device="gpu"))
+
+
 @pytest.mark.parametrize("num_frames", [5, 8, 16, 17, 33, 40])
 def test_cotracker_online_covers_every_frame(fake_cotracker, num_frames):
     frames = np.repeat(shifting_noise(1)[0], num_frames, axis=0)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from eval.benchmarks.context import EvalContext, progress_bar
 from eval.benchmarks.latency import Latency, LatencyConfig, growth
 from eval.benchmarks.long_video import LongVideoConfig
 from eval.clips import sprites_clips
-from eval.judge import Judge, still_error
+from eval.judge import Judge, still_error, worker_pool
 from eval.metrics.registration import RegistrationConfig
 from eval.roles import SamplingConfig, generate
 from eval.run import EvalConfig, main
@@ -191,11 +193,24 @@ def test_latency_reports_and_its_ratio_sees_growth(tiny_weights, tmp_path: Path)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["bench=latency", "bench.num_chunks=5"], "num_chunks=5 must be at least 50"),
-        (["bench.roles=[critic]"], "critic"),
-        (["bench.num_inference_steps=0"], "num_inference_steps=0"),
-        (["bench.num_clips=0"], "num_clips=0"),
-        (["bench=long_video", "bench.requery_frames=1"], "requery_frames=1"),
+        (["bench=latency", "bench.num_chunks=5"], "^bench.num_chunks=5 must be at least 50"),
+        (["bench=latency", "bench.warmup_chunks=-1"], "^bench.warmup_chunks=-1 must be in"),
+        (["bench.roles=[critic]"], "^bench.roles=.*critic"),
+        (["bench.num_inference_steps=0"], "^bench.num_inference_steps=0"),
+        (["bench.release_frame=0"], "^bench.release_frame=0"),
+        (["bench.num_clips=0"], "^bench.num_clips=0"),
+        (["bench.batch_size=0"], "^bench.batch_size=0"),
+        (["bench.num_floor_clips=0"], "^bench.num_floor_clips=0 must be at least 1"),
+        (["bench.source=/nowhere"], "^bench.source=/nowhere must be sprites, or a folder that exists"),
+        (["bench.num_workers=-1"], "^bench.num_workers=-1 must be at least 0"),
+        (["bench=long_video", "bench.num_workers=-1"], "^bench.num_workers=-1 must be at least 0"),
+        (["bench=claims", "bench.num_workers=-1"], "^bench.num_workers=-1 must be at least 0"),
+        (["bench=long_video", "bench.requery_frames=1"], "^bench.requery_frames=1"),
+        (["bench=long_video", "bench.num_floor_clips=0"], "^bench.num_floor_clips=0"),
+        (["bench=long_video", "bench.num_frames=1"], "^bench.num_frames=1"),
+        (["bench=drag", "bench.num_scenarios=0"], "^bench.num_scenarios=0, bench.tracks_per_side"),
+        (["bench=drag_ablation", "bench.num_seeds=0"], "bench.num_seeds=0 must be at least 1"),
+        (["device=gpu"], "^device=gpu must be auto, cpu or cuda"),
         (["model.teacher=null"], "model.teacher is not set"),
         (["model.dit.ffn_dim=64"], "ffn_dim"),
         (["decoder=huge"], "decoder=huge must be full or tiny"),
@@ -206,8 +221,21 @@ def test_latency_reports_and_its_ratio_sees_growth(tiny_weights, tmp_path: Path)
     ],
 )  # fmt: skip
 def test_wrong_settings_say_what_is_wanted(tiny_weights, tmp_path: Path, overrides, message) -> None:
+    quick = [] if any(override.startswith("bench=") for override in overrides) else QUICK[:1]
     with pytest.raises((ValueError, ImportError, FileNotFoundError), match=message):
-        _run(tiny_weights, tmp_path, *QUICK[:1] if "bench=latency" not in overrides else [], *overrides)
+        _run(tiny_weights, tmp_path, *quick, *overrides)
+
+
+def test_an_out_below_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    nothing = ["model=tiny", "model.vae.path=/nowhere"]  # would be refused next
+    with pytest.raises(ConfigError, match=r"out=\S+/file/x: \S+/file is a file where a folder is needed"):
+        _run(SimpleNamespace(overrides=nothing), tmp_path / "file" / "x")
+
+
+def test_interrupted_judges_end_without_a_word() -> None:
+    with worker_pool(1) as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_DFL
 
 
 def test_unknown_fields_of_a_benchmark_are_refused() -> None:

@@ -208,7 +208,7 @@ def test_a_single_drag_has_no_distances(tiny_weights, tmp_path: Path) -> None:
 
 
 def test_an_unknown_method_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="baselines has 'magic'; conf/drag has compat, dragvideo, marionette"):
+    with pytest.raises(ValueError, match="bench.baselines has 'magic'; conf/drag has compat, dragvideo, marionette"):
         DragBenchConfig(baselines=["magic"])
 
 

@@ -23,6 +23,8 @@ from models.assemble import (
     build_vae,
     load_for_inference,
     load_role,
+    located,
+    nearest_num_frames,
     validate,
 )
 from models.condition import ClipGeometry
@@ -50,6 +52,27 @@ def test_every_config_fits(name):
     cfg = load(name)
     assert cfg.name == name and isinstance(cfg.dit, WanConfig) and isinstance(cfg.clip, ClipGeometry)
     validate(cfg)
+
+
+def test_shipped_weights_are_found_from_any_working_directory(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    shipped = load("sprites")
+    for path in (shipped.vae.path, shipped.tiny_vae, shipped.teacher, shipped.student):
+        assert (Path(path) / "config.json").is_file() or (Path(path) / "model.json").is_file()
+    assert load("tiny").teacher is None
+    caplog.set_level("INFO")
+    assert located("models/zoo") == str(CONF.parents[1] / "models/zoo")
+    assert "models/zoo is not in the working directory; taken from" in caplog.text
+    assert located("no/such/weights") == "no/such/weights"
+    (tmp_path / "models/zoo").mkdir(parents=True)
+    assert located("models/zoo") == "models/zoo", "the working directory comes first"
+
+
+@pytest.mark.parametrize(("wanted", "nearest"), [(1, 9), (10, 9), (14, 9), (16, 21), (21, 21), (33, 33), (49, 45)])
+def test_nearest_length_of_whole_chunks(wanted, nearest):
+    cfg = load("tiny")
+    assert nearest_num_frames(cfg, wanted) == nearest
+    validate(replace(cfg, clip=replace(cfg.clip, num_frames=nearest)))
 
 
 def test_there_are_the_promised_configs():

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import sys
 import time
 
 import pytest
 import torch
 
-from stream.benchmark import Sizes, compare, run
+from stream.benchmark import Sizes, compare, main, run
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -22,6 +23,16 @@ def test_every_pair_agrees_and_is_reported() -> None:
     assert all(found[f"drag_memory_over_cache_{name}"] >= 0 for name in drags)
     assert max(found["max_difference"].values()) < 1e-4
     assert found["machine"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("arguments", [["--pairs", "0"], ["--pairs", "-1"], ["--heads", "x"], ["--windows", "1", "0"]])
+def test_counts_are_at_least_one(arguments: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+    with pytest.raises(SystemExit) as refused:
+        main()
+    assert refused.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f"{arguments[0]}: {arguments[-1]} must be a whole number of at least 1" in told
 
 
 def test_the_ratio_is_ours_over_the_other() -> None:

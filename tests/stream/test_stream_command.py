@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import av
@@ -17,7 +19,7 @@ from models.motion.tracks import Tracks
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, Handle, Pose
 from stream.dragstream.labels import DragLabel
-from stream.run import StreamConfig, main
+from stream.run import StreamConfig, main, write_frames
 from stream.track_source import load_first_frame, load_track_source
 
 CLIPS = Path(__file__).resolve().parents[3] / "shared" / "data" / "clips"
@@ -108,7 +110,8 @@ def test_tracks_of_another_resolution_are_refused_before_anything_is_built(tiny_
     [
         (["role=critic"], "role=critic must be student or teacher"),
         (["ending=stop"], "ending=stop must be hold or release"),
-        (["role=teacher", "num_frames=49"], r"must be 33 with role=teacher.*model.clip.num_frames=49"),
+        (["role=teacher", "num_frames=49"], r"must be 33 with role=teacher.*model.clip.num_frames=45"),
+        (["device=gpu"], "device=gpu must be auto, cpu or cuda"),
         (["num_frames=0"], "num_frames=0 must be at least 1"),
         (["decoder=tiny"], "model.tiny_vae is not set"),
         (["model.dit.num_layers=3"], "num_layers"),
@@ -192,3 +195,63 @@ def test_every_profile_of_drags_composes(sprites_video: Path) -> None:
         cfg = build_config(compose_config("stream", [f"image={sprites_video}", f"drag={profile}"]).drag)
         assert isinstance(cfg, DragConfig)
     assert DragConfig() == build_config(compose_config("stream", [f"image={sprites_video}"]).drag)
+
+
+def test_a_length_that_the_teacher_does_not_take_names_one_that_it_does(tiny_weights, sprites_video, tmp_path) -> None:
+    given = [f"image={sprites_video}", "role=teacher", "num_inference_steps=1"]
+    with pytest.raises(ValueError, match=r"num_frames=10 must be 33 .* num_frames=9 model.clip.num_frames=9, "):
+        _run(tiny_weights, tmp_path / "a.mp4", *given, "num_frames=10")
+    assert len(_run(tiny_weights, tmp_path / "a.mp4", *given, "num_frames=9", "model.clip.num_frames=9")) == 9
+
+
+def test_a_folder_of_out_that_is_a_file_is_refused_before_any_work(sprites_video: Path) -> None:
+    nothing = ["model=tiny", "model.student=/nowhere", f"image={sprites_video}", f"out={sprites_video}/x.mp4"]
+    with pytest.raises(ConfigError, match=r"out=\S+/x.mp4: \S+/sprites.mp4 is a file where a folder is needed"):
+        main(compose_config("stream", nothing))
+
+
+def _press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _frames(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def test_ctrl_c_keeps_the_frames_made_so_far(tmp_path: Path) -> None:
+    def chunks():
+        for _ in range(2):
+            yield np.zeros((9, 16, 16, 3), np.uint8)
+        _press_ctrl_c()
+        pytest.fail("the interrupt comes at once")
+
+    with pytest.raises(KeyboardInterrupt, match=r"x.mp4 has the 18 of 50 frames made so far"):
+        write_frames(chunks(), tmp_path / "x.mp4", 16, 50)
+    assert _frames(tmp_path / "x.mp4") == 18 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_ctrl_c_while_a_chunk_is_written_waits_for_its_end(tmp_path: Path) -> None:
+    class Chunk(list):
+        def __iter__(self):
+            for number, frame in enumerate(super().__iter__()):
+                if number == 4:
+                    _press_ctrl_c()
+                yield frame
+
+    chunk = Chunk(np.zeros((9, 16, 16, 3), np.uint8))
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="has the 9 of 50 frames"):
+        write_frames(iter([chunk, chunk]), tmp_path / "x.mp4", 16, 50)
+    assert _frames(tmp_path / "x.mp4") == 9
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_ctrl_c_before_the_first_frame_leaves_nothing(tmp_path: Path) -> None:
+    def chunks():
+        _press_ctrl_c()
+        yield from ()
+
+    with pytest.raises(KeyboardInterrupt) as stop:
+        write_frames(chunks(), tmp_path / "x.mp4", 16, 50)
+    assert str(stop.value) == "" and list(tmp_path.iterdir()) == []

@@ -68,6 +68,8 @@ def test_exceptions_and_alarms_are_for_what_the_stage_trains():
     for name in ("loss", "teacher/loss"):
         with pytest.raises(ValueError, match=f"logger.alarms.{name}: .* begin with student/, validation/"):
             LoggerConfig(alarms={name: Alarm()}).require_measured(["student"])
+    with pytest.raises(ValueError, match="begin with vae/, validation/"):
+        LoggerConfig(alarms={"loss": Alarm()}).require_measured(["vae", "vae"])
 
 
 def test_muon_keeps_its_ratio():

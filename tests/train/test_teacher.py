@@ -292,6 +292,8 @@ def test_a_run_learns_writes_and_exports(tiny_shards, tmp_path, tiny_model):
     kept = records(tmp_path)
     validation = [record["validation/loss"] for record in kept if "validation/loss" in record]
     assert len(validation) == 3 and validation[-1] < validation[0]
+    stored = json.loads((tmp_path / "checkpoints/step_00000030/trainer.json").read_text())["config"]
+    assert (stored["optim"]["ema_decay"], stored["shards"]) == (0.8, str(tiny_shards)), "to tell what a resume changes"
     assert {
         "teacher/grad_norm",
         "teacher/lr",

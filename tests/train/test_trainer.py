@@ -6,21 +6,24 @@ import gc
 import json
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from toy_stage import Toy
 
+from data.app import EXIT_INTERRUPTED
 from models.diffusion.noise import KeyedNoise
 from train import checkpoint
 from train.accelerator import Parallel
 from train.monitor import Alarm, AlarmError, LoggerConfig, Monitor
 from train.optim import ModuleOptim, OptimConfig
+from train.preemption import PreemptionSignal
 from train.trainer import EXIT_REQUEUE, MAX_NONFINITE, TrainConfig, Trainer, accumulation_of
 
 
-def trainer_of(folder, steps=8, stage=None, optim=None, **settings):
+def trainer_of(folder, steps=8, stage=None, optim=None, config=None, **settings):
     cfg = TrainConfig(
         **{
             "output_dir": str(folder),
@@ -44,7 +47,8 @@ def trainer_of(folder, steps=8, stage=None, optim=None, **settings):
     Path(folder).mkdir(parents=True, exist_ok=True)
     monitor = Monitor(LoggerConfig(progress=False), Path(folder), "toy", {})
     stage = stage or Toy(KeyedNoise(cfg.seed))
-    return Trainer(cfg, optim, stage, Parallel(device="cpu", precision="fp32"), None, monitor, {"seed": cfg.seed})
+    parallel = Parallel(device="cpu", precision="fp32")
+    return Trainer(cfg, optim, stage, parallel, None, monitor, {"seed": cfg.seed}, config)
 
 
 def weights(trainer):
@@ -172,6 +176,67 @@ def test_preemption_saves_at_the_step_boundary(tmp_path):
     assert signal.getsignal(signal.SIGUSR1) == handler
     assert trainer_of(tmp_path / "cut", steps=8, checkpoint_every=100).fit() == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def press_ctrl_c_in(trainer, steps):
+    train_step = trainer.stage.train_step
+
+    def with_signal(batch, context):
+        if context.step in steps and context.update == "critic" and context.micro == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(batch, context)
+
+    trainer.stage.train_step = with_signal
+
+
+def test_ctrl_c_saves_at_the_step_boundary(tmp_path, caplog):
+    trainer, handler = trainer_of(tmp_path, checkpoint_every=100), signal.getsignal(signal.SIGINT)
+    press_ctrl_c_in(trainer, [4])
+    assert trainer.fit() == EXIT_INTERRUPTED == 130
+    assert (tmp_path / "checkpoints/last_good").read_text() == "step_00000005\n"
+    assert "interrupted: step 5 is saved; the same command continues it" in caplog.text
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+@pytest.mark.parametrize(("seconds", "raises"), [(0.5, False), (1.5, True)])
+def test_a_second_ctrl_c_stops_at_once_unless_a_launcher_repeats_the_first(monkeypatch, seconds, raises):
+    now = iter([100.0, 100.0 + seconds])
+    monkeypatch.setattr("train.preemption.time.monotonic", lambda: next(now))
+    with PreemptionSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received and stop.interrupted == 100.0
+        with pytest.raises(KeyboardInterrupt) if raises else nullcontext():
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_that_is_finished_says_so_and_what_differs(tmp_path, caplog):
+    config = {"shards": "a", "optim": {"lr": 0.1, "kind": "adamw"}}
+    trainer_of(tmp_path, steps=4, config=config).fit()
+    assert "nothing is trained" not in caplog.text
+    again = trainer_of(tmp_path, steps=4, config=config)
+    assert again.fit() == 0 and again.stage.trace == []
+    assert "is finished at step 4: nothing is trained. To train on set steps to more than 4" in caplog.text
+    changed = {"shards": "b", "optim": {"lr": 0.2, "kind": "adamw"}}
+    trainer_of(tmp_path, steps=4, config=changed).fit()
+    differ = "nothing is trained, though settings differ (shards: a there, b here; optim.lr: 0.1 there, 0.2 here)"
+    assert differ in caplog.text
+
+
+def test_a_resumed_run_says_what_differs(tmp_path, caplog):
+    _kill_after(trainer_of(tmp_path, config={"lr": 0.1}), 4)
+    trainer_of(tmp_path, steps=5, config={"lr": 0.1}).fit()
+    assert "differ" not in caplog.text
+    trainer_of(tmp_path, steps=8, config={"lr": 0.2}).fit()
+    assert "step_00000005 and hold from here on: lr: 0.1 there, 0.2 here" in caplog.text
+
+
+def test_changed_fields():
+    there = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": {"f": 1}}
+    assert checkpoint.changed_fields(there, there) == []
+    here = {"a": 1, "b": {"c": [1, 3], "d": None, "g": 2}, "e": None}
+    assert checkpoint.changed_fields(there, here) == [
+        "b.c: [1, 2] there, [1, 3] here", "b.g: None there, 2 here", "e: {'f': 1} there, None here",
+    ]  # fmt: skip
 
 
 def validating(folder, **settings):
