@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from data.app import EXIT_INTERRUPTED
+
 ROOT = Path(__file__).resolve().parents[1]
 REFRESH_SECONDS = 0.5
 LINE_WIDTH = 110  # characters of the progress line
@@ -74,7 +76,8 @@ def run_all(
 def run(step: Step, number: int, total: int, out: Path) -> float:
     """Run one step, its output in a log, and return the seconds it took; a finished one is skipped.
 
-    Raises SystemExit with the end of the log where the command fails.
+    Raises SystemExit with the end of the log where the command fails, and after Ctrl-C, which the terminal sends to the
+    command as well: it is waited for, as it may be saving.
     """
     marker = out / "done" / f"{step.name.replace(' ', '_')}.json"  # by its name: steps may come before it
     if marker.exists():
@@ -91,10 +94,15 @@ def run(step: Step, number: int, total: int, out: Path) -> float:
             [sys.executable, *step.command],
             cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=step.environment,
         )  # fmt: skip
-        while process.poll() is None:
-            time.sleep(REFRESH_SECONDS)
-            if sys.stdout.isatty():
-                _say(number, total, step.name, time.monotonic() - started, last_line(log_path))
+        try:
+            while process.poll() is None:
+                time.sleep(REFRESH_SECONDS)
+                if sys.stdout.isatty():
+                    _say(number, total, step.name, time.monotonic() - started, last_line(log_path))
+        except KeyboardInterrupt:
+            process.wait()
+            print(f"\ninterrupted in {step.name}: the same command goes on from there", file=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED) from None
     seconds = time.monotonic() - started
     if process.returncode:
         tail = "\n".join(log_path.read_text(errors="replace").replace("\r", "\n").splitlines()[-25:])

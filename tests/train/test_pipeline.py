@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
-from train.pipeline import Step, last_line, processes_of, run, run_all
+from train.pipeline import ROOT, Step, last_line, processes_of, run, run_all
 
 
 def test_training_stages_share_the_cores_among_processes(monkeypatch):
@@ -48,3 +54,22 @@ def test_steps_run_in_order_and_give_their_times(tmp_path, capsys):
     assert [name for name, _ in times] == ["one", "two"] and all(seconds > 0 for _, seconds in times)
     said = capsys.readouterr().out
     assert 0 < said.index("one is good") < said.index("[ 2/2] two") and "two is good" not in said
+
+
+def test_ctrl_c_waits_for_the_command_and_says_how_to_go_on(tmp_path):
+    """As a terminal does it: the signal goes to the chain and to its command."""
+    code = (
+        "import sys; from pathlib import Path; from train.pipeline import ROOT, Step, run_all\n"
+        f"run_all([Step('http', ('http.server', '0', '--bind', '127.0.0.1'))], Path({str(tmp_path)!r}))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log = tmp_path / "logs" / "01_http.log"
+    deadline = time.monotonic() + 60
+    while not (log.is_file() and "Serving" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said.strip() == "interrupted in http: the same command goes on from there"
+    assert "Keyboard interrupt received" in log.read_text() and not list((tmp_path / "done").glob("*"))
