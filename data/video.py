@@ -91,7 +91,11 @@ class DecodeFailure(Exception):
 
 
 class DecordReader:
-    """Random access by decord, with one thread; drop it after use, it decodes ahead while it lives."""
+    """Random access by decord, with one thread; drop it after use, it decodes ahead while it lives.
+
+    It is not asked for files in which it counts other frames than are to be shown: where an edit list cuts some, decord
+    shows the last one again and again in their stead.
+    """
 
     def __init__(self, source: str | Path | bytes) -> None:
         import decord
@@ -105,6 +109,8 @@ class DecordReader:
             self.num_frames, self.fps = len(self._reader), float(self._reader.get_avg_fps())
         except self._errors as error:
             raise DecodeFailure(_first_line(error)) from error
+        if (shown := _num_shown(source)) not in (None, self.num_frames):
+            raise DecodeFailure(f"decord counts {self.num_frames} frames where {shown} are to be shown")
 
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
         try:
@@ -124,11 +130,9 @@ class PyavReader:
         self._source = source
         self._errors = (av.FFmpegError, IndexError, ValueError)
         try:
-            with self._open() as container:
-                video = container.streams.video[0]
-                self.fps = float(video.average_rate or 0)
-                # A header may state no length (Matroska), that of the first fragment, or frames that an edit list cuts.
-                self.num_frames = sum(p.size > 0 and not p.is_discard for p in container.demux(video))
+            with _open(source) as container:
+                self.fps = float(container.streams.video[0].average_rate or 0)
+                self.num_frames = _count(container)
             self._rewind()
         except self._errors as error:
             raise DecodeFailure(_first_line(error)) from error
@@ -152,13 +156,32 @@ class PyavReader:
         return np.rot90(pixels, self._decoded.rotation // 90)  # both anticlockwise
 
     def _rewind(self) -> None:
-        self._decoder = self._open().decode(video=0)
+        self._decoder = _open(self._source).decode(video=0)
         self._index = -1
 
-    def _open(self) -> Any:
-        import av
 
-        return av.open(io.BytesIO(self._source) if isinstance(self._source, bytes) else str(self._source))
+def _open(source: str | Path | bytes) -> Any:
+    import av
+
+    return av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source))
+
+
+def _count(container: Any) -> int:
+    """Frames to be shown, by the packets. A header may state none (Matroska), those of the first fragment, or those too
+    that an edit list cuts.
+    """
+    return sum(packet.size > 0 and not packet.is_discard for packet in container.demux(video=0))
+
+
+def _num_shown(source: str | Path | bytes) -> int | None:
+    """None where PyAV cannot say."""
+    import av
+
+    try:
+        with _open(source) as container:
+            return _count(container)
+    except (av.FFmpegError, IndexError, ValueError):
+        return None
 
 
 def _first_that_works(source: str | Path | bytes, name: str, use: Callable[[Any], Result]) -> Result:
