@@ -365,26 +365,16 @@ def test_an_animation_that_waits_is_ended_without_a_trace(parts) -> None:
     session.drag(drag("edit", LEFT))  # nothing waits any more
 
 
-def test_an_animation_ended_on_its_way_leaves_its_tracks_where_they_are(parts) -> None:
+@pytest.mark.parametrize("edited", [False, True])  # an edit of its chunk does not bring it back
+def test_an_animation_ended_on_its_way_leaves_its_tracks_where_they_are(parts, edited: bool) -> None:
     session = tracked_session(parts)
     advance(session, 2)
     poses = tuple(Pose(dx=-n) for n in range(1, 7))
     outcome = session.drag(Drag("animate", (Handle(mask(), (7.0, 7.0), poses, (7.0, 7.0)),)))
     session.next_chunk()
     session.drag(drag("animate", Pose()))
-    assert {way[-1] for way in ways(session, 24).values()} == {4.0, 13.0}
-    session.next_chunk()
-    assert [log.chunk for log in outcome.logs] == [2]
-
-
-def test_an_animation_that_was_ended_stays_ended_when_its_chunk_is_edited(parts) -> None:
-    session = tracked_session(parts)
-    advance(session, 2)
-    poses = tuple(Pose(dx=-n) for n in range(1, 7))
-    outcome = session.drag(Drag("animate", (Handle(mask(), (7.0, 7.0), poses, (7.0, 7.0)),)))
-    session.next_chunk()
-    session.drag(drag("animate", Pose()))
-    session.drag(drag("edit", Pose()))
+    if edited:
+        session.drag(drag("edit", Pose()))
     assert {way[-1] for way in ways(session, 24).values()} == {4.0, 13.0}
     session.next_chunk()
     assert [log.chunk for log in outcome.logs] == [2]
