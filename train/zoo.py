@@ -68,9 +68,10 @@ def chain(out: Path) -> list[Step]:
     ]  # fmt: skip
 
 
-def judge(out: Path) -> list[Step]:
-    """What is measured on the shipped weights."""
-    return [Step("eval", ("eval", "model=sprites", "experiment=sprites/eval", f"out={out / 'eval'}"))]
+def judge(out: Path, zoo: Path = ZOO) -> list[Step]:
+    """What is measured on the weights in ``zoo``."""
+    weights = (f"model.vae.path={zoo / 'vae'}", f"model.teacher={zoo / 'teacher'}", f"model.student={zoo / 'student'}")
+    return [Step("eval", ("eval", "model=sprites", "experiment=sprites/eval", f"out={out / 'eval'}", *weights))]
 
 
 def ship(out: Path, zoo: Path, parts: Mapping[str, str] = PARTS) -> None:
@@ -149,7 +150,7 @@ def main() -> None:
     record(zoo, times)
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(json.dumps(first_losses(out, [step.name for step in steps]), indent=1) + "\n")
-    run_all(judge(out), out / "judge")
+    run_all(judge(out, zoo), out / "judge")
     print(f"Weights in {zoo}, report in {out / 'eval' / 'report.html'}")
 
 

@@ -20,6 +20,13 @@ def test_every_command_composes(step):
     compose_config(app, list(overrides))
 
 
+def test_the_weights_that_were_put_somewhere_are_judged_there():
+    (step,) = judge(Path("out"), Path("elsewhere"))
+    model = compose_config("eval", list(step.arguments[1:])).model
+    found = model.vae.path, model.teacher, model.student
+    assert found == ("elsewhere/vae", "elsewhere/teacher", "elsewhere/student")
+
+
 def test_every_part_is_made_by_a_stage_of_the_chain():
     made = {step.name for step in chain(Path("out"))}
     assert {source.split("/")[0] for source in PARTS.values()} <= made
