@@ -161,8 +161,8 @@ def _until_a_crash(
                     reason = future.result()
                     yield given.pop(future), reason
     except BrokenProcessPool:
-        pass
-    return list(given.values())
+        return list(given.values())
+    return []
 
 
 def _attempt_alone(call: Call) -> str | None:

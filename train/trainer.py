@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from train.optim import OptimConfig, build_optimizer, learning_rate
 from train.preemption import PreemptionSignal
 from train.stage import Stage, StepContext, StepOutput
 from train.state import fill_optimizer, full_state, optimizer_state, plain
+from train.timing import Clock, Timer, duration
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Trainer:
             self.monitor.start(self.counters.step)
         self._validated = self.parallel.from_main(self.monitor.last_validation if self.monitor is not None else None)
         batches = self._batches()
-        clock = _Clock(self.counters.step)
+        clock = Clock(self.counters.step)
         with PreemptionSignal() as signal, self._progress() as bar:
             while (code := self._between_steps(signal)) is None:
                 self.train_one_step(batches)
@@ -191,13 +191,13 @@ class Trainer:
     def train_one_step(self, batches: Iterator[Batch]) -> None:
         """One pass over the modules that this step updates."""
         for name in self.stage.updates(self.counters.step):
-            with _Timer(self._seconds, "forward_backward", self.parallel):
+            with Timer(self._seconds, "forward_backward", self.parallel):
                 for micro in range(self.accumulation):
-                    with _Timer(self._seconds, "data", exclude="forward_backward"):
+                    with Timer(self._seconds, "data", exclude="forward_backward"):
                         batch = next(batches)
                     self._micro_step(name, micro, batch)
             if name in self.modules:
-                with _Timer(self._seconds, "optimizer", self.parallel):
+                with Timer(self._seconds, "optimizer", self.parallel):
                     self._apply(name)
 
     def _micro_step(self, name: str, micro: int, batch: Batch) -> None:
@@ -294,7 +294,7 @@ class Trainer:
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ telling
-    def _log_if_due(self, clock: _Clock, bar: Any) -> None:
+    def _log_if_due(self, clock: Clock, bar: Any) -> None:
         done = self.counters.step
         if done % self.cfg.log_every and done != self.cfg.steps:
             return
@@ -317,7 +317,7 @@ class Trainer:
         bar.set_postfix({name: f"{value:.4g}" for name, value in list(shown.items())[:3]})
         if bar.disable:
             losses = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            left = _duration((self.cfg.steps - done) * metrics["seconds_per_step"])
+            left = duration((self.cfg.steps - done) * metrics["seconds_per_step"])
             log.info(
                 "step %d/%d: %s, %.3g s/step, %s left",
                 done,
@@ -437,12 +437,8 @@ class Trainer:
             fill_optimizer(self.modules[name], optimizer, tensors["optimizers"][name])
 
     def _require_same(self, path: Path, identity: dict[str, Any]) -> None:
-        differing = [
-            f"{key}: {identity.get(key)} there, {value} here"
-            for key, value in self.identity.items()
-            if identity.get(key) != value
-        ]
-        if differing:
+        there = {key: identity.get(key) for key in self.identity}
+        if differing := checkpoint.changed_fields(there, self.identity):
             raise ValueError(f"{path} is of another run ({'; '.join(differing)}); choose another name or output_dir")
 
     def export(self, folder: str | Path = "export") -> None:
@@ -463,44 +459,3 @@ class Trainer:
         for name, ema in self.emas.items():
             stack.enter_context(ema.swapped(self.modules[name]))
         return stack
-
-
-class _Timer:
-    """Adds the seconds of its block to `seconds[part]` (and takes them off `exclude`)."""
-
-    def __init__(
-        self,
-        seconds: dict[str, float],
-        part: str,
-        parallel: Parallel | None = None,
-        exclude: str | None = None,
-    ) -> None:
-        self.seconds, self.part, self.parallel, self.exclude = seconds, part, parallel, exclude
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *exc: object) -> None:
-        if self.parallel is not None:
-            self.parallel.synchronize()
-        spent = time.perf_counter() - self.start
-        self.seconds[self.part] += spent
-        if self.exclude is not None:
-            self.seconds[self.exclude] -= spent
-
-
-class _Clock:
-    """Steps and seconds since the last lap."""
-
-    def __init__(self, step: int) -> None:
-        self.step, self.time = step, time.perf_counter()
-
-    def lap(self, step: int) -> tuple[int, float]:
-        steps, seconds = step - self.step, time.perf_counter() - self.time
-        self.step, self.time = step, time.perf_counter()
-        return steps, max(seconds, 1e-9)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
