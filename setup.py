@@ -45,7 +45,6 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "eval": ["scipy>=1.11"],
     "deepspeed": ["deepspeed>=0.16"],
     "dev": [
         "pytest>=8",

@@ -27,24 +27,35 @@ GAP_PX = 8  # between the columns of a side-by-side video, after enlarging
 LINE_COLORS = ("#4c78dd", "#e0803a", "#3aa675", "#b25fc4", "#c94f5b", "#8a8f3c")
 AXIS_COLOR = "#8a8f98"  # readable on a light and on a dark page
 
-STYLE = """ :root{color-scheme:light
-dark;--page:#fbfbfa;--ink:#1d2129;--soft:#626a76;--line:#dfe2e6;--card:#ffffff;--tint:#f1f3f6}
-@media(prefers-color-scheme:dark){:root{--page:#14161a;--ink:#e6e8eb;--soft:#9aa2ad;--line:#2c3138;--card:#1b1e24;
---tint:#22262d}} *{box-sizing:border-box} body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55
-system-ui,sans-serif} main{max-width:1080px;margin:0 auto;padding:40px 24px 80px}
-h1{font-size:1.9rem;line-height:1.2;margin:0 0 4px}h2{font-size:1.25rem;margin:0 0 10px}
-.note{color:var(--soft);margin:0 0 28px} section{background:var(--card);border:1px solid
-var(--line);border-radius:12px;padding:22px 24px;margin:0 0 22px} p{margin:0 0
-14px;max-width:75ch;white-space:pre-line} .scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
-th{text-align:left;color:var(--soft);font-weight:600;border-bottom:2px solid var(--line)} th,td{padding:6px
-12px 6px 0;vertical-align:top}td{border-bottom:1px solid var(--line)}
-td:first-child{font-family:ui-monospace,monospace;font-size:.86rem} tr:last-child td{border-bottom:0}
-.row{display:flex;flex-wrap:wrap;gap:20px} figure{margin:0 0 16px;max-width:100%;width:fit-content} figure
-img,figure video{max-width:100%;height:auto;border-radius:8px;display:block} figure
-video{background:var(--tint)} figcaption{color:var(--soft);font-size:.88rem;margin-top:6px;max-width:75ch}
-.labels{display:grid;grid-auto-flow:column;grid-auto-columns:1fr;font-size:.86rem;font-weight:600;
-text-align:center;padding:4px 0}
+STYLE = """
+:root { color-scheme: light dark; --page: #fbfbfa; --ink: #1d2129; --soft: #626a76; --line: #dfe2e6; --card: #ffffff;
+  --tint: #f1f3f6 }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #14161a; --ink: #e6e8eb; --soft: #9aa2ad; --line: #2c3138; --card: #1b1e24; --tint: #22262d }
+}
+* { box-sizing: border-box }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 80px }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 4px }
+h2 { font-size: 1.25rem; margin: 0 0 10px }
+.note { color: var(--soft); margin: 0 0 28px }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 22px 24px;
+  margin: 0 0 22px }
+p { margin: 0 0 14px; max-width: 75ch; white-space: pre-line }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums }
+th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line) }
+th, td { padding: 6px 12px 6px 0; vertical-align: top }
+td { border-bottom: 1px solid var(--line) }
+td:first-child { font-family: ui-monospace, monospace; font-size: .86rem }
+tr:last-child td { border-bottom: 0 }
+.row { display: flex; flex-wrap: wrap; gap: 20px }
+figure { margin: 0 0 16px; max-width: 100%; width: fit-content }
+figure img, figure video { max-width: 100%; height: auto; border-radius: 8px; display: block }
+figure video { background: var(--tint) }
+figcaption { color: var(--soft); font-size: .88rem; margin-top: 6px; max-width: 75ch }
+.labels { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; font-size: .86rem; font-weight: 600;
+  text-align: center; padding: 4px 0 }
 """
 
 

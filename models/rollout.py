@@ -25,7 +25,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from models.condition import Condition
+from models.condition import Condition, num_pixel_frames
 from models.diffusion.noise import KeyedNoise, KeyPart
 from models.diffusion.prediction import add_noise
 from models.diffusion.sampler import first_frame_clamp
@@ -91,7 +91,7 @@ class RolloutConfig:
             nearest = max(1, round(num_latents / self.chunk_frames)) * self.chunk_frames
             raise ValueError(
                 f"num_latents={num_latents} must be a multiple of chunk_frames={self.chunk_frames}; nearest "
-                f"valid: {nearest} ({1 + 4 * (nearest - 1)} frames)"
+                f"valid: {nearest} ({num_pixel_frames(nearest)} frames)"
             )
         return num_latents // self.chunk_frames
 

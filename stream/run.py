@@ -34,7 +34,7 @@ from models.motion.tracks import Tracks
 from models.wan.dit import WanDiT
 from stream.codecs import DECODERS, Codecs
 from stream.dragstream.config import DragConfig
-from stream.dragstream.drag import Drag, check_drag
+from stream.dragstream.drag import Drag
 from stream.dragstream.labels import DragLabel
 from stream.session import StreamSession
 from stream.track_buffer import ENDINGS, TrackBuffer
@@ -52,7 +52,7 @@ class StreamConfig:
     image: str = MISSING  # picture file, or a video whose first frame is taken; cropped and resized to model.clip
     prompt: str = ""
     tracks: str | None = None  # .npz, .json, or a video whose motion is taken; null: motion unspecified
-    tracks_resize: bool = False  # scale a track file of another resolution instead of refusing it
+    tracks_resize: bool = False  # crop and scale a track file of another resolution instead of refusing it
     drags: str | None = None  # DragStream label (.json), or a folder of them: each is applied after its chunk
     ending: str = "hold"  # beyond the last track frame: hold the points, or release them
     num_frames: int | None = None  # frames written; null: as many as the tracks have, else model.clip.num_frames
@@ -181,8 +181,7 @@ def read_drags(settings: StreamConfig, model_cfg: ModelConfig, num_frames: int) 
         label = DragLabel.read(path)
         if label.prompt not in ("", settings.prompt):
             log.warning("%s was drawn for prompt=%r; the stream's is %r", path.name, label.prompt, settings.prompt)
-        drag = label.to_drag().resize_to(clip.height, clip.width)
-        check_drag(drag, height=clip.height, width=clip.width, chunk_frames=chunk_frames)
+        drag = label.drag_in(clip.height, clip.width, chunk_frames)
         if label.block < 1:
             raise ValueError(f"{path.name} drags before the first chunk; the number in its name must be at least 1")
         if pixel_frames_of(label.block * chunk_frames - 1, 1).stop > num_frames:

@@ -24,7 +24,7 @@ from torch import Tensor
 from models.condition import FRAMES_PER_LATENT, Condition, pixel_frames_of
 from models.diffusion.noise import KeyedNoise
 from models.motion.tracks import Tracks
-from models.rollout import ChunkPass, ChunkStart, CleanEdit, LatentEdit, Rollout
+from models.rollout import ChunkPass, ChunkStart, LatentEdit, Rollout
 from models.wan.dit import WanDiT
 from models.wan.static_cache import StaticKVCache
 from stream.codecs import Codecs, to_frames
@@ -34,7 +34,6 @@ from stream.dragstream.editor import DragEditor, read_references
 from stream.dragstream.features import FeatureReader, Reference
 from stream.dragstream.geometry import swept_region
 from stream.dragstream.led_tracks import along, led, tracks_on
-from stream.dragstream.statistics import match_clean
 from stream.session_state import Animation, Boundary, ChunkTiming, DragOutcome, Memory, SessionState, Steering
 from stream.track_buffer import TrackBuffer
 
@@ -95,7 +94,7 @@ class StreamSession:
             latent_shape=codecs.frame_latent_shape,
             cache="static",
             max_chunks=_num_chunks(num_frames, codecs.model_cfg.rollout.chunk_frames),
-            history_chunks=undo_chunks if undo_chunks == 1 else undo_chunks + 1,
+            history_chunks=1 if undo_chunks == 1 else undo_chunks + 1,  # a chunk that fails takes one; 1 costs nothing
         )
         self.student, self._noise = student, noise
         self.drag_cfg = drag or DragConfig()
@@ -128,6 +127,10 @@ class StreamSession:
     def set_prompt(self, prompt: str) -> None:
         """Another text from the next chunk on."""
         self._prompt_embeds = self.codecs.encode_prompts([prompt])
+
+    def drop_pending_tracks(self) -> None:
+        """Forget the motion that was pushed and not used yet: after `undo`, that of the chunks taken back."""
+        self._buffer.drop_pending()
 
     # ------------------------------------------------------------------ position
     @property
@@ -167,8 +170,8 @@ class StreamSession:
     def undo(self, chunks: int = 1) -> None:
         """Take back the latest chunks, with the drags and prompts that came for them and all that came since.
 
-        Tracks pushed until the first of them was made stay. Going on makes them bit for bit as they were before any
-        drag. Raises ValueError beyond `undo_chunks`.
+        Tracks pushed until the first of them was made wait again (`drop_pending_tracks` forgets them). Going on makes
+        the chunks bit for bit as they were before any drag. Raises ValueError beyond `undo_chunks`.
         """
         if not 1 <= chunks <= len(self._boundaries):
             raise ValueError(
@@ -223,7 +226,7 @@ class StreamSession:
         paths = self._buffer.peek(self.frames_in_next_chunk)
         self._steer(drag, on_the_way, [along(paths, tracks) for tracks in on_handles])
         editor = self._editor(drag, self._chunk_index, references)
-        editor.neighbours = self._neighbours()
+        editor.neighbours = self._memory.neighbours(editor.cfg)
         try:
             frames = self._attempt_chunk(editor, start, passes[:step])
         except BaseException:
@@ -301,7 +304,8 @@ class StreamSession:
     def _check_state(self, mode: str) -> None:
         """Whether the latest chunk can be read and made again, now."""
         latest = self._chunk_index - 1
-        if not self._boundaries and (mode == "edit" or self.drag_cfg.iterations):
+        reads_context = self.drag_cfg.iterations or self._memory.passes[self.drag_cfg.step].x0 is None
+        if not self._boundaries and (mode == "edit" or reads_context):
             raise ValueError(
                 f"chunk {latest} cannot be read or made again: undo(), or a chunk that failed, went back as far as "
                 "this session remembers; call next_chunk() first, or open it with a larger undo_chunks"
@@ -385,7 +389,8 @@ class StreamSession:
         conditioned = self.codecs.clock()
         passes, edit = list(earlier), edit or self._animation_edit()
         remembered = self._remembering(edit, passes)
-        chunk = self._rollout.next_chunk(condition, start=start, edit=remembered, edit_x0=self._edit_x0())
+        edit_x0 = self._memory.clean_edit(self.drag_cfg)
+        chunk = self._rollout.next_chunk(condition, start=start, edit=remembered, edit_x0=edit_x0)
         denoised = self.codecs.clock()
         frames = to_frames(self._decoder.push(chunk.x0))[0]
         decoded = self.codecs.clock()
@@ -393,7 +398,11 @@ class StreamSession:
             self._chunk_index, len(frames), conditioned - started, denoised - conditioned, decoded - denoised
         )
         self._latest = (timing, chunk.x0)
-        self._remember(passes, chunk.x0, asked, edited_step=edit.cfg.step if isinstance(edit, DragEditor) else 0)
+        asking = [self.drag_cfg, *([self._animation.editor.cfg] if self._animation else [])]
+        self._memory = self._memory.after(
+            passes, chunk.x0, asked, edited_step=edit.cfg.step if isinstance(edit, DragEditor) else 0,
+            adsr_frames=max(cfg.adsr_frames for cfg in asking), opens=self._chunk_index == 0,
+        )  # fmt: skip
         self._chunk_index += 1
         self._num_frames += len(frames)
         return frames
@@ -401,8 +410,9 @@ class StreamSession:
     def _animation_edit(self) -> LatentEdit | None:
         if self._animation is None or self._chunk_index >= self._animation.end_chunk:
             return None
-        self._animation.editor.neighbours = self._neighbours()
-        return self._animation.editor
+        editor = self._animation.editor
+        editor.neighbours = self._memory.neighbours(editor.cfg)
+        return editor
 
     def _remembering(self, edit: LatentEdit | None, passes: list[ChunkPass]) -> LatentEdit:
         """The edit, with each pass kept as it was run: a later drag reads its features from there."""
@@ -413,32 +423,6 @@ class StreamSession:
             return latents
 
         return run
-
-    def _neighbours(self) -> Tensor | None:
-        """Inputs of the drag's step in the latest drag.adsr_frames latent frames: [1, C, n, h, w]."""
-        if not self._memory.noisy or not self.drag_cfg.adsr_frames:
-            return None
-        latest = torch.cat([chunk[self.drag_cfg.step] for chunk in self._memory.noisy], dim=2)
-        return latest[:, :, -self.drag_cfg.adsr_frames :]
-
-    def _edit_x0(self) -> CleanEdit | None:
-        if not self.drag_cfg.match_clean or not self._memory.clean:
-            return None
-        previous = torch.cat(self._memory.clean, dim=2)
-        return lambda x0: match_clean(x0, previous)
-
-    def _remember(self, passes: list[ChunkPass], x0: Tensor, asked: Steering, edited_step: int) -> None:
-        memory, chunks = self._memory, math.ceil(self.drag_cfg.adsr_frames / x0.shape[2])
-        noisy = (*memory.noisy, tuple(shown.noisy_latents for shown in passes))
-        clean = (*memory.clean, x0)[-2:] if self._chunk_index else ()
-        self._memory = replace(
-            memory,
-            passes=(*passes[:-1], replace(passes[-1], x0=x0)),
-            edited_step=edited_step,
-            noisy=noisy[-chunks:] if chunks else (),
-            clean=clean,
-            asked=asked,
-        )
 
     def _boundary(self) -> Boundary:
         return Boundary(

@@ -7,15 +7,20 @@ tensors that it names. Leaves out the keys and values of the cache (models/wan/s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from models.rollout import ChunkPass, RolloutSnapshot
+from models.rollout import ChunkPass, CleanEdit, RolloutSnapshot
 from models.vae.streaming_decode import StreamState
+from stream.dragstream.config import DragConfig
 from stream.dragstream.editor import DragEditor, DragLog
 from stream.dragstream.features import Reference
+from stream.dragstream.statistics import match_clean
 from stream.track_buffer import TrackBufferState
 
 
@@ -70,6 +75,40 @@ class Memory:
     noisy: tuple[tuple[Tensor, ...], ...] = ()  # inputs of the latest chunks' steps, [1, C, c, h, w] each
     clean: tuple[Tensor, ...] = ()  # latents of the latest two chunks but the stream's first
     asked: Steering | None = None  # what the latest chunk was made with
+
+    def neighbours(self, cfg: DragConfig) -> Tensor | None:
+        """Inputs of a drag's step in the latest cfg.adsr_frames latent frames: [1, C, n, h, w]; None: none known."""
+        if not self.noisy or not cfg.adsr_frames:
+            return None
+        return torch.cat([chunk[cfg.step] for chunk in self.noisy], dim=2)[:, :, -cfg.adsr_frames :]
+
+    def clean_edit(self, cfg: DragConfig) -> CleanEdit | None:
+        """The shift of clean latents to those of the chunks before, where the settings ask for it."""
+        if not cfg.match_clean or not self.clean:
+            return None
+        previous = torch.cat(self.clean, dim=2)
+        return lambda x0: match_clean(x0, previous)
+
+    def after(
+        self,
+        passes: Sequence[ChunkPass],
+        x0: Tensor,
+        asked: Steering,
+        *,
+        edited_step: int,
+        adsr_frames: int,
+        opens: bool,
+    ) -> Memory:
+        """With one chunk more; ``adsr_frames``: how many latent frames neighbours may ask for; ``opens`` the video."""
+        noisy = (*self.noisy, tuple(shown.noisy_latents for shown in passes))
+        chunks = math.ceil(adsr_frames / x0.shape[2])
+        return Memory(
+            passes=(*passes[:-1], replace(passes[-1], x0=x0)),
+            edited_step=edited_step,
+            noisy=noisy[-chunks:] if chunks else (),
+            clean=() if opens else (*self.clean, x0)[-2:],
+            asked=asked,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,6 +111,11 @@ class TrackBuffer:
             log.warning("none of the %d pushed tracks is followed: drags have their identities", tracks.num_tracks)
         self._pushed = self._pushed.appended(tracks)
 
+    def drop_pending(self) -> None:
+        """Forget pushed frames that were not read yet; what was read last goes on as `ending` says."""
+        latest = self._pushed.latest
+        self._pushed = replace(self._pushed, held=latest, num_read=0 if latest is None else 1)
+
     def seen_in(self, mask: np.ndarray) -> Tracks:
         """Tracks that are visible inside a mask, bool [H, W], in the latest frame read: that one frame of them."""
         now = _joined(self._pushed.without(self._released).latest, self._led.latest)

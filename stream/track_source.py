@@ -16,7 +16,7 @@ import numpy as np
 from data.trackers import TrackerConfig, build_tracker, grid_queries
 from data.video import VideoError, probe_video, read_video, resize_frame
 from models.assemble import ModelConfig
-from models.condition import ClipGeometry
+from models.condition import FRAMES_PER_LATENT, ClipGeometry, num_pixel_frames
 from models.motion.tracks import Tracks
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ def load_track_source(
 def _follow(path: Path, model_cfg: ModelConfig, tracker: TrackerConfig) -> Tracks:
     """Motion transfer: the points of a video, at the clip's rate and size, over its whole length."""
     clip, info = model_cfg.clip, probe_video(path)
-    available = int((info.num_frames - 1) * clip.fps / info.fps + 1e-6)
-    geometry = ClipGeometry(clip.height, clip.width, 1 + 4 * (available // 4), clip.fps)
+    seconds = (info.num_frames - 1) / info.fps
+    num_latents = 1 + int(seconds * clip.fps + 1e-6) // FRAMES_PER_LATENT
+    geometry = ClipGeometry(clip.height, clip.width, num_pixel_frames(num_latents), clip.fps)
     points, visibility = build_tracker(tracker).track(read_video(path, geometry), query_grid(model_cfg, tracker))
     return Tracks.from_arrays(np.nan_to_num(points), visibility, clip.height, clip.width)

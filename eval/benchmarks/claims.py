@@ -30,7 +30,6 @@ from eval.benchmarks.context import EvalContext, Outcome, content_of
 from eval.benchmarks.latency import Latency, LatencyConfig
 from eval.benchmarks.motion_transfer import MotionTransfer, MotionTransferConfig, load_clips
 from eval.clips import stack_tracks
-from eval.judge import check_workers
 from eval.metrics.interval import Interval, bootstrap_interval, mean_over_seeds, seeded_interval
 from eval.report import Section, Table
 from eval.results import Results, keep, read_kept, write_json
@@ -64,7 +63,11 @@ class ClaimsConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
     def __post_init__(self) -> None:
-        check_workers(self.num_workers)
+        LatencyConfig(num_chunks=self.num_chunks)  # each refuses what it cannot do: now, not after the first runs
+        MotionTransferConfig(
+            num_clips=self.num_clips, batch_size=self.batch_size, num_inference_steps=self.num_inference_steps,
+            num_workers=self.num_workers,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

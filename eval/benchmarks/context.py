@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -77,12 +77,6 @@ class Outcome:
 
     results: Results
     sections: list[Section]
-
-
-class Benchmark(Protocol):
-    """Constructed from its `Config`; conf/bench/<name>.yaml names the class."""
-
-    def run(self, context: EvalContext) -> Outcome: ...
 
 
 def content_of(path: str | None) -> str | None:

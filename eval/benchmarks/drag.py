@@ -39,7 +39,7 @@ from eval.metrics.drag import (
 )
 from eval.report import Section, Table, video_side_by_side
 from eval.results import Results
-from models.condition import FRAMES_PER_LATENT
+from models.condition import FRAMES_PER_LATENT, num_pixel_frames
 from models.motion.tracks import Tracks
 from models.rollout import ChunkPass
 from models.wan.dit import WanDiT
@@ -73,7 +73,7 @@ class DragBenchConfig:
     hold_tracks: bool = True  # sprites: a grid of still tracks holds what is not dragged; false: until the drag only
     tracks_per_side: int = 16
     scenario_seed: int = 0
-    opening_chunks: int = 1  # at least so many are made before the first drag
+    opening_chunks: int = 1  # before the first that is dragged; the first of a video holds the given image
     world: SpritesConfig = field(default_factory=SpritesConfig)
     locator: LocatorConfig = field(default_factory=LocatorConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)  # for labels
@@ -142,7 +142,7 @@ class DragBenchmark:
         }
         for name, found in verdicts.items():
             put_verdicts(results, name, found)
-        self._put_ratios(results)
+        self._put_ratios(results, verdicts)
         length = min(len(run.frames) for found in runs.values() for run in found)
         for name in (OURS, *self.cfg.baselines):  # to the streams without a drag, all cut to the shortest
             pair = (np.stack([run.frames[-length:] for run in found]) for found in (runs[name], bases[name]))
@@ -196,9 +196,7 @@ class DragBenchmark:
         tracks = None
         if self.cfg.labels is None:
             points = grid_queries(clip.height, clip.width, per_side, per_side)
-            opening = 1 + FRAMES_PER_LATENT * (
-                scenario.events[0].after_chunks * context.model_cfg.rollout.chunk_frames - 1
-            )
+            opening = num_pixel_frames(scenario.events[0].after_chunks * context.model_cfg.rollout.chunk_frames)
             still = np.repeat(points[None], opening, axis=0)
             tracks = Tracks.from_arrays(still, np.ones(still.shape[:2], bool), clip.height, clip.width)
         return StreamSession(
@@ -269,7 +267,7 @@ class DragBenchmark:
         ]
 
     # ------------------------------------------------------------------ figures
-    def _put_ratios(self, results: Results) -> None:
+    def _put_ratios(self, results: Results, verdicts: Mapping[str, Sequence[Verdict]]) -> None:
         """Each method's figures over those of the stream without a drag; its time over that of its other chunks."""
         for role in (OURS, *self.cfg.baselines, IDEAL):
             for key in ("objmc", *DAI_KEYS):
@@ -277,8 +275,7 @@ class DragBenchmark:
                 ours, plain = results.values[f"{role}.{name_of}"], results.values[f"{NO_DRAG}.{name_of}"]
                 results.put(f"{role}.{key}_ratio", _ratio(ours, plain))
             if role != IDEAL:
-                plain = results.values[f"{role}.plain_seconds"]
-                results.put(f"{role}.seconds_ratio", _ratio(results.values[f"{role}.seconds"], plain))
+                results.put(f"{role}.seconds_ratio", seconds_ratio(verdicts[role]))
 
     def _extra_memory(
         self, context: EvalContext, student: WanDiT, scenarios: Sequence[DragScenario], cfg: DragConfig
@@ -345,6 +342,12 @@ def baseline_settings(profile: str) -> DragConfig:
 def put_verdicts(results: Results, role: str, verdicts: Sequence[Verdict]) -> None:
     for key in Verdict.__dataclass_fields__:
         results.add(f"{role}.{key}", [getattr(verdict, key) for verdict in verdicts])
+
+
+def seconds_ratio(verdicts: Sequence[Verdict]) -> float:
+    """Of a dragged chunk over one that nobody drags, medians over the scenarios."""
+    dragged, plain = (np.nanmedian([getattr(each, name) for each in verdicts]) for name in ("seconds", "plain_seconds"))
+    return float(dragged / plain)
 
 
 def by_kind(scenarios: Sequence[DragScenario], verdicts: Mapping[str, Sequence[Verdict]]) -> Table:

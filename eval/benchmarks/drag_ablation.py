@@ -21,7 +21,7 @@ import numpy as np
 from data.sprites import SpritesConfig
 from eval.benchmarks.claims import Effect, Finding, as_float, table_of, write_findings
 from eval.benchmarks.context import EvalContext, Outcome
-from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict, put_verdicts
+from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict, put_verdicts, seconds_ratio
 from eval.metrics.interval import Interval, mean_over_seeds, paired_difference
 from eval.report import Section, Table
 from eval.results import Results, keep, read_kept
@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Ln 3": {"adsr": "neighbours", "adsr_frames": 3},
     "Ln 9": {"adsr": "neighbours", "adsr_frames": 9},
     "Ln 18": {"adsr": "neighbours", "adsr_frames": 18},
+    "SFS before the rotation": {"filter_rope": "pre"},
     "alpha 0.5": {"css_alpha": 0.5},
     "alpha 1.5": {"css_alpha": 1.5},
     "alpha 2": {"css_alpha": 2.0},
@@ -124,6 +125,8 @@ CLAIMS = (
     Claim("Without L_cst the object follows as well", "table 3: 20.87 against 26.12",
           no_worse=[("without L_cst", OBJMC)]),
     Claim("Context frames are needed", "fig. 16", worse=[("without context", DAI)]),
+    Claim("Beyond the paper: SFS on keys before their rotation improves it", "the official code filters rotated keys",
+          better=[("SFS before the rotation", OBJMC)]),
     Claim("Beyond the paper: tracks that follow the drag improve it", "its student takes no tracks",
           better=[("with tracks", OBJMC)]),
     Claim("Beyond the paper: a warm start improves it", "starts from the latents before the drag",
@@ -154,7 +157,7 @@ class DragAblation:
         results = Results(seed=context.seed)
         for name, verdicts in found.items():
             put_verdicts(results, name.replace(".", ","), verdicts)
-            results.put(f"{name.replace('.', ',')}.seconds_ratio", _seconds_ratio(verdicts))
+            results.put(f"{name.replace('.', ',')}.seconds_ratio", seconds_ratio(verdicts))
         findings = [self.finding(n, claim, found, context.seed) for n, claim in enumerate(CLAIMS, 1)]
         write_findings(context.out, findings)
         return Outcome(results, self._sections(findings, found))
@@ -227,12 +230,6 @@ def _figures_of(verdict: Verdict) -> dict[str, float | None]:
 
 def _verdict(figures: Mapping[str, float | None]) -> Verdict:
     return Verdict(**{name: as_float(value) for name, value in figures.items()})
-
-
-def _seconds_ratio(verdicts: Sequence[Verdict]) -> float:
-    """Of a dragged chunk over one that nobody drags, medians."""
-    dragged, plain = (np.nanmedian(_figures(name, verdicts)) for name in ("seconds", "plain_seconds"))
-    return float(dragged / plain)
 
 
 Found = Mapping[str, Sequence[Verdict]]

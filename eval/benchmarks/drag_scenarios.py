@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data.sprites import SpritesClip, SpritesConfig, render_clip, split_seed
-from models.condition import ClipGeometry
+from models.condition import FRAMES_PER_LATENT, ClipGeometry
 from stream.dragstream.drag import Drag, Handle, Point, Pose
 from stream.dragstream.geometry import bounding_box, moved, moved_mask, swept_region
 from stream.dragstream.labels import DragLabel
@@ -31,7 +31,6 @@ LONG_SECONDS, LONG_EVERY_CHUNKS = 20, 4
 EDITABLE_MARGIN_PX = 8  # around the way of a drag
 FIRST_INDEX = 10_000  # of the test split: no clip that another benchmark shows
 MIN_MASK_PX, TRIES = 80, 400
-EDIT_CHUNKS, ANIMATE_CHUNKS = 2, 1  # made before the drag; the first chunk of a video holds the given image
 DRAGGED_CHUNKS = 2  # of an animation
 
 
@@ -66,7 +65,7 @@ def sprites_scenarios(
 ) -> list[DragScenario]:
     """The first ``count`` scenarios of a seed; the same arguments give the same ones.
 
-    The first drag comes after ``opening_chunks``, or as many more as its mode needs.
+    The first chunk that a drag concerns comes after ``opening_chunks``: an edit makes the latest one again.
     """
     world = replace(world, height=geometry.height, width=geometry.width, num_frames=1, fps=geometry.fps, events=False)
     return [_scenario(world, index, chunk_frames, seed, opening_chunks) for index in range(count)]
@@ -82,7 +81,7 @@ def _scenario(world: SpritesConfig, index: int, chunk_frames: int, seed: int, op
     rng = np.random.default_rng([seed, index])
     sprites = 2 if handles == 2 or variant == "occlusion" else 1
     scene = _still_scene(replace(world, min_sprites=sprites, max_sprites=sprites), rng)
-    chunks = max(opening_chunks, EDIT_CHUNKS if mode == "edit" else ANIMATE_CHUNKS)
+    chunks = opening_chunks + (mode == "edit")
     events = tuple(_events(scene, mode, kind, handles, variant, chunks, chunk_frames, rng))
     last = max(event.after_chunks + _chunks_of(event.drag, chunk_frames) for event in events)
     return DragScenario(
@@ -116,7 +115,7 @@ def _events(
     if variant == "leaving":
         yield from _leave_and_return(masks[0], mode, chunks, frames, rng)
     elif variant == "long":
-        total = math.ceil(LONG_SECONDS * scene.scene.cfg.fps / (4 * chunk_frames))
+        total = math.ceil(LONG_SECONDS * scene.scene.cfg.fps / (FRAMES_PER_LATENT * chunk_frames))
         handled = [_handle(mask, kind, mode, frames, rng) for mask in masks]
         for number, after in enumerate(range(chunks, total - DRAGGED_CHUNKS, LONG_EVERY_CHUNKS)):
             sign = 1 if number % 2 == 0 else -1  # there and back
@@ -234,12 +233,15 @@ def labelled_scenarios(folder: Path, geometry: ClipGeometry, chunk_frames: int) 
     """One scenario per official label under a folder; beside each lies its first frame, as a picture or a video.
 
     Raises:
-        ValueError: no label there, or no first frame beside one.
+        ValueError: no label there, one that does not fit the model's frame or chunks, or no first frame beside one.
     """
     scenarios = []
     for index, path in enumerate(sorted(folder.rglob("*_trajectory.json"))):
         label = DragLabel.read(path)
-        drag = replace(label.to_drag().resize_to(geometry.height, geometry.width), chunk=None)
+        try:
+            drag = replace(label.drag_in(geometry.height, geometry.width, chunk_frames), chunk=None)
+        except ValueError as error:
+            raise ValueError(f"{path.parent}: {error}") from error
         event = DragEvent(max(1, label.block), drag)
         kind = "rotation" if any(handle.is_rotation for handle in drag.handles) else "translation"
         scenarios.append(

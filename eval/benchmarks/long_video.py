@@ -11,6 +11,7 @@ truth's own is given beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from eval.metrics.epe import endpoint_error
 from eval.metrics.registration import RegistrationConfig, register_sprites
 from eval.report import Section, line_figure, video_side_by_side
 from eval.results import Results
-from models.condition import ClipGeometry
+from models.condition import FRAMES_PER_LATENT, ClipGeometry, num_pixel_frames
 from models.motion.tracks import NUM_TRACK_IDS, Tracks, sample_track_ids
 from models.wan.dit import WanDiT
 from stream.session import StreamSession
@@ -123,8 +124,8 @@ class LongVideo:
 
     def _clips(self, context: EvalContext) -> list[EvalClip]:
         clip = context.model_cfg.clip
-        # the renderer takes any length; ClipGeometry asks for 1 + 4k, so the last frames may go unused
-        geometry = ClipGeometry(clip.height, clip.width, 1 + 4 * -(-(self.cfg.num_frames - 1) // 4), clip.fps)
+        num_latents = 1 + math.ceil((self.cfg.num_frames - 1) / FRAMES_PER_LATENT)  # the last frames may go unused
+        geometry = ClipGeometry(clip.height, clip.width, num_pixel_frames(num_latents), clip.fps)
         queries = query_grid(context.model_cfg, self.cfg.tracker)
         return sprites_clips(
             self.cfg.world,

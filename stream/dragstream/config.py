@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, fields, replace
 
 METHODS = ("dragstream", "sg_i2v", "dragvideo")
 OPTIMISATION = (  # fields that nothing reads where iterations=0
-    "method", "max_iterations", "segment_ratio", "segment_degrees", "subdivision", "start", "lr", "restart_optimizer",
-    "weight_decay", "grad_clip", "tolerance", "norm", "reduction", "rec_weight", "cst_weight", "cst_on",
-    "vacated_weight", "detach_key_value", "recompute", "cutoffs", "cutoff_range", "filter_rope", "css_alpha", "css_box",
-    "css_on",
+    "method", "layers", "max_iterations", "segment_ratio", "segment_degrees", "subdivision", "start",
+    "lr", "restart_optimizer", "weight_decay", "grad_clip", "tolerance",
+    "norm", "reduction", "rec_weight", "cst_weight", "cst_on", "detach_key_value", "recompute",
+    "cutoffs", "cutoff_range", "filter_rope", "css_alpha", "css_box", "css_on",
 )  # fmt: skip
 REFERENCE_DEPTH, REFERENCE_LAYERS = 30, (12, 16)  # blocks 12 to 15 of Wan 1.3B's 30
 
@@ -43,7 +43,6 @@ class DragConfig:
     rec_weight: float = 1.0
     cst_weight: float = 1.0
     cst_on: str = "features"  # what must not change outside the editable region: features | x0
-    vacated_weight: float = 0.0  # where the handle was, features of what surrounds it (not in the paper)
     detach_key_value: bool = True  # gradients reach the recorded attention through its queries alone
     recompute: bool = True  # keep only each block's input for the backward pass: a third of the memory, more time
 

@@ -19,7 +19,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from stream.dragstream.drag import Drag, Handle, Point, Pose
+from stream.dragstream.drag import Drag, Handle, Point, Pose, check_drag
 
 MODE_NAMES = {"Drag": "edit", "Animation": "animate"}
 _NAME = re.compile(r"block_(?P<block>\d+)_(?P<mode>Drag|Animation)_trajectory\.json")
@@ -99,6 +99,22 @@ class DragLabel:
             None if movable is None else self.masks[movable],
             self.block - 1,
         )
+
+    def drag_in(self, height: int, width: int, chunk_frames: int) -> Drag:
+        """The operation in a frame of another size, cropped in the middle to its aspect as pictures are.
+
+        Raises ValueError, naming the label, for a drag that does not fit its own frame, or not what is left of it.
+        """
+        drawn = self.to_drag()
+        own_height, own_width = drawn.handles[0].mask.shape
+        fitted = drawn.resize_to(height, width)
+        crop = f"cropped and scaled from {own_width} x {own_height} to {width} x {height} px, "
+        for remark, drag, size in (("", drawn, (own_height, own_width)), (crop, fitted, (height, width))):
+            try:
+                check_drag(drag, height=size[0], width=size[1], chunk_frames=chunk_frames)
+            except ValueError as error:
+                raise ValueError(f"{self.prefix}: {remark}{error}") from error
+        return fitted
 
     @classmethod
     def from_drag(cls, drag: Drag, prompt: str, block: int, chunk_frames: int) -> DragLabel:

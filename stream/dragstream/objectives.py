@@ -121,10 +121,6 @@ class DragStreamObjective:
     def aim(self, targets: FramePoses, segment: int) -> None:
         self.segment = segment
         self.patches = [patch for frame, poses in enumerate(targets) if poses for patch in self._patches(frame, poses)]
-        if self.cfg.vacated_weight:
-            self.patches += [
-                patch for frame, poses in enumerate(targets) if poses for patch in self._vacated(frame, poses)
-            ]
         grid = self.scene.latent_size if self.cfg.cst_on == "x0" else self.grid
         self.kept = self.scene.kept_weights(targets, grid) if self.cfg.cst_weight else None
 
@@ -187,23 +183,6 @@ class DragStreamObjective:
                 sources = source_of(centers[seen], pose, handle.center)
                 patches.append(_Patch(frame, reference, centers[seen], sources, weights[seen]))
         return patches
-
-    def _vacated(self, frame: int, poses: Sequence[Pose]) -> list[_Patch]:
-        """Cells that the handles have left: each shall look like the nearest cell beside them."""
-        scene, (rows, cols) = self.scene, self.scene.latent_size
-        centers = cell_centers(rows, cols, scene.size, scene.before.device)
-        here = [handle for handle in scene.handles if not handle.returns]
-        if not here:
-            return []
-        was = torch.stack([scene.coverage(handle, Pose(), (rows, cols)) for handle in here]).amax(0)
-        now = torch.stack([scene.coverage(h, pose, (rows, cols)) for h, pose in zip(scene.handles, poses)]).amax(0)
-        left, beside = was * (1 - now), centers[was <= 0]
-        seen = left > 0.25
-        if not seen.any() or not len(beside):
-            return []
-        nearest = torch.cdist(centers[seen], beside).argmin(-1)
-        weights = self.cfg.vacated_weight * left[seen]
-        return [_Patch(frame, scene.references[0], centers[seen], beside[nearest], weights)]
 
 
 class SgI2vObjective:

@@ -279,6 +279,16 @@ def test_tracks_are_encoded_where_and_as_the_model_is_and_timed_by_the_clock_of_
     assert seen["dtypes"] == (torch.bfloat16, torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"num_chunks": 40}, "bench.num_chunks=40 must be at least"), ({"num_workers": -1}, "bench.num_workers=-1"),
+     ({"batch_size": 0}, "bench.batch_size=0 must be at least 1")],
+)  # fmt: skip
+def test_what_a_run_would_refuse_is_refused_before_the_first(settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        ClaimsConfig(**settings)
+
+
 def test_an_unknown_row_is_refused():
     with pytest.raises(ValueError, match=r"bench.rows=\[99\] has 99; rows are"):
         Claims(ClaimsConfig(rows=[99]))

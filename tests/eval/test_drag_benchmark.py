@@ -25,6 +25,7 @@ from eval.run import main
 from models.condition import ClipGeometry
 from stream.codecs import Codecs
 from stream.dragstream.drag import Drag, Handle, Pose, check_drag
+from stream.dragstream.editor import DragEditor
 from stream.dragstream.labels import DragLabel
 from stream.provenance import peak_bytes
 from stream.session_state import DragOutcome
@@ -63,8 +64,9 @@ def test_scenarios_are_those_of_the_seed() -> None:
 def test_a_longer_opening_changes_when_is_dragged_and_nothing_else() -> None:
     late = sprites_scenarios(WORLD, GEOMETRY, chunk_frames=3, count=12, seed=0, opening_chunks=6)
     for a, b in zip(scenarios(12), late):
-        assert a.events[0].after_chunks == (2 if a.mode == "edit" else 1) and b.events[0].after_chunks == 6
-        assert b.num_chunks - a.num_chunks == 6 - a.events[0].after_chunks
+        made_again = a.mode == "edit"
+        assert a.events[0].after_chunks == 1 + made_again and b.events[0].after_chunks == 6 + made_again
+        assert b.num_chunks - a.num_chunks == 5
         np.testing.assert_array_equal(a.first_frame, b.first_frame)
         assert [h.poses for h in a.events[0].drag.handles] == [h.poses for h in b.events[0].drag.handles]
 
@@ -275,7 +277,7 @@ def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path
                  "bench.world.max_size=0.5", "bench.world.max_sprites=1"]  # fmt: skip
     assert main(compose_config("eval", [*tiny_weights.overrides, *overrides])) == 0
     claims = json.loads((tmp_path / "claims.json").read_text())
-    assert [claim["row"] for claim in claims] == list(range(1, 20))
+    assert [claim["row"] for claim in claims] == list(range(1, 21))
     by_claim = {claim["claim"]: claim for claim in claims}
     measured = by_claim["ADSR: without it objects do not arrive"]
     assert measured["verdict"] in ("holds", "does not hold", "within noise") and len(measured["interval"]) == 1
@@ -308,17 +310,25 @@ def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path
         main(compose_config("eval", [*tiny_weights.overrides, *overrides]))
 
 
-def test_neighbours_are_counted_from_before_the_drag(tiny_weights, tmp_path: Path) -> None:
-    """As many as there are and the setting asks for: 18 differ from 9 in the very first dragged chunk."""
+def test_neighbours_are_counted_from_before_the_drag(tiny_weights, tmp_path: Path, monkeypatch) -> None:
+    """As many as the setting asks for, before the very first dragged chunk of an edit and of an animation."""
+    seen: list[tuple[str, int]] = []
+    edited = DragEditor._edited
+
+    def noting(editor: DragEditor, *args) -> torch.Tensor:
+        seen.append((editor.drag.mode, editor.neighbours.shape[2]))
+        return edited(editor, *args)
+
+    monkeypatch.setattr(DragEditor, "_edited", noting)
     model_cfg = replace(tiny_weights.model_cfg, clip=replace(tiny_weights.model_cfg.clip, height=32, width=32))
     codecs = Codecs.load(model_cfg)
     context = EvalContext(model_cfg, codecs, torch.device("cpu"), 0, tmp_path, baseline_settings("paper"))
-    world = SpritesConfig(max_sprites=1, min_size=0.4, max_size=0.5)
-    bench = DragBenchmark(DragBenchConfig(num_scenarios=1, baselines=[], world=world, opening_chunks=6))
+    world = SpritesConfig(max_sprites=2, min_size=0.36, max_size=0.42)
+    bench = DragBenchmark(DragBenchConfig(num_scenarios=7, baselines=[], world=world, opening_chunks=6))
+    scenarios = bench.scenarios(context)
     settings = {str(count): replace(context.drag, iterations=1, adsr_frames=count) for count in (9, 18)}
-    runs, _ = bench.stream(context, context.load("student"), bench.scenarios(context), settings)
-    fewer, more = (runs[name][0].drags[0].latents for name in settings)
-    assert not torch.equal(fewer, more)
+    bench.stream(context, context.load("student"), [scenarios[0], scenarios[6]], settings)
+    assert set(seen) == {(mode, count) for mode in ("edit", "animate") for count in (9, 18)}
 
 
 def test_a_profile_that_optimises_nothing_has_nothing_to_ablate(tiny_weights, tmp_path: Path) -> None:

@@ -92,6 +92,29 @@ def test_a_snapshot_replays_bit_for_bit_and_may_branch(student, codecs, first_fr
     assert not np.array_equal(session.next_chunk(), first[0])
 
 
+def test_after_undo_the_motion_that_waits_again_can_be_dropped_for_another(student, codecs, first_frame) -> None:
+    def moving(dx: float, frames: int) -> Tracks:
+        points = np.full((frames, 1, 2), 8.0) + dx * np.arange(frames)[:, None, None]
+        return Tracks.from_arrays(points, np.ones((frames, 1), bool), 16, 16)
+
+    def session() -> StreamSession:
+        opened = StreamSession(student, codecs, first_frame=first_frame, prompt="")
+        opened.push_tracks(moving(0.5, opened.frames_in_next_chunk))
+        opened.next_chunk()
+        return opened
+
+    changed, wanted = session(), session()
+    changed.push_tracks(moving(0.5, 12))
+    changed.next_chunk()
+    changed.undo()
+    assert changed.num_pending_track_frames == 12
+    changed.drop_pending_tracks()
+    assert changed.num_pending_track_frames == 0
+    for each in (changed, wanted):
+        each.push_tracks(moving(-0.5, 12))
+    np.testing.assert_array_equal(changed.next_chunk(), wanted.next_chunk())
+
+
 def test_the_prompt_changes_the_next_chunk_only(student, codecs, first_frame) -> None:
     plain, changed = _open(student, codecs, first_frame), _open(student, codecs, first_frame)
     np.testing.assert_array_equal(plain.next_chunk(), changed.next_chunk())

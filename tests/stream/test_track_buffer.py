@@ -78,6 +78,26 @@ def test_points_come_and_go_by_identity() -> None:
         buffer.push(_tracks(1, count=2, ids=[5, 5]))
 
 
+@pytest.mark.parametrize("ending", ["hold", "release"])
+def test_dropping_what_is_pending_ends_the_motion_where_it_was_read(ending: str) -> None:
+    buffer, ended = _buffer(ending), _buffer(ending)
+    buffer.drop_pending()  # nothing was pushed: nothing happens
+    buffer.push(_tracks(8))
+    ended.push(_tracks(5))
+    for each in (buffer, ended):
+        each.take(5)
+    buffer.drop_pending()
+    assert buffer.num_pending == 0 and buffer.unused_ids(1).equal(ended.unused_ids(1))
+    for found, wanted in zip((buffer.take(2), _then_other(buffer)), (ended.take(2), _then_other(ended))):
+        assert torch.equal(found.points, wanted.points) and torch.equal(found.visibility, wanted.visibility)
+        assert torch.equal(found.ids, wanted.ids)
+
+
+def _then_other(buffer: TrackBuffer) -> Tracks:
+    buffer.push(_tracks(3, start=20))
+    return buffer.take(4)
+
+
 def test_snapshot_and_restore() -> None:
     buffer = _buffer()
     buffer.push(_tracks(6))

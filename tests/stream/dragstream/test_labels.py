@@ -151,6 +151,24 @@ def test_masks_of_different_sizes_are_refused(tmp_path: Path):
         read.to_drag()
 
 
+def test_a_label_is_checked_as_it_was_drawn_and_as_it_is_cropped(tmp_path: Path):
+    def drawn(x: float, deltas: list) -> DragLabel:
+        trajectory = {"original_trajectory": {"is_rotation": False, "points": [[x, 12], *deltas]}, "mask_file": "m.png"}
+        return DragLabel.read(write(tmp_path, "block_1_Drag_trajectory.json", label("Drag", [trajectory])))
+
+    inside = drawn(19, [[25, 12]]).drag_in(24, 24, 3)  # of 64 x 48 the middle 48 x 48: x from 8
+    assert inside.handles[0].point == ((19.5 - 8) / 2, 12.5 / 2) and inside.handles[0].poses[0].dx == 3.0
+    with pytest.raises(ValueError, match=r"^block_1_Drag: handle 0 is at \(70.5, 12.5\), outside the frame of 64 x 48"):
+        drawn(70, [[25, 12]]).drag_in(24, 24, 3)
+    with pytest.raises(ValueError, match="^block_1_Drag: a drag that edits has one target per handle, not 2"):
+        drawn(19, [[25, 12], [26, 12]]).drag_in(24, 24, 3)
+    crop = r"^block_1_Drag: cropped and scaled from 64 x 48 to {} px, "
+    with pytest.raises(ValueError, match=crop.format("24 x 24") + r"handle 0 is at \(-1.75, 6.25\), outside"):
+        drawn(4, [[25, 12]]).drag_in(24, 24, 3)
+    with pytest.raises(ValueError, match=crop.format("8 x 48") + "the mask of handle 0 is empty"):
+        drawn(19, [[25, 12]]).drag_in(48, 8, 3)
+
+
 def test_a_label_may_lack_a_prompt(tmp_path: Path):
     content = label("Drag", [{"mask_file": "m.png"}])
     del content["prompt"]

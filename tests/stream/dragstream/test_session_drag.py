@@ -1,4 +1,4 @@
-"""Drags on a running stream: editing, animating, taking back, and refusing what cannot be."""
+"""Drags on a running stream: editing, animating, and refusing what cannot be."""
 
 from __future__ import annotations
 
@@ -7,53 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from drag_sessions import LEFT, advance, drag, mask, open_session, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.assemble import load_role
 from models.motion.tracks import Tracks
-from stream.codecs import Codecs
 from stream.dragstream import features as features_module
 from stream.dragstream.config import OPTIMISATION, DragConfig
 from stream.dragstream.drag import Drag, Handle, Pose
 from stream.dragstream.statistics import PER_CHANNEL
 from stream.session import StreamSession
-
-PROMPT = "a red striped disc on a blue background"
-
-
-@pytest.fixture(scope="module")
-def parts(tiny_weights):
-    student = load_role(tiny_weights.model_cfg, "student").eval().requires_grad_(False)
-    return student, Codecs.load(tiny_weights.model_cfg)
-
-
-def first_frame() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-
-
-def open_session(parts, **options) -> StreamSession:
-    student, codecs = parts
-    return StreamSession(student, codecs, **({"first_frame": first_frame(), "prompt": PROMPT} | options))
-
-
-def mask(x0: int = 4, x1: int = 10, y0: int = 4, y1: int = 10) -> np.ndarray:
-    inside = np.zeros((16, 16), bool)
-    inside[y0:y1, x0:x1] = True
-    return inside
-
-
-def drag(mode: str, *targets: Pose, **options) -> Drag:
-    frames = 1 if mode == "edit" else 3
-    poses = [tuple(Pose().toward(target, (n + 1) / frames) for n in range(frames)) for target in targets]
-    return Drag(mode, tuple(Handle(mask(), (7.0, 7.0), each, (7.0, 7.0)) for each in poses), **options)
-
-
-LEFT = Pose(dx=-4.0)
-
-
-def advance(session: StreamSession, chunks: int) -> list[np.ndarray]:
-    return [session.next_chunk() for _ in range(chunks)]
 
 
 def test_a_zero_drag_repeats_the_chunk_bit_for_bit(parts) -> None:
@@ -124,42 +87,6 @@ def test_the_same_seed_gives_the_same_edit_and_another_another(parts) -> None:
     assert (edited(0) != edited(1)).any()
 
 
-def test_undo_takes_back_drags_and_prompts_bit_for_bit(parts) -> None:
-    plain, session = open_session(parts), open_session(parts, undo_chunks=3)
-    expected = advance(plain, 6)
-    advance(session, 3)
-    session.drag(drag("edit", LEFT))
-    session.drag(drag("animate", LEFT))
-    session.set_prompt("a green disc on a red background")
-    advance(session, 1)
-    session.undo(2)
-    np.testing.assert_array_equal(np.concatenate(advance(session, 1)), expected[2])
-    session.drag(drag("animate", LEFT))
-    session.next_chunk()
-    session.undo(2)
-    assert session.chunk_index == 2
-    for found, wanted in zip(advance(session, 4), expected[2:]):
-        np.testing.assert_array_equal(found, wanted)
-
-
-def test_undo_takes_back_what_came_for_the_chunk_and_keeps_what_was_pushed(parts) -> None:
-    plain, session = open_session(parts), open_session(parts)
-    expected = advance(plain, 3)[-1]
-    advance(session, 2)
-    session.drag(drag("animate", LEFT))
-    session.set_prompt("a green disc on a red background")
-    session.push_tracks(Tracks.from_arrays(np.full((20, 1, 2), 9.0), np.ones((20, 1), bool), 16, 16))
-    with_tracks = session.next_chunk()
-    session.undo()
-    assert session.num_pending_track_frames == 20
-    again = session.next_chunk()
-    assert (again != with_tracks).any() and (again != expected).any()
-    bare = open_session(parts)
-    advance(bare, 2)
-    bare.push_tracks(Tracks.from_arrays(np.full((20, 1, 2), 9.0), np.ones((20, 1), bool), 16, 16))
-    np.testing.assert_array_equal(again, bare.next_chunk())
-
-
 def test_a_prompt_set_before_an_edit_holds_from_the_next_chunk_on(parts) -> None:
     plain, edited = open_session(parts), open_session(parts)
     shown, _ = (advance(session, 2)[-1] for session in (plain, edited))
@@ -182,75 +109,12 @@ def test_an_animation_goes_on_after_an_edit_of_its_chunk_and_one_that_waits_is_n
     assert [log.chunk for log in outcome.logs] == [2, 3]
 
 
-@pytest.mark.parametrize(("mode", "iterations"), [("edit", 0), ("animate", 1)])
-def test_where_undo_ended_nothing_is_left_to_drag_until_the_next_chunk(parts, mode: str, iterations: int) -> None:
-    session = open_session(parts, drag=DragConfig(iterations=iterations))
-    advance(session, 5)
-    session.undo()
-    _refused(session, drag(mode, LEFT), r"chunk 3 cannot be read or made again.*call next_chunk\(\) first")
-    session.next_chunk()
-    session.drag(drag(mode, LEFT))
-
-
-def test_a_chunk_that_fails_leaves_the_session_as_it_was(parts, monkeypatch) -> None:
-    plain, session = tracked_session(parts), tracked_session(parts)
-    expected = advance(plain, 4)
-    advance(session, 2)
-    before = ways(session)
-    with monkeypatch.context() as patched, pytest.raises(MemoryError, match="full"):
-        patched.setattr(session._decoder, "push", lambda _: (_ for _ in ()).throw(MemoryError("full")))
-        session.next_chunk()
-    assert ways(session) == before and session.chunk_index == 2
-    for found, wanted in zip(advance(session, 2), expected[2:]):
-        np.testing.assert_array_equal(found, wanted)
-
-
-@pytest.mark.parametrize("undo_chunks", [1, 2])
-def test_after_a_chunk_that_failed_a_drag_is_refused_or_right(parts, monkeypatch, undo_chunks: int) -> None:
-    plain, session = (open_session(parts, undo_chunks=undo_chunks) for _ in range(2))
-    expected = advance(plain, 6)
-    advance(session, 5)
-    with monkeypatch.context() as patched, pytest.raises(MemoryError, match="full"):
-        patched.setattr(session._decoder, "push", lambda _: (_ for _ in ()).throw(MemoryError("full")))
-        session.next_chunk()
-    if undo_chunks == 1:
-        _refused(session, drag("edit", LEFT), r"chunk 4 cannot be read or made again.*larger undo_chunks")
-        with pytest.raises(ValueError, match=r"chunks=1 must be in 1\.\.0"):
-            session.undo()
-    else:
-        session.undo()
-        np.testing.assert_array_equal(session.next_chunk(), expected[4])
-    np.testing.assert_array_equal(session.next_chunk(), expected[5])
-    session.undo()
-    np.testing.assert_array_equal(session.next_chunk(), expected[5])
-
-
-def test_an_edit_that_fails_leaves_its_chunk_taken_back(parts, monkeypatch) -> None:
-    session = tracked_session(parts)
-    session.next_chunk()
-    before = ways(session)
-    shown = session.next_chunk()
-    with monkeypatch.context() as patched, pytest.raises(MemoryError, match="full"):
-        patched.setattr(session._decoder, "push", lambda _: (_ for _ in ()).throw(MemoryError("full")))
-        session.drag(drag("edit", LEFT))
-    assert ways(session) == before and session.chunk_index == 1
-    np.testing.assert_array_equal(session.next_chunk(), shown)
-
-
-def test_a_snapshot_goes_on_in_another_session(parts) -> None:
-    session, other = open_session(parts), open_session(parts)
-    advance(session, 4)
-    other.restore(session.snapshot())
-    for found, wanted in zip(advance(other, 2), advance(session, 2)):
-        np.testing.assert_array_equal(found, wanted)
-
-
 @pytest.mark.parametrize("frames", [0, 2, 9, 18])
 def test_statistics_come_from_as_many_frames_before_as_there_are(parts, frames: int) -> None:
     session = open_session(parts, drag=DragConfig(adsr_frames=frames))
     for chunk in range(1, 8):
         session.next_chunk()
-        neighbours = session._neighbours()
+        neighbours = session._memory.neighbours(session.drag_cfg)
         assert (0 if neighbours is None else neighbours.shape[2]) == min(frames, 3 * chunk)
 
 
@@ -276,39 +140,6 @@ def test_a_reference_without_features_is_what_the_stream_shows(parts) -> None:
     assert torch.equal(reference.clean, latents[0, :, -1]) and not reference.variants and reference.alone is None
 
 
-def test_after_undo_timing_and_latents_are_those_of_the_chunk_before(parts) -> None:
-    session = open_session(parts, undo_chunks=2)
-    session.next_chunk()
-    first, latents = session.timing, session.latents
-    session.next_chunk()
-    session.undo()
-    assert session.timing is first and session.latents is latents
-    session.undo()
-    with pytest.raises(RuntimeError, match="made no chunk yet"):
-        _ = session.latents
-
-
-def test_a_restored_stream_can_be_edited(parts) -> None:
-    session = open_session(parts)
-    advance(session, 5)
-    state = session.snapshot()
-    expected = session.drag(drag("edit", LEFT)).frames
-    advance(session, 3)
-    session.restore(state)
-    np.testing.assert_array_equal(session.drag(drag("edit", LEFT)).frames, expected)
-
-
-def test_undo_says_how_far_it_can_go(parts) -> None:
-    session = open_session(parts, undo_chunks=2)
-    with pytest.raises(ValueError, match=r"chunks=1 must be in 1..0"):
-        session.undo()
-    advance(session, 4)
-    with pytest.raises(ValueError, match=r"chunks=3 must be in 1..2.*larger undo_chunks"):
-        session.undo(3)
-    with pytest.raises(ValueError, match="undo_chunks=0 must be at least 1"):
-        open_session(parts, undo_chunks=0)
-
-
 def test_a_prompt_changed_in_the_stream_alters_the_next_chunk(parts) -> None:
     plain, changed = open_session(parts), open_session(parts)
     for session in (plain, changed):
@@ -317,82 +148,20 @@ def test_a_prompt_changed_in_the_stream_alters_the_next_chunk(parts) -> None:
     assert (changed.next_chunk() != plain.next_chunk()).any()
 
 
-def tracked_session(parts, **options) -> StreamSession:
-    """One track on the handle, at (7, 7), and one off its way."""
-    points = np.broadcast_to(np.array([[7.0, 7.0], [13.0, 13.0]], np.float32), (9, 2, 2)).copy()
-    tracks = Tracks.from_arrays(points, np.ones((9, 2), bool), 16, 16)
-    return open_session(parts, tracks=tracks, drag=DragConfig(iterations=1, **options))
-
-
-def ways(session: StreamSession, frames: int = 12) -> dict[int, list[float]]:
-    """x of each track that is seen in the frames to come, by identity."""
-    taken = session._buffer.peek(frames)
-    shown = taken.visibility[0].all(0).tolist()
-    return {identity: taken.points[0, :, n, 0].tolist()
-            for n, identity in enumerate(taken.ids[0].tolist()) if shown[n]}  # fmt: skip
-
-
-def test_the_tracks_of_a_dragged_region_are_released_where_the_profile_says_so(parts) -> None:
-    session = tracked_session(parts, tracks="release")
-    advance(session, 2)
-    before = ways(session)
-    session.drag(drag("animate", LEFT))
-    (rest,) = ways(session).values()
-    assert rest == [13.0] * 12
-    session.undo()
-    assert ways(session) == before
-
-
-def test_an_animation_takes_the_tracks_of_its_handle_along_and_leaves_them_there(parts) -> None:
-    session = tracked_session(parts)
-    advance(session, 2)
-    moving, still = ways(session)
-    session.drag(drag("animate", LEFT))
-    found = ways(session, 16)
-    assert found[still] == [13.0] * 16
-    np.testing.assert_allclose(found[moving], [*(7 - 4 * (n + 1) / 12 for n in range(12)), *[3.0] * 4], atol=1e-5)
-
-
-def test_an_animation_that_waits_is_ended_without_a_trace(parts) -> None:
-    session = tracked_session(parts)
-    advance(session, 2)
-    before = ways(session)
-    session.drag(drag("animate", LEFT))
-    session.drag(drag("animate", Pose(dx=3.0)))
-    assert {round(way[-1], 3) for way in ways(session).values()} == {10.0, 13.0}, "of the second alone"
-    session.drag(drag("animate", Pose()))
-    assert ways(session) == before
-    session.drag(drag("edit", LEFT))  # nothing waits any more
-
-
-@pytest.mark.parametrize("edited", [False, True])  # an edit of its chunk does not bring it back
-def test_an_animation_ended_on_its_way_leaves_its_tracks_where_they_are(parts, edited: bool) -> None:
-    session = tracked_session(parts)
-    advance(session, 2)
+def test_an_animation_goes_on_with_the_settings_it_began_with(parts) -> None:
     poses = tuple(Pose(dx=-n) for n in range(1, 7))
-    outcome = session.drag(Drag("animate", (Handle(mask(), (7.0, 7.0), poses, (7.0, 7.0)),)))
-    session.next_chunk()
-    session.drag(drag("animate", Pose()))
-    if edited:
-        session.drag(drag("edit", Pose()))
-    assert {way[-1] for way in ways(session, 24).values()} == {4.0, 13.0}
-    session.next_chunk()
-    assert [log.chunk for log in outcome.logs] == [2]
 
+    def animated(later: DragConfig) -> list[np.ndarray]:
+        session = open_session(parts, drag=DragConfig(adsr="neighbours", adsr_frames=5, step=1))
+        advance(session, 3)
+        session.drag(Drag("animate", (Handle(mask(), (7.0, 7.0), poses, (7.0, 7.0)),)))
+        first = session.next_chunk()
+        session.drag_cfg = later
+        return [first, session.next_chunk()]
 
-def test_a_new_stroke_needs_identities_that_no_drag_has(parts, caplog) -> None:
-    session = tracked_session(parts)
-    advance(session, 2)
-    session.drag(drag("edit", LEFT))
-    stroke = Tracks.from_arrays(np.full((12, 1, 2), 9.0), np.ones((12, 1), bool), 16, 16)
-    session.push_tracks(stroke)
-    assert "none of the 1 pushed tracks is followed" in caplog.text
-    assert all(9.0 not in way for way in ways(session).values())
-    session.undo()
-    session.next_chunk()
-    session.drag(drag("edit", LEFT))
-    session.push_tracks(stroke.with_ids(session.unused_track_ids(1)[None]))
-    assert [9.0] * 12 in ways(session).values()
+    went_on = animated(DragConfig(adsr="neighbours", adsr_frames=5, step=1))
+    for found, wanted in zip(animated(DragConfig(adsr_frames=0)), went_on):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_chunk_edited_at_a_step_is_not_edited_before_it(parts) -> None:
@@ -400,7 +169,7 @@ def test_a_chunk_edited_at_a_step_is_not_edited_before_it(parts) -> None:
     advance(session, 3)
     edited = session.drag(drag("edit", LEFT)).frames
     session.drag_cfg = replace(session.drag_cfg, step=1)
-    _refused(session, drag("edit", LEFT), "drag.step=1 must be at least 2: chunk 2 was edited there")
+    refused(session, drag("edit", LEFT), "drag.step=1 must be at least 2: chunk 2 was edited there")
     session.drag_cfg = replace(session.drag_cfg, step=2)
     again = session.drag(drag("edit", Pose())).frames
     np.testing.assert_array_equal(again, edited)
@@ -416,45 +185,9 @@ def test_a_chunk_animated_at_a_step_is_not_edited_before_it(parts) -> None:
     session.drag(drag("animate", LEFT))
     session.next_chunk()
     session.drag_cfg = replace(session.drag_cfg, step=1)
-    _refused(session, drag("edit", Pose()), "drag.step=1 must be at least 2: chunk 2 was edited there")
+    refused(session, drag("edit", Pose()), "drag.step=1 must be at least 2: chunk 2 was edited there")
     session.next_chunk()  # the animation is over
     session.drag(drag("edit", Pose()))
-
-
-def test_an_edit_bends_the_tracks_of_its_chunk_and_undo_straightens_them(parts) -> None:
-    session = tracked_session(parts)
-    advance(session, 2)
-    before = ways(session)
-    moving = next(iter(before))
-    session.push_tracks(Tracks.from_arrays(np.full((2, 1, 2), 9.0), np.ones((2, 1), bool), 16, 16))
-    session.drag(drag("edit", LEFT))
-    assert ways(session)[moving] == [3.0] * 12
-    again = Handle(mask(0, 10), (3.0, 7.0), (Pose(dx=-2.0),), (3.0, 7.0))
-    session.drag(Drag("edit", (again,)))  # goes on from the first
-    assert ways(session)[moving] == [1.0] * 12
-    assert session.num_pending_track_frames == 2  # what was pushed since the chunk is not lost
-    session.undo()
-    assert ways(session) == before
-
-
-def test_a_handle_without_tracks_gets_one_per_cell(parts) -> None:
-    session = open_session(parts)
-    advance(session, 2)
-    session.drag(drag("animate", LEFT))
-    rows, cols = session.codecs.model_cfg.latent_size
-    taken = session._buffer.peek(12)
-    centers = (np.arange(cols) + 0.5) * 16 / cols
-    inside = sum(4 <= center < 10 for center in centers)
-    assert taken.num_tracks == inside**2 and len(taken.ids.unique()) == inside**2 and rows == cols
-
-
-def test_every_track_that_is_led_has_its_own_identity(parts) -> None:
-    for session in (open_session(parts), tracked_session(parts)):  # without tracks on the handles, and with one
-        advance(session, 2)
-        there = Handle(mask(6, 12), (9.0, 7.0), (Pose(dy=2.0),) * 3, (9.0, 7.0))
-        session.drag(replace(drag("animate", LEFT), handles=(*drag("animate", LEFT).handles, there)))
-        ids = session._buffer.peek(12).ids[0]
-        assert len(ids.unique()) == len(ids)
 
 
 @pytest.mark.parametrize(
@@ -473,7 +206,7 @@ def test_every_track_that_is_led_has_its_own_identity(parts) -> None:
 def test_a_bad_drag_is_refused_before_anything_is_computed(parts, mode: str, change: dict, message: str) -> None:
     session = open_session(parts)
     advance(session, 3)
-    _refused(session, replace(drag(mode, LEFT), **change), message)
+    refused(session, replace(drag(mode, LEFT), **change), message)
 
 
 @pytest.mark.parametrize(
@@ -491,16 +224,7 @@ def test_a_bad_handle_is_refused_before_anything_is_computed(parts, change: dict
     session = open_session(parts)
     advance(session, 1)
     good = drag("edit", LEFT)
-    _refused(session, replace(good, handles=(replace(good.handles[0], **change),)), message)
-
-
-def _refused(session: StreamSession, bad: Drag, message: str) -> None:
-    before = (session.chunk_index, session.num_frames, session._memory)
-    hook = session.student.patch_embedding.register_forward_pre_hook(lambda *_: pytest.fail("the student ran"))
-    with pytest.raises(ValueError, match=message):
-        session.drag(bad)
-    hook.remove()
-    assert before == (session.chunk_index, session.num_frames, session._memory)
+    refused(session, replace(good, handles=(replace(good.handles[0], **change),)), message)
 
 
 def test_trajectories_must_be_as_long_as_each_other_and_fill_chunks(parts) -> None:
@@ -509,8 +233,8 @@ def test_trajectories_must_be_as_long_as_each_other_and_fill_chunks(parts) -> No
         session.drag(drag("edit", LEFT))
     advance(session, 1)
     one, two = (Handle(mask(), (7.0, 7.0), (LEFT,) * count, (7.0, 7.0)) for count in (3, 6))
-    _refused(session, Drag("animate", (one, two)), "trajectories of 3, 6 latent frames")
-    _refused(session, Drag("animate", (replace(one, poses=(LEFT,) * 4),)), "have 4 latent frames.*nearest valid: 3")
+    refused(session, Drag("animate", (one, two)), "trajectories of 3, 6 latent frames")
+    refused(session, Drag("animate", (replace(one, poses=(LEFT,) * 4),)), "have 4 latent frames.*nearest valid: 3")
 
 
 @pytest.mark.parametrize(
@@ -528,10 +252,10 @@ def test_settings_that_do_not_fit_the_student_are_refused_at_once(parts, cfg: Dr
 
 def test_settings_of_the_optimisation_have_no_effect_without_it(parts) -> None:
     other: dict = {
-        "method": "sg_i2v", "max_iterations": 5, "segment_ratio": 0.1, "segment_degrees": 1.0, "subdivision": "floor",
-        "start": "origin", "lr": 0.3, "restart_optimizer": True, "weight_decay": 0.5, "grad_clip": 0.1,
-        "tolerance": 9.0,
-        "norm": "l1", "reduction": "sum", "rec_weight": 0.0, "cst_weight": 9.0, "cst_on": "x0", "vacated_weight": 1.0,
+        "method": "sg_i2v", "layers": [0], "max_iterations": 5, "segment_ratio": 0.1, "segment_degrees": 1.0,
+        "subdivision": "floor", "start": "origin", "lr": 0.3, "restart_optimizer": True,
+        "weight_decay": 0.5, "grad_clip": 0.1, "tolerance": 9.0,
+        "norm": "l1", "reduction": "sum", "rec_weight": 0.0, "cst_weight": 9.0, "cst_on": "x0",
         "detach_key_value": False, "recompute": False, "cutoffs": [0.3], "cutoff_range": [0.1, 0.2],
         "filter_rope": "pre", "css_alpha": None, "css_box": "target", "css_on": "gradient",
     }  # fmt: skip
@@ -546,6 +270,8 @@ def test_settings_of_the_optimisation_have_no_effect_without_it(parts) -> None:
     assert (edited(**other, iterations=1) != edited(iterations=1)).any()
     assert set(DragConfig(**other).without_effect()) == set(OPTIMISATION)
     assert not DragConfig(**other, iterations=1).without_effect() and not DragConfig().without_effect()
+    for name, value in other.items():
+        assert getattr(DragConfig(), name) != value, name
 
 
 def test_a_stream_without_drags_runs_no_filter_and_no_attention_of_its_own(parts, monkeypatch) -> None:

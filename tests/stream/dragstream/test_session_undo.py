@@ -1,0 +1,149 @@
+"""Back to an earlier chunk boundary: undo, snapshots, and chunks that fail."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from drag_sessions import LEFT, advance, drag, open_session, refused, tracked_session, ways
+
+from models.motion.tracks import Tracks
+from stream.dragstream.config import DragConfig
+
+
+def test_undo_takes_back_drags_and_prompts_bit_for_bit(parts) -> None:
+    plain, session = open_session(parts), open_session(parts, undo_chunks=3)
+    expected = advance(plain, 6)
+    advance(session, 3)
+    session.drag(drag("edit", LEFT))
+    session.drag(drag("animate", LEFT))
+    session.set_prompt("a green disc on a red background")
+    advance(session, 1)
+    session.undo(2)
+    np.testing.assert_array_equal(np.concatenate(advance(session, 1)), expected[2])
+    session.drag(drag("animate", LEFT))
+    session.next_chunk()
+    session.undo(2)
+    assert session.chunk_index == 2
+    for found, wanted in zip(advance(session, 4), expected[2:]):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_undo_takes_back_what_came_for_the_chunk_and_keeps_what_was_pushed(parts) -> None:
+    plain, session = open_session(parts), open_session(parts)
+    expected = advance(plain, 3)[-1]
+    advance(session, 2)
+    session.drag(drag("animate", LEFT))
+    session.set_prompt("a green disc on a red background")
+    session.push_tracks(Tracks.from_arrays(np.full((20, 1, 2), 9.0), np.ones((20, 1), bool), 16, 16))
+    with_tracks = session.next_chunk()
+    session.undo()
+    assert session.num_pending_track_frames == 20
+    again = session.next_chunk()
+    assert (again != with_tracks).any() and (again != expected).any()
+    bare = open_session(parts)
+    advance(bare, 2)
+    bare.push_tracks(Tracks.from_arrays(np.full((20, 1, 2), 9.0), np.ones((20, 1), bool), 16, 16))
+    np.testing.assert_array_equal(again, bare.next_chunk())
+
+
+@pytest.mark.parametrize(
+    ("mode", "cfg"),
+    [
+        ("edit", DragConfig()),
+        ("animate", DragConfig(iterations=1)),
+        ("animate", DragConfig(step=0)),  # what the student predicts there was not kept
+    ],
+)
+def test_where_undo_ended_nothing_is_left_to_drag_until_the_next_chunk(parts, mode: str, cfg: DragConfig) -> None:
+    session = open_session(parts, drag=cfg)
+    advance(session, 5)
+    session.undo()
+    refused(session, drag(mode, LEFT), r"chunk 3 cannot be read or made again.*call next_chunk\(\) first")
+    session.next_chunk()
+    session.drag(drag(mode, LEFT))
+
+
+def test_a_chunk_that_fails_leaves_the_session_as_it_was(parts, monkeypatch) -> None:
+    plain, session = tracked_session(parts), tracked_session(parts)
+    expected = advance(plain, 4)
+    advance(session, 2)
+    before = ways(session)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError, match="full"):
+        patched.setattr(session._decoder, "push", lambda _: (_ for _ in ()).throw(MemoryError("full")))
+        session.next_chunk()
+    assert ways(session) == before and session.chunk_index == 2
+    for found, wanted in zip(advance(session, 2), expected[2:]):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("undo_chunks", [1, 2])
+def test_after_a_chunk_that_failed_a_drag_is_refused_or_right(parts, monkeypatch, undo_chunks: int) -> None:
+    plain, session = (open_session(parts, undo_chunks=undo_chunks) for _ in range(2))
+    expected = advance(plain, 6)
+    advance(session, 5)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError, match="full"):
+        patched.setattr(session._decoder, "push", lambda _: (_ for _ in ()).throw(MemoryError("full")))
+        session.next_chunk()
+    if undo_chunks == 1:
+        refused(session, drag("edit", LEFT), r"chunk 4 cannot be read or made again.*larger undo_chunks")
+        with pytest.raises(ValueError, match=r"chunks=1 must be in 1\.\.0"):
+            session.undo()
+    else:
+        session.undo()
+        np.testing.assert_array_equal(session.next_chunk(), expected[4])
+    np.testing.assert_array_equal(session.next_chunk(), expected[5])
+    session.undo()
+    np.testing.assert_array_equal(session.next_chunk(), expected[5])
+
+
+def test_an_edit_that_fails_leaves_its_chunk_taken_back(parts, monkeypatch) -> None:
+    session = tracked_session(parts)
+    session.next_chunk()
+    before = ways(session)
+    shown = session.next_chunk()
+    with monkeypatch.context() as patched, pytest.raises(MemoryError, match="full"):
+        patched.setattr(session._decoder, "push", lambda _: (_ for _ in ()).throw(MemoryError("full")))
+        session.drag(drag("edit", LEFT))
+    assert ways(session) == before and session.chunk_index == 1
+    np.testing.assert_array_equal(session.next_chunk(), shown)
+
+
+def test_a_snapshot_goes_on_in_another_session(parts) -> None:
+    session, other = open_session(parts), open_session(parts)
+    advance(session, 4)
+    other.restore(session.snapshot())
+    for found, wanted in zip(advance(other, 2), advance(session, 2)):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_after_undo_timing_and_latents_are_those_of_the_chunk_before(parts) -> None:
+    session = open_session(parts, undo_chunks=2)
+    session.next_chunk()
+    first, latents = session.timing, session.latents
+    session.next_chunk()
+    session.undo()
+    assert session.timing is first and session.latents is latents
+    session.undo()
+    with pytest.raises(RuntimeError, match="made no chunk yet"):
+        _ = session.latents
+
+
+def test_a_restored_stream_can_be_edited(parts) -> None:
+    session = open_session(parts)
+    advance(session, 5)
+    state = session.snapshot()
+    expected = session.drag(drag("edit", LEFT)).frames
+    advance(session, 3)
+    session.restore(state)
+    np.testing.assert_array_equal(session.drag(drag("edit", LEFT)).frames, expected)
+
+
+def test_undo_says_how_far_it_can_go(parts) -> None:
+    session = open_session(parts, undo_chunks=2)
+    with pytest.raises(ValueError, match=r"chunks=1 must be in 1..0"):
+        session.undo()
+    advance(session, 4)
+    with pytest.raises(ValueError, match=r"chunks=3 must be in 1..2.*larger undo_chunks"):
+        session.undo(3)
+    with pytest.raises(ValueError, match="undo_chunks=0 must be at least 1"):
+        open_session(parts, undo_chunks=0)
