@@ -275,7 +275,7 @@ class DragBenchmark:
                 ours, plain = results.values[f"{role}.{name_of}"], results.values[f"{NO_DRAG}.{name_of}"]
                 results.put(f"{role}.{key}_ratio", _ratio(ours, plain))
             if role != IDEAL:
-                results.put(f"{role}.seconds_ratio", seconds_ratio(verdicts[role]))
+                results.add(f"{role}.seconds_ratio", seconds_ratios(verdicts[role]))
 
     def _extra_memory(
         self, context: EvalContext, student: WanDiT, scenarios: Sequence[DragScenario], cfg: DragConfig
@@ -344,10 +344,9 @@ def put_verdicts(results: Results, role: str, verdicts: Sequence[Verdict]) -> No
         results.add(f"{role}.{key}", [getattr(verdict, key) for verdict in verdicts])
 
 
-def seconds_ratio(verdicts: Sequence[Verdict]) -> float:
-    """Of a dragged chunk over one that nobody drags, medians over the scenarios."""
-    dragged, plain = (np.nanmedian([getattr(each, name) for each in verdicts]) for name in ("seconds", "plain_seconds"))
-    return float(dragged / plain)
+def seconds_ratios(verdicts: Sequence[Verdict]) -> list[float]:
+    """Of a dragged chunk over one of the same stream that nobody drags."""
+    return [verdict.seconds / verdict.plain_seconds for verdict in verdicts]
 
 
 def by_kind(scenarios: Sequence[DragScenario], verdicts: Mapping[str, Sequence[Verdict]]) -> Table:

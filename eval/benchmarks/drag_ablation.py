@@ -21,7 +21,7 @@ import numpy as np
 from data.sprites import SpritesConfig
 from eval.benchmarks.claims import Effect, Finding, as_float, table_of, write_findings
 from eval.benchmarks.context import EvalContext, Outcome
-from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict, put_verdicts, seconds_ratio
+from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict, put_verdicts, seconds_ratios
 from eval.metrics.interval import Interval, mean_over_seeds, paired_difference
 from eval.report import Section, Table
 from eval.results import Results, keep, read_kept
@@ -157,7 +157,7 @@ class DragAblation:
         results = Results(seed=context.seed)
         for name, verdicts in found.items():
             put_verdicts(results, name.replace(".", ","), verdicts)
-            results.put(f"{name.replace('.', ',')}.seconds_ratio", seconds_ratio(verdicts))
+            results.add(f"{name.replace('.', ',')}.seconds_ratio", seconds_ratios(verdicts))
         findings = [self.finding(n, claim, found, context.seed) for n, claim in enumerate(CLAIMS, 1)]
         write_findings(context.out, findings)
         return Outcome(results, self._sections(findings, found))

@@ -27,7 +27,7 @@ from stream.dragstream.features import FeatureReader, Reference
 from stream.dragstream.geometry import bounding_box, gaussian_map
 from stream.dragstream.objectives import OBJECTIVES, FramePoses, Objective, Scene, StartPoses, variants_of
 from stream.dragstream.statistics import Rectify, rectifiers
-from stream.dragstream.warm_start import started
+from stream.dragstream.warm_start import warm_started
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 
@@ -50,7 +50,6 @@ class DragEditor:
         drag: checked by `check_drag`.
         references: features of each handle; None: read from the chunk that is edited, before it is.
         first_chunk: the first chunk that the drag concerns.
-        neighbours: latents at the noise level of cfg.step of the frames before, [1, C, n, h, w].
     """
 
     def __init__(
@@ -63,10 +62,10 @@ class DragEditor:
         noise: KeyedNoise,
         first_chunk: int,
         references: tuple[Reference, ...] | None = None,
-        neighbours: Tensor | None = None,
     ) -> None:
         self.student, self.cfg, self.drag, self.size, self.noise = student, cfg, drag, size, noise
-        self.first_chunk, self.references, self.neighbours = first_chunk, references, neighbours
+        self.first_chunk, self.references = first_chunk, references
+        self.neighbours: Tensor | None = None  # inputs of cfg.step in the frames before: [1, C, n, h, w]
         self.logs: list[DragLog] = []
 
     def __call__(self, shown: ChunkPass) -> Tensor:
@@ -91,7 +90,7 @@ class DragEditor:
     def _edited(self, scene: Scene, log: DragLog) -> Tensor:
         start, targets = self._poses(scene.shown.chunk, scene.before.shape[2])
         rectify, rectify_last = rectifiers(self.cfg.adsr, scene.before, self.neighbours)
-        latents = rectify(started(scene, start, targets)) if self.cfg.warm_rounds else scene.before.clone()
+        latents = rectify(warm_started(scene, start, targets)) if self.cfg.warm_rounds else scene.before.clone()
         if self.cfg.iterations:
             segments = segment_poses(start, targets, self.cfg, self.size[0])
             latents = self._optimised(latents, OBJECTIVES[self.cfg.method](scene), scene, segments, rectify, log)

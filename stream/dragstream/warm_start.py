@@ -20,7 +20,7 @@ from stream.dragstream.objectives import FramePoses, Scene, StartPoses
 
 
 @torch.no_grad()
-def started(scene: Scene, start: StartPoses, targets: FramePoses) -> Tensor:
+def warm_started(scene: Scene, start: StartPoses, targets: FramePoses) -> Tensor:
     """Latents from which the student predicts the handles at ``targets`` instead of ``start``: [1, C, F, h, w]."""
     latents, wanted = scene.before.clone(), None
     for _ in range(scene.cfg.warm_rounds):

@@ -12,7 +12,7 @@ from models.rollout import ChunkPass
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Handle, Pose
 from stream.dragstream.objectives import Scene
-from stream.dragstream.warm_start import started, warped
+from stream.dragstream.warm_start import warm_started, warped
 
 SIZE, CELLS = (64, 96), (8, 12)  # px, cells of 8 px
 ROWS, COLS = slice(2, 4), slice(2, 4)  # cells of the handle
@@ -110,9 +110,9 @@ def test_the_prediction_comes_closer_with_each_round_and_no_round_changes_nothin
     for rounds in range(5):
         given = scene(pose, warm_rounds=rounds, warm_gain=0.5)
         before = given.before.clone()
-        found = started(given, [Pose()], [[pose], [pose]])
+        found = warm_started(given, [Pose()], [[pose], [pose]])
         wanted = warped(given, 0.5 * before, [Pose()], [[pose], [pose]])
         errors.append(float((0.5 * found - wanted).square().mean()))
         assert torch.equal(given.before, before) and given.reader.calls == rounds
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.15 * errors[0]
-    assert torch.equal(started(scene(pose, warm_rounds=0), [Pose()], [[pose], [pose]]), given.before)
+    assert torch.equal(warm_started(scene(pose, warm_rounds=0), [Pose()], [[pose], [pose]]), given.before)
