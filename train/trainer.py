@@ -137,6 +137,7 @@ class Trainer:
         self.store = checkpoint.CheckpointStore(self.output_dir / "checkpoints", cfg.keep_last, cfg.keep_every)
         self.window = MetricWindow()
         self._saved: int | None = None  # step of the last checkpoint
+        self._settings_differ = False  # from those of the checkpoint that the run goes on from; the same on all ranks
         self._validated: int | None = None  # step of the last validation
         self._seconds = {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
 
@@ -341,11 +342,17 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ state
     def save(self) -> None:
-        """Write a checkpoint, unless this step has one, and export the weights. A collective."""
+        """Write a checkpoint, unless this step has one, and export the weights. A collective.
+
+        Where settings are not those of the checkpoint, what was exported with those stays: these may give other weights
+        (optim.ema_decay) or measure other data (the latents of stage=vae).
+        """
         step = self.counters.step
         if step != self._saved:
             self._write_checkpoint(step)
             self._saved = step
+        elif self._settings_differ:
+            return
         self.export()
         if self.cfg.keep_every and step % self.cfg.keep_every == 0:
             self.export(Path("exports") / self.store.path(step).name)
@@ -405,21 +412,20 @@ class Trainer:
         for name in self.modules:
             self._set_rate(name)
         log.info("resumed from %s at step %d", path, self.counters.step)
-        self._tell_changes(path, trainer.get("config"))
+        stored = trainer.get("config") or self.config  # a checkpoint may be from before it was stored
+        changed = checkpoint.changed_fields(stored, self.config)
+        self._settings_differ = self.parallel.from_main(bool(changed))
+        if self.parallel.is_main:
+            self._tell_changes(path, "; ".join(changed))
 
-    def _tell_changes(self, path: Path, config: dict[str, Any] | None) -> None:
-        """Say which settings are not those of the checkpoint (None: it is from before they were stored), and that a run
-        which is finished does not train.
-        """
-        if not self.parallel.is_main:
-            return
-        changed = "; ".join(checkpoint.changed_fields(config or self.config, self.config))
+    def _tell_changes(self, path: Path, changed: str) -> None:
+        """Say which settings are not those of the checkpoint, and that a run which is finished does not train."""
         if self.counters.step >= self.cfg.steps:
             log.warning(
                 "the run in %s is finished at step %d: nothing is trained%s. To train on set steps to more than %d; to "
                 "train anew set another output_dir",
-                self.output_dir, self.counters.step, f", though settings differ ({changed})" if changed else "",
-                self.counters.step,
+                self.output_dir, self.counters.step,
+                f" or exported, though settings differ ({changed})" if changed else "", self.counters.step,
             )  # fmt: skip
         elif changed:
             log.warning("settings differ from those of %s and hold from here on: %s", path, changed)

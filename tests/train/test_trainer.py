@@ -218,8 +218,18 @@ def test_a_run_that_is_finished_says_so_and_what_differs(tmp_path, caplog):
     assert "is finished at step 4: nothing is trained. To train on set steps to more than 4" in caplog.text
     changed = {"shards": "b", "optim": {"lr": 0.2, "kind": "adamw"}}
     trainer_of(tmp_path, steps=4, config=changed).fit()
-    differ = "nothing is trained, though settings differ (shards: a there, b here; optim.lr: 0.1 there, 0.2 here)"
-    assert differ in caplog.text
+    differ = "settings differ (shards: a there, b here; optim.lr: 0.1 there, 0.2 here)"
+    assert f"nothing is trained or exported, though {differ}" in caplog.text
+
+
+def test_a_finished_run_is_exported_again_under_its_own_settings_only(tmp_path):
+    trainer_of(tmp_path, steps=4, config={"shards": "a"}).fit()
+    other = trainer_of(tmp_path, steps=4, config={"shards": "b"}, optim=OptimConfig(ema_decay=0.0))
+    assert other.fit() == 0 and other.stage.exports == []
+    same = trainer_of(tmp_path, steps=4, config={"shards": "a"})
+    assert same.fit() == 0 and len(same.stage.exports) == 1  # a kill may have come before the export
+    longer = trainer_of(tmp_path, steps=5, config={"shards": "b"})
+    assert longer.fit() == 0 and len(longer.stage.exports) == 1
 
 
 def test_a_resumed_run_says_what_differs(tmp_path, caplog):
