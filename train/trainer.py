@@ -132,6 +132,7 @@ class Trainer:
         self.stage.use(self.modules)
         self.settings = {name: optim.of(name) for name in self.modules}
         self.optimizers = {name: self._optimizer(name) for name in self.modules}
+        self.num_updates = {name: self._num_updates(name) for name in self.modules}
         self.emas = {n: Ema(s.ema_decay, s.ema_start) for n, s in self.settings.items() if s.ema_decay > 0}
         self.counters = _Counters(updates=dict.fromkeys(self.modules, 0))
         self.store = checkpoint.CheckpointStore(self.output_dir / "checkpoints", cfg.keep_last, cfg.keep_every)
@@ -238,7 +239,7 @@ class Trainer:
 
     def _apply(self, name: str) -> None:
         module, optimizer, settings = self.modules[name], self.optimizers[name], self.settings[name]
-        rate = learning_rate(self.counters.updates[name], settings, self.cfg.steps)
+        rate = learning_rate(self.counters.updates[name], settings, self.num_updates[name])
         self.parallel.finish_gradients(module)
         norm = self.parallel.clip(module, settings.grad_clip)
         self.window.add({"grad_norm": norm, "lr": rate}, prefix=f"{name}/")
@@ -271,9 +272,13 @@ class Trainer:
         optimizer = build_optimizer(self.modules[name], self.settings[name], whole)
         return self.parallel.prepare_optimizer(self.modules[name], optimizer, self.settings[name].grad_clip)
 
+    def _num_updates(self, name: str) -> int:
+        """Of a module in the whole run: where its schedule ends. Not every step updates every module."""
+        return sum(name in self.stage.updates(step) for step in range(self.cfg.steps))
+
     def _set_rate(self, name: str) -> None:
         """Before each update, not after the last: under DeepSpeed the step is made inside `backward`."""
-        rate = learning_rate(self.counters.updates[name], self.settings[name], self.cfg.steps)
+        rate = learning_rate(self.counters.updates[name], self.settings[name], self.num_updates[name])
         for group in self.optimizers[name].param_groups:
             group["lr"] = rate * group["lr_ratio"]
 

@@ -18,7 +18,7 @@ from models.diffusion.noise import KeyedNoise
 from train import checkpoint
 from train.accelerator import Parallel
 from train.monitor import Alarm, AlarmError, LoggerConfig, Monitor
-from train.optim import ModuleOptim, OptimConfig
+from train.optim import ModuleOptim, OptimConfig, learning_rate
 from train.preemption import PreemptionSignal
 from train.trainer import EXIT_REQUEUE, MAX_NONFINITE, TrainConfig, Trainer, accumulation_of
 
@@ -73,6 +73,14 @@ def test_updates_and_accumulation(tmp_path):
     ]
     assert trainer.stage.trace == once
     assert trainer.counters.updates == {"student": 2, "critic": 4}
+
+
+def test_the_cosine_of_a_module_ends_with_its_last_update(tmp_path):
+    cosine = OptimConfig(lr=0.1, schedule="cosine", min_lr_ratio=0.1)
+    trainer_of(tmp_path, steps=10, optim=cosine).fit()
+    for name, updates in (("student", 4), ("critic", 10)):
+        rates = [line[f"{name}/lr"] for line in losses(tmp_path) if f"{name}/lr" in line]
+        assert rates == pytest.approx([learning_rate(update, cosine, updates) for update in range(updates)])
 
 
 def test_lazy_losses_and_accumulation_give_the_gradient_of_the_sum(tmp_path):
