@@ -217,6 +217,19 @@ def test_a_second_ctrl_c_stops_at_once_unless_a_launcher_repeats_the_first(monke
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it():
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with PreemptionSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.received
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.received and stop.interrupted is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
 def test_a_run_that_is_finished_says_so_and_what_differs(tmp_path, caplog):
     config = {"shards": "a", "optim": {"lr": 0.1, "kind": "adamw"}}
     trainer_of(tmp_path, steps=4, config=config).fit()
