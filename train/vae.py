@@ -2,7 +2,7 @@
 
     loss = |x - x'| + edge_weight * |grad x - grad x'| + kl_weight * KL(q(z | x) || N(0, 1))
 
-with z drawn from the posterior, means over pixels and over latent values. At the end the mean and spread of
+with z drawn from the posterior, means over pixels and over latent values. At each export the mean and spread of
 each latent channel are measured on training clips and stored with the weights: `WanVae` normalises by them. With a
 frozen encoder they are kept.
 
