@@ -19,7 +19,7 @@ from typing import Any
 
 from data.encode import fingerprint
 from eval.results import write_json
-from train.pipeline import PROCESSES, ROOT, Step, run
+from train.pipeline import PROCESSES, ROOT, Step, run, run_chain
 from train.zoo import ZOO
 
 VAE, TEACHER = ZOO / "vae", ZOO / "teacher"  # shipped: what every run starts from, sees the clips through or follows
@@ -279,4 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_chain(main)

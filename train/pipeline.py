@@ -1,9 +1,10 @@
-"""Chains of commands: what `make quickstart` and `make zoo` are made of.
+"""Chains of commands: what `make quickstart`, `make zoo` and `make ablations` are made of.
 
 A step is a command that a user could type; it runs in a process of its own (or several, under torchrun), with one
 progress line, its output in a log and a marker when it is done. A finished step is not run again, and an
-interrupted one resumes, because every command does.
-Left out: which steps there are (quickstart.py, zoo.py) and every setting (conf/experiment).
+interrupted one resumes, because every command does. A chain that is told to stop waits for its command, which may be
+saving.
+Left out: which steps there are (quickstart.py, zoo.py, ablations.py) and every setting (conf/experiment).
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -26,6 +29,8 @@ from data.app import EXIT_INTERRUPTED
 ROOT = Path(__file__).resolve().parents[1]
 REFRESH_SECONDS = 0.5
 LINE_WIDTH = 110  # characters of the progress line
+EXIT_TERMINATED = 143  # exit code after TERM, as shells have it
+SHUTDOWN_SECONDS = 600  # in which processes under torchrun must have saved when they are told to stop; else it has 30
 
 
 def processes_of(gpus: int, cores: int) -> int:
@@ -38,9 +43,13 @@ def processes_of(gpus: int, cores: int) -> int:
 PROCESSES = processes_of(torch.cuda.device_count(), os.cpu_count() or 1)
 
 
+class Terminated(BaseException):
+    """The chain got TERM; with the name of the step that it was in, if any."""
+
+
 @dataclass(frozen=True)
 class Step:
-    """One line of the quickstart: its name and the arguments after ``python -m``."""
+    """One line of a chain: its name and the arguments after ``python -m``."""
 
     name: str
     arguments: tuple[str, ...]
@@ -56,9 +65,27 @@ class Step:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The cores are shared among the processes."""
+        """The cores are shared among the processes, which get the time to save; what the user has set of that stays."""
         threads = max(1, (os.cpu_count() or 1) // self.processes)
-        return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        own = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **os.environ, **own}
+
+
+def run_chain(main: Callable[[], None]) -> None:
+    """Run the ``main`` of a chain. After Ctrl-C and TERM exit with 130 and 143, and one line that says where it was."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        main()
+    except (KeyboardInterrupt, Terminated) as stop:
+        is_user = isinstance(stop, KeyboardInterrupt)
+        where = f" in {stop}" if str(stop) else ""
+        word = "interrupted" if is_user else "terminated"
+        print(f"\n{word}{where}: the same command goes on from there", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED if is_user else EXIT_TERMINATED) from None
 
 
 def run_all(
@@ -76,8 +103,8 @@ def run_all(
 def run(step: Step, number: int, total: int, out: Path) -> float:
     """Run one step, its output in a log, and return the seconds it took; a finished one is skipped.
 
-    Raises SystemExit with the end of the log where the command fails, and after Ctrl-C, which the terminal sends to the
-    command as well: it is waited for, as it may be saving.
+    Raises SystemExit with the end of the log where the command fails; KeyboardInterrupt or Terminated, with the
+    step's name, where the chain is told to stop, once the command has ended.
     """
     marker = out / "done" / f"{step.name.replace(' ', '_')}.json"  # by its name: steps may come before it
     if marker.exists():
@@ -99,10 +126,9 @@ def run(step: Step, number: int, total: int, out: Path) -> float:
                 time.sleep(REFRESH_SECONDS)
                 if sys.stdout.isatty():
                     _say(number, total, step.name, time.monotonic() - started, last_line(log_path))
-        except KeyboardInterrupt:
-            process.wait()
-            print(f"\ninterrupted in {step.name}: the same command goes on from there", file=sys.stderr)
-            raise SystemExit(EXIT_INTERRUPTED) from None
+        except (KeyboardInterrupt, Terminated) as stop:
+            _wait_for_end(process, stop)
+            raise type(stop)(step.name) from None
     seconds = time.monotonic() - started
     if process.returncode:
         tail = "\n".join(log_path.read_text(errors="replace").replace("\r", "\n").splitlines()[-25:])
@@ -112,6 +138,19 @@ def run(step: Step, number: int, total: int, out: Path) -> float:
     marker.write_text(json.dumps({"arguments": list(step.arguments), "seconds": seconds}))
     _say(number, total, step.name, seconds, "\n")
     return seconds
+
+
+def _wait_for_end(process: subprocess.Popen, stop: BaseException) -> None:
+    """Of a command that may be saving: the next start must not meet it. Further signals do not end the waiting.
+
+    Ctrl-C reaches it from the terminal. For TERM it is sent the same, after which every command keeps what is finished
+    and ends its processes, unless it ignores that, as in the background of a script.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if isinstance(stop, Terminated):
+        process.send_signal(signal.SIGTERM if former == signal.SIG_IGN else signal.SIGINT)
+    process.wait()
 
 
 def last_line(log_path: Path) -> str:

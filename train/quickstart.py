@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data.video import read_video
 from eval.report import Figure, Section, Table, Video, curves_from_log, video_side_by_side, write_report
-from train.pipeline import PROCESSES, ROOT, Step, run_all
+from train.pipeline import PROCESSES, ROOT, Step, run_all, run_chain
 from train.zoo import ZOO
 
 SEED_SHOWN = 1  # index of the held-out clip that the student continues at the end
@@ -137,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_chain(main)

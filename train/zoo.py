@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from models.vae.folder import replace_folder
 from stream.provenance import git_commit, machine
-from train.pipeline import PROCESSES, ROOT, Step, run_all
+from train.pipeline import PROCESSES, ROOT, Step, run_all, run_chain
 
 ZOO = ROOT / "models" / "zoo" / "sprites"
 GOLDEN = ROOT / "tests" / "golden" / "zoo.json"
@@ -155,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_chain(main)

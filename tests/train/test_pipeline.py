@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from train.pipeline import ROOT, Step, last_line, processes_of, run, run_all
+from train.pipeline import ROOT, Step, last_line, processes_of, run, run_all, run_chain
 
 
 def test_training_stages_share_the_cores_among_processes(monkeypatch):
@@ -21,6 +21,13 @@ def test_training_stages_share_the_cores_among_processes(monkeypatch):
     assert step.command[-3:] == ["-m", "train", "steps=1"]
     assert Step("eval", ("eval",)).command == ["-m", "eval"]
     assert Step("eval", ("eval",)).environment["OMP_NUM_THREADS"] == "4"
+
+
+def test_processes_under_torchrun_get_the_time_to_save(monkeypatch):
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    assert Step("vae", ("train",), 2).environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "90")
+    assert Step("vae", ("train",), 2).environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "90"
 
 
 @pytest.mark.parametrize(("gpus", "cores", "processes"), [(0, 1, 1), (0, 64, 2), (1, 64, 1), (2, 64, 2), (8, 1, 2)])
@@ -56,20 +63,59 @@ def test_steps_run_in_order_and_give_their_times(tmp_path, capsys):
     assert 0 < said.index("one is good") < said.index("[ 2/2] two") and "two is good" not in said
 
 
-def test_ctrl_c_waits_for_the_command_and_says_how_to_go_on(tmp_path):
-    """As a terminal does it: the signal goes to the chain and to its command."""
-    code = (
-        "import sys; from pathlib import Path; from train.pipeline import ROOT, Step, run_all\n"
-        f"run_all([Step('http', ('http.server', '0', '--bind', '127.0.0.1'))], Path({str(tmp_path)!r}))"
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+
+def save(number, frame):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(1)
+    Path(sys.argv[1]).touch()
+    sys.exit(130)
+
+signal.signal(signal.SIGINT, save)
+print("at work", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_chain_told_to_stop_waits_for_its_command_and_says_how_to_go_on(tmp_path, number, code, word):
+    """A terminal sends Ctrl-C to the command as well; `kill` sends TERM to the chain alone."""
+    (tmp_path / "saves.py").write_text(SAVES)
+    step = f"Step('saves', ('saves', {str(tmp_path / 'saved')!r}))"
+    script = (
+        "from pathlib import Path; from train.pipeline import Step, run_all, run_chain\n"
+        f"run_chain(lambda: run_all([{step}], Path({str(tmp_path)!r})))"
     )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    log = tmp_path / "logs" / "01_http.log"
-    deadline = time.monotonic() + 60
-    while not (log.is_file() and "Serving" in log.read_text()) and time.monotonic() < deadline:
+        [sys.executable, "-c", script],
+        cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    log, deadline = tmp_path / "logs/01_saves.log", time.monotonic() + 60
+    while not (log.is_file() and "at work" in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    for _ in range(2):  # the second press must not end the waiting
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        time.sleep(0.3)
+        number = signal.SIGINT
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and said.strip() == "interrupted in http: the same command goes on from there"
-    assert "Keyboard interrupt received" in log.read_text() and not list((tmp_path / "done").glob("*"))
+    assert said.strip() == f"{word} in saves: the same command goes on from there" and process.returncode == code
+    assert (tmp_path / "saved").exists() and not list((tmp_path / "done").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_between_the_steps_it_ends_at_once(capsys, number, code, word):
+    former = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            run_chain(lambda: (os.kill(os.getpid(), number), time.sleep(60)))
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert end.value.code == code
+    assert capsys.readouterr().err == f"\n{word}: the same command goes on from there\n"
