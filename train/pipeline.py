@@ -1,9 +1,8 @@
 """Chains of commands: what `make quickstart`, `make zoo` and `make ablations` are made of.
 
 A step is a command that a user could type; it runs in a process of its own (or several, under torchrun), with one
-progress line, its output in a log and a marker when it is done. A finished step is not run again, and an
-interrupted one resumes, because every command does. A chain that is told to stop waits for its command, which may be
-saving.
+progress line, its output in a log and a record of what it took. A finished step is not run again, and an interrupted
+one resumes, because every command does. A chain that is told to stop waits for its command, which may be saving.
 Left out: which steps there are (quickstart.py, zoo.py, ablations.py) and every setting (conf/experiment).
 """
 
@@ -18,16 +17,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
 import torch
 
 from data.app import EXIT_INTERRUPTED
+from data.progress import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 REFRESH_SECONDS = 0.5
+RECORD_SECONDS = 10.0  # between two records of a step in work
 LINE_WIDTH = 110  # characters of the progress line
 EXIT_TERMINATED = 143  # exit code after TERM, as shells have it
 SHUTDOWN_SECONDS = 600  # in which processes under torchrun must have saved when they are told to stop; else it has 30
@@ -70,7 +72,33 @@ class Step:
         own = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **os.environ, **own}
 
+    def record_files(self, out: Path) -> tuple[Path, Path]:
+        """Where its record is when it is finished, and while it is in work: by name, as steps may come before it."""
+        name = f"{self.name.replace(' ', '_')}.json"
+        return out / "done" / name, out / "spent" / name
 
+
+@dataclass
+class Record:
+    """What is kept of a step, in a file."""
+
+    arguments: list[str]
+    seconds: float  # wall time of all its starts, with what was done again after a kill
+
+    def is_of(self, step: Step) -> bool:
+        """Whether the step has these arguments."""
+        return self.arguments == list(step.arguments)
+
+
+def record_of(step: Step, out: Path) -> Record | None:
+    """Of a step that was finished or begun; None where it was not."""
+    for file in step.record_files(out):
+        if file.exists():
+            return Record(**json.loads(file.read_text()))
+    return None
+
+
+# ------------------------------------------------------------------------------------------ running
 def run_chain(main: Callable[[], None]) -> None:
     """Run the ``main`` of a chain. After Ctrl-C and TERM exit with 130 and 143, and one line that says where it was."""
 
@@ -90,54 +118,72 @@ def run_chain(main: Callable[[], None]) -> None:
 
 def run_all(
     steps: Sequence[Step], out: Path, remark: Callable[[Step], Iterable[str]] = lambda step: ()
-) -> list[tuple[str, float]]:
-    """Every step in order -> its name and seconds; ``remark`` has lines to print of a step that is done."""
-    times = []
+) -> dict[str, Record]:
+    """Every step in order -> its record by name; ``remark`` has lines to print of a step that is done."""
+    records = {}
     for number, step in enumerate(steps, start=1):
-        times.append((step.name, run(step, number, len(steps), out)))
+        records[step.name] = run(step, number, len(steps), out)
         for line in remark(step):
             print(line, flush=True)
-    return times
+    return records
 
 
-def run(step: Step, number: int, total: int, out: Path) -> float:
-    """Run one step, its output in a log, and return the seconds it took; a finished one is skipped.
+def run(step: Step, number: int, total: int, out: Path) -> Record:
+    """Run one step, its output at the end of its log -> its record; a finished one is skipped.
 
-    Raises SystemExit with the end of the log where the command fails; KeyboardInterrupt or Terminated, with the
+    Raises SystemExit with the end of the output where the command fails; KeyboardInterrupt or Terminated, with the
     step's name, where the chain is told to stop, once the command has ended.
     """
-    marker = out / "done" / f"{step.name.replace(' ', '_')}.json"  # by its name: steps may come before it
-    if marker.exists():
-        finished = json.loads(marker.read_text())
-        if finished["arguments"] == list(step.arguments):
-            _say(number, total, step.name, finished["seconds"], "done before\n")
-            return finished["seconds"]
-    log_path = out / "logs" / f"{number:02d}_{marker.stem}.log"
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with log_path.open("w") as log:
+    done, spent = step.record_files(out)
+    record = record_of(step, out)
+    if record is None or not record.is_of(step):
+        record = Record(list(step.arguments), 0.0)
+    elif done.exists():
+        _say(number, total, step.name, record.seconds, "done before\n")
+        return record
+    log_path = out / "logs" / f"{number:02d}_{done.stem}.log"
+    for file in (done, spent, log_path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    done.unlink(missing_ok=True)
+    write_json(spent, asdict(record))
+
+    def show() -> None:
+        if sys.stdout.isatty():
+            _say(number, total, step.name, record.seconds, last_line(log_path))
+
+    begin = log_path.stat().st_size if log_path.exists() else 0
+    if code := _run_command(step, log_path, record, spent, show):
+        raise SystemExit(_failure(step, code, log_path, begin))
+    write_json(done, asdict(record))
+    spent.unlink()
+    _say(number, total, step.name, record.seconds, "\n")
+    return record
+
+
+def _run_command(step: Step, log_path: Path, record: Record, spent: Path, show: Callable[[], None]) -> int:
+    """Exit code of the command. The seconds of the record go on while it runs, and are written now and then."""
+    started, written = time.monotonic() - record.seconds, record.seconds
+    with log_path.open("a") as log:
+        print(f"\n== {step.name}, started {datetime.now():%Y-%m-%d %H:%M:%S}", file=log, flush=True)
         process = subprocess.Popen(
             [sys.executable, *step.command],
             cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=step.environment,
         )  # fmt: skip
-        try:
-            while process.poll() is None:
-                time.sleep(REFRESH_SECONDS)
-                if sys.stdout.isatty():
-                    _say(number, total, step.name, time.monotonic() - started, last_line(log_path))
-        except (KeyboardInterrupt, Terminated) as stop:
-            _wait_for_end(process, stop)
-            raise type(stop)(step.name) from None
-    seconds = time.monotonic() - started
-    if process.returncode:
-        tail = "\n".join(log_path.read_text(errors="replace").replace("\r", "\n").splitlines()[-25:])
-        command = shlex.join(["python", *step.command])
-        failure = f"{step.name} failed with code {process.returncode}"
-        raise SystemExit(f"\n{failure}\n$ {command}\n{tail}\n\nlog: {log_path}")
-    marker.write_text(json.dumps({"arguments": list(step.arguments), "seconds": seconds}))
-    _say(number, total, step.name, seconds, "\n")
-    return seconds
+    try:
+        while process.poll() is None:
+            time.sleep(REFRESH_SECONDS)
+            record.seconds = time.monotonic() - started
+            if record.seconds - written >= RECORD_SECONDS:
+                write_json(spent, asdict(record))
+                written = record.seconds
+            show()
+    except (KeyboardInterrupt, Terminated) as stop:
+        _wait_for_end(process, stop)
+        raise type(stop)(step.name) from None
+    finally:
+        record.seconds = time.monotonic() - started
+        write_json(spent, asdict(record))
+    return process.returncode
 
 
 def _wait_for_end(process: subprocess.Popen, stop: BaseException) -> None:
@@ -151,6 +197,14 @@ def _wait_for_end(process: subprocess.Popen, stop: BaseException) -> None:
     if isinstance(stop, Terminated):
         process.send_signal(signal.SIGTERM if former == signal.SIG_IGN else signal.SIGINT)
     process.wait()
+
+
+def _failure(step: Step, code: int, log_path: Path, begin: int) -> str:
+    """What to say of a command that failed: itself and the end of what it wrote, from byte ``begin`` of the log on."""
+    written = log_path.read_bytes()[begin:].decode(errors="replace")
+    tail = "\n".join(written.replace("\r", "\n").splitlines()[-25:])
+    command = shlex.join(["python", *step.command])
+    return f"\n{step.name} failed with code {code}\n$ {command}\n{tail}\n\nlog: {log_path}"
 
 
 def last_line(log_path: Path) -> str:

@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from models.vae.folder import replace_folder
 from stream.provenance import git_commit, machine
-from train.pipeline import PROCESSES, ROOT, Step, run_all, run_chain
+from train.pipeline import PROCESSES, ROOT, Record, Step, run_all, run_chain
 
 ZOO = ROOT / "models" / "zoo" / "sprites"
 GOLDEN = ROOT / "tests" / "golden" / "zoo.json"
@@ -131,9 +131,10 @@ def compared(out: Path, stage: str, golden: Mapping[str, Mapping[str, float]]) -
     return changed or [f"{stage}: the first losses are those of {GOLDEN.relative_to(ROOT)}"]
 
 
-def record(zoo: Path, times: Sequence[tuple[str, float]]) -> None:
+def write_training(zoo: Path, records: Mapping[str, Record]) -> None:
     """training.json: seconds per step, commit and machine."""
-    content = {"seconds": dict(times), "git_commit": git_commit(), "machine": machine()}
+    seconds = {name: record.seconds for name, record in records.items()}
+    content = {"seconds": seconds, "git_commit": git_commit(), "machine": machine()}
     (zoo / "training.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -145,9 +146,9 @@ def main() -> None:
     out, zoo = arguments.out.resolve(), arguments.zoo.resolve()
     steps = chain(out)
     golden = json.loads(GOLDEN.read_text())
-    times = run_all(steps, out, lambda step: compared(out, step.name, golden))
+    records = run_all(steps, out, lambda step: compared(out, step.name, golden))
     ship(out, zoo)
-    record(zoo, times)
+    write_training(zoo, records)
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(json.dumps(first_losses(out, [step.name for step in steps]), indent=1) + "\n")
     run_all(judge(out, zoo), out / "judge")

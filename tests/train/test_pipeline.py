@@ -1,16 +1,20 @@
-"""A chain of commands: a failure shows its log, a finished step is not repeated, processes share the cores."""
+"""A chain of commands: what is done and unchanged is not repeated, a failure shows its log, signals end it in order."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 
-from train.pipeline import ROOT, Step, last_line, processes_of, run, run_all, run_chain
+from data.progress import write_json
+from train import pipeline
+from train.pipeline import ROOT, Record, Step, last_line, processes_of, run, run_all, run_chain
 
 
 def test_training_stages_share_the_cores_among_processes(monkeypatch):
@@ -44,23 +48,57 @@ def test_last_line_reads_through_progress_bars(tmp_path):
 
 
 def test_a_failing_step_shows_command_and_log(tmp_path):
-    with pytest.raises(SystemExit, match=r"(?s)broken failed with code.*python -m no_such_module.*No module named"):
-        run(Step("broken", ("no_such_module",)), 1, 1, tmp_path)
+    step = Step("broken", ("no_such_module",))
+    told = r"(?s)broken failed with code.*python -m no_such_module.*No module named"
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=told) as end:
+            run(step, 1, 1, tmp_path)
+        assert str(end.value).count("No module named") == 1
+    assert (tmp_path / "logs/01_broken.log").read_text().count("No module named") == 2
 
 
 def test_a_finished_step_is_not_run_again(tmp_path, capsys):
     step = Step("version", ("this",))
-    seconds = run(step, 1, 1, tmp_path)
-    assert run(step, 1, 1, tmp_path) == seconds
-    assert "done before" in capsys.readouterr().out
+    record = run(step, 1, 1, tmp_path)
+    assert record.seconds > 0
+    assert run(step, 1, 1, tmp_path) == record
+    assert "done before" in capsys.readouterr().out and not list((tmp_path / "spent").iterdir())
 
 
-def test_steps_run_in_order_and_give_their_times(tmp_path, capsys):
+def test_steps_run_in_order_and_give_what_they_took(tmp_path, capsys):
     steps = [Step("one", ("this",)), Step("two", ("this",))]
-    times = run_all(steps, tmp_path, lambda step: [f"{step.name} is good"] if step.name == "one" else [])
-    assert [name for name, _ in times] == ["one", "two"] and all(seconds > 0 for _, seconds in times)
+    records = run_all(steps, tmp_path, lambda step: [f"{step.name} is good"] if step.name == "one" else [])
+    assert list(records) == ["one", "two"] and all(record.seconds > 0 for record in records.values())
     said = capsys.readouterr().out
     assert 0 < said.index("one is good") < said.index("[ 2/2] two") and "two is good" not in said
+
+
+def write_record(step: Step, out, folder: str, **changes) -> None:
+    (out / folder).mkdir(parents=True, exist_ok=True)
+    record = asdict(Record(list(step.arguments), 100.0)) | changes
+    write_json(out / folder / f"{step.name}.json", record)
+
+
+@pytest.mark.parametrize(("changes", "seconds"), [({}, 100), ({"arguments": ["that"]}, 0)])
+def test_the_seconds_of_all_starts_count(tmp_path, changes, seconds):
+    step, log = Step("version", ("this",)), tmp_path / "logs/01_version.log"
+    write_record(step, tmp_path, "spent", **changes)
+    log.parent.mkdir()
+    log.write_text("of the first start\n")
+    record = run(step, 1, 1, tmp_path)
+    assert seconds < record.seconds < seconds + 60
+    said = log.read_text()
+    assert said.startswith("of the first start\n") and "== version, started 20" in said and "Zen of Python" in said
+
+
+def test_the_seconds_are_on_the_disk_while_the_command_runs(tmp_path, monkeypatch):
+    """Where a kill leaves them."""
+    (tmp_path / "watch.py").write_text("import sys, time; time.sleep(2); print(open(sys.argv[1]).read())")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(pipeline, "RECORD_SECONDS", 0.1)
+    run(Step("watch", ("watch", str(tmp_path / "spent/watch.json"))), 1, 1, tmp_path)
+    seen = json.loads(last_line(tmp_path / "logs/01_watch.log"))
+    assert seen["seconds"] > 0.4 and seen["arguments"][0] == "watch"
 
 
 SAVES = """
@@ -105,6 +143,7 @@ def test_a_chain_told_to_stop_waits_for_its_command_and_says_how_to_go_on(tmp_pa
     _, said = process.communicate(timeout=60)
     assert said.strip() == f"{word} in saves: the same command goes on from there" and process.returncode == code
     assert (tmp_path / "saved").exists() and not list((tmp_path / "done").iterdir())
+    assert json.loads((tmp_path / "spent/saves.json").read_text())["seconds"] > 1
 
 
 @pytest.mark.parametrize(
