@@ -2,8 +2,10 @@
 
 A step is a command that a user could type; it runs in a process of its own (or several, under torchrun), with one
 progress line, its output in a log and a record of what it took. A finished step is not run again, and an interrupted
-one resumes, because every command does. A chain that is told to stop waits for its command, which may be saving.
-Left out: which steps there are (quickstart.py, zoo.py, ablations.py) and every setting (conf/experiment).
+one resumes, because every command does; where arguments have changed, that step and all after it are made anew. A
+chain that is told to stop waits for its command, which may be saving.
+Left out: which steps there are (quickstart.py, zoo.py, ablations.py) and every setting (conf/experiment): a changed
+file there is not noticed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -26,6 +28,7 @@ import torch
 
 from data.app import EXIT_INTERRUPTED
 from data.progress import write_json
+from stream.provenance import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 REFRESH_SECONDS = 0.5
@@ -72,6 +75,12 @@ class Step:
         own = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **os.environ, **own}
 
+    @property
+    def training_run(self) -> Path | None:
+        """Folder of the checkpoints that the command would go on from; None where it does not train."""
+        found = [given.removeprefix("output_dir=") for given in self.arguments if given.startswith("output_dir=")]
+        return Path(found[0]) if self.arguments[0] == "train" and found else None
+
     def record_files(self, out: Path) -> tuple[Path, Path]:
         """Where its record is when it is finished, and while it is in work: by name, as steps may come before it."""
         name = f"{self.name.replace(' ', '_')}.json"
@@ -82,12 +91,17 @@ class Step:
 class Record:
     """What is kept of a step, in a file."""
 
-    arguments: list[str]
+    arguments: list[str]  # paths below the checkout are relative to it
     seconds: float  # wall time of all its starts, with what was done again after a kill
+    git_commits: list[str] = field(default_factory=lambda: ["unknown"])  # checked out at its starts, each once
 
     def is_of(self, step: Step) -> bool:
         """Whether the step has these arguments."""
-        return self.arguments == list(step.arguments)
+        return _in_checkout(self.arguments) == _in_checkout(step.arguments)
+
+
+def _in_checkout(arguments: Iterable[str]) -> list[str]:
+    return [argument.replace(f"{ROOT}/", "") for argument in arguments]
 
 
 def record_of(step: Step, out: Path) -> Record | None:
@@ -120,12 +134,30 @@ def run_all(
     steps: Sequence[Step], out: Path, remark: Callable[[Step], Iterable[str]] = lambda step: ()
 ) -> dict[str, Record]:
     """Every step in order -> its record by name; ``remark`` has lines to print of a step that is done."""
+    forget_outdated(steps, out)
     records = {}
     for number, step in enumerate(steps, start=1):
         records[step.name] = run(step, number, len(steps), out)
         for line in remark(step):
             print(line, flush=True)
     return records
+
+
+def forget_outdated(steps: Sequence[Step], out: Path) -> None:
+    """Where a step was begun or finished with other arguments, forget it and all after it, which may depend on it.
+
+    Their training runs get another name: the commands would go on from the checkpoints.
+    """
+    records = [record_of(step, out) for step in steps]
+    changed = [n for n, record in enumerate(records) if record is not None and not record.is_of(steps[n])]
+    for step in reversed(steps[changed[0] :] if changed else []):  # backwards: what is forgotten last tells of the rest
+        folder = step.training_run
+        if folder is not None and folder.exists():
+            aside = folder.with_name(f"{folder.name}_until_{datetime.now():%Y%m%d_%H%M%S}")
+            folder.rename(aside)
+            print(f"{step.name} is made anew, as arguments have changed; what was there is in {aside}", flush=True)
+        for file in step.record_files(out):
+            file.unlink(missing_ok=True)
 
 
 def run(step: Step, number: int, total: int, out: Path) -> Record:
@@ -137,10 +169,11 @@ def run(step: Step, number: int, total: int, out: Path) -> Record:
     done, spent = step.record_files(out)
     record = record_of(step, out)
     if record is None or not record.is_of(step):
-        record = Record(list(step.arguments), 0.0)
+        record = Record(_in_checkout(step.arguments), 0.0, [])
     elif done.exists():
         _say(number, total, step.name, record.seconds, "done before\n")
         return record
+    record.git_commits = list(dict.fromkeys([*record.git_commits, git_commit()]))
     log_path = out / "logs" / f"{number:02d}_{done.stem}.log"
     for file in (done, spent, log_path):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,9 @@ from dataclasses import asdict
 import pytest
 
 from data.progress import write_json
+from stream.provenance import git_commit
 from train import pipeline
-from train.pipeline import ROOT, Record, Step, last_line, processes_of, run, run_all, run_chain
+from train.pipeline import ROOT, Record, Step, forget_outdated, last_line, processes_of, run, run_all, run_chain
 
 
 def test_training_stages_share_the_cores_among_processes(monkeypatch):
@@ -60,7 +61,7 @@ def test_a_failing_step_shows_command_and_log(tmp_path):
 def test_a_finished_step_is_not_run_again(tmp_path, capsys):
     step = Step("version", ("this",))
     record = run(step, 1, 1, tmp_path)
-    assert record.seconds > 0
+    assert record.seconds > 0 and record.git_commits == [git_commit()]
     assert run(step, 1, 1, tmp_path) == record
     assert "done before" in capsys.readouterr().out and not list((tmp_path / "spent").iterdir())
 
@@ -75,18 +76,18 @@ def test_steps_run_in_order_and_give_what_they_took(tmp_path, capsys):
 
 def write_record(step: Step, out, folder: str, **changes) -> None:
     (out / folder).mkdir(parents=True, exist_ok=True)
-    record = asdict(Record(list(step.arguments), 100.0)) | changes
+    record = asdict(Record(list(step.arguments), 100.0, ["abc"])) | changes
     write_json(out / folder / f"{step.name}.json", record)
 
 
-@pytest.mark.parametrize(("changes", "seconds"), [({}, 100), ({"arguments": ["that"]}, 0)])
-def test_the_seconds_of_all_starts_count(tmp_path, changes, seconds):
+@pytest.mark.parametrize(("changes", "seconds", "commits"), [({}, 100, ["abc"]), ({"arguments": ["that"]}, 0, [])])
+def test_the_seconds_and_commits_of_all_starts_count(tmp_path, changes, seconds, commits):
     step, log = Step("version", ("this",)), tmp_path / "logs/01_version.log"
     write_record(step, tmp_path, "spent", **changes)
     log.parent.mkdir()
     log.write_text("of the first start\n")
     record = run(step, 1, 1, tmp_path)
-    assert seconds < record.seconds < seconds + 60
+    assert seconds < record.seconds < seconds + 60 and record.git_commits == [*commits, git_commit()]
     said = log.read_text()
     assert said.startswith("of the first start\n") and "== version, started 20" in said and "Zen of Python" in said
 
@@ -99,6 +100,31 @@ def test_the_seconds_are_on_the_disk_while_the_command_runs(tmp_path, monkeypatc
     run(Step("watch", ("watch", str(tmp_path / "spent/watch.json"))), 1, 1, tmp_path)
     seen = json.loads(last_line(tmp_path / "logs/01_watch.log"))
     assert seen["seconds"] > 0.4 and seen["arguments"][0] == "watch"
+
+
+def test_a_step_with_other_arguments_and_all_after_it_are_made_anew(tmp_path, capsys):
+    def steps(vae_steps):
+        names = {"render": ("data",), "vae": ("train", f"steps={vae_steps}"), "teacher": ("train",)}
+        return [Step(name, (*given, f"output_dir={tmp_path / name}")) for name, given in names.items()]
+
+    for step in steps(1):
+        write_record(step, tmp_path, "spent" if step.name == "teacher" else "done")
+        (tmp_path / step.name).mkdir()
+    forget_outdated(steps(1), tmp_path)
+    assert len(list(tmp_path.glob("*/*.json"))) == 3 and capsys.readouterr().out == ""
+    forget_outdated(steps(2), tmp_path)
+    assert [file.name for file in tmp_path.glob("*/*.json")] == ["render.json"]
+    names = sorted(folder.name.split("_until_")[0] for folder in tmp_path.iterdir())
+    assert names == ["done", "render", "spent", "teacher", "vae"] and (tmp_path / "render").exists()
+    assert not (tmp_path / "vae").exists() and not (tmp_path / "teacher").exists()
+    assert "vae is made anew, as arguments have changed; what was there is in" in capsys.readouterr().out
+
+
+def test_a_record_holds_where_the_checkout_is_moved(tmp_path):
+    step = Step("vae", ("train", f"output_dir={ROOT}/outputs/vae"))
+    write_record(step, tmp_path, "done", arguments=["train", "output_dir=outputs/vae"])
+    forget_outdated([step], tmp_path)
+    assert run(step, 1, 1, tmp_path).seconds == 100
 
 
 SAVES = """
