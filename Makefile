@@ -3,6 +3,7 @@
 # make test         checks and tests
 # make zoo          train the shipped sprites weights again, from nothing; hours on two cores, goes on after a kill
 # make ablations    train and judge the variants that the claims table compares, from the shipped weights; hours
+# make clean        remove the caches of the tools; outputs/ (data, checkpoints, reports) stays
 # Each makes the virtual environment it needs. VENV=/path uses another one; PYTHON picks the interpreter.
 VENV ?= .venv
 PYTHON ?= python3
@@ -40,4 +41,4 @@ test: check
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n $(WORKERS)
 
 clean:
-	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

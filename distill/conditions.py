@@ -18,7 +18,7 @@ from models.condition import Condition
 from models.diffusion.noise import KeyedNoise
 from models.motion.tracks import Tracks
 from train.conditioning import ClipEncoder
-from train.teacher import draw_track_subset
+from train.teacher import draw_track_subset, first_frames
 
 TrackLimits = tuple[int, int | None]  # least and most tracks shown per sample; None: all
 
@@ -48,27 +48,15 @@ def draw_condition(
     step: int,
     limits: TrackLimits,
 ) -> tuple[Condition, Tracks | None]:
-    """Condition of whole clips, and the tracks in it at the model's clip size.
+    """Condition of whole clips, and the tracks in it.
 
     numbers: one key per sample for what is drawn (sample ids, or numbers of pairs).
     """
-    clip, tracks = encoder.model_cfg.clip, batch.tracks
-    if not encoder.model_cfg.dit.track_channels:
-        tracks = None
-    if tracks is not None:
-        drawn = draw_track_subset(tracks, noise, numbers, step, limits)
-        tracks = drawn.resize_to(clip.height, clip.width)
-    latents = encoder.latents(first_frames(batch))
+    tracks = None
+    if batch.tracks is not None and encoder.model_cfg.dit.track_channels:
+        tracks = draw_track_subset(batch.tracks, noise, numbers, step, limits)
+    latents = encoder.latents(first_frames(batch, 1))
     return encoder.condition(batch, latents, tracks), tracks
-
-
-def first_frames(batch: Batch) -> Batch:
-    """Each clip cut to its first frame, stored as a latent or in pixels."""
-    cut = {
-        name: value[:, :, :1] for name, value in (("latents", batch.latents), ("pixels", batch.pixels))
-        if value is not None
-    }  # fmt: skip
-    return replace(batch, **cut)
 
 
 def select_samples(batch: Batch, rows: Sequence[int]) -> Batch:

@@ -1,8 +1,8 @@
 """The three models of distillation, all of one class.
 
-* student: the causal few-step generator that is being made   (Self-Forcing: generator) * teacher: the
-frozen bidirectional model, with guidance        (Self-Forcing: real_score) * critic:  follows the
-student's own distribution, no guidance  (Self-Forcing: fake_score)
+* student: the causal few-step generator that is being made    (Self-Forcing: generator)
+* teacher: the frozen bidirectional model, with guidance       (Self-Forcing: real_score)
+* critic:  follows the student's own distribution, no guidance (Self-Forcing: fake_score)
 
 Left out: training them.
 """

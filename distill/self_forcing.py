@@ -47,7 +47,7 @@ from distill.roles import (
     require_weights,
     trainable,
 )
-from distill.validation import compare_latents, generate_clips, show_clips
+from distill.validation import compare_latents, generate_clips
 from models.assemble import ModelConfig
 from models.condition import Condition
 from models.diffusion.guidance import Guidance
@@ -68,6 +68,7 @@ from train.accelerator import average_measures
 from train.conditioning import ClipEncoder
 from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
 from train.teacher import fixed_identities
+from train.validation import show_clips
 
 
 @dataclass

@@ -6,23 +6,17 @@ are 1 where the student is as good as the reference. Left out: benchmarks (eval/
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from data.batch import Batch
-from data.video import draw_tracks_on
 from distill.health import TINY, has_seams, motion_energy, seam_score
 from models.assemble import ModelConfig
 from models.condition import Condition
 from models.diffusion.noise import KeyedNoise
 from models.rollout import rollout
 from models.wan.dit import WanDiT
-from train.conditioning import ClipEncoder
-from train.stage import ValidationOutput
-from train.teacher_validation import MAX_DRAWN_TRACKS, MAX_TRACKED, clip_epe_px, starting_tracks, to_uint8
 
 
 @torch.no_grad()
@@ -46,29 +40,6 @@ def generate_clips(
         latent_shape=(channels, height, width),
     )
     return torch.cat([chunk.x0 for chunk in chunks], dim=2)
-
-
-def show_clips(x0: Tensor, batch: Batch, encoder: ClipEncoder, output: ValidationOutput) -> None:
-    """Adds the decoded clips with their tracks drawn, and epe_px where there are tracks, to ``output``."""
-    clip, tracks, errors = encoder.model_cfg.clip, batch.tracks, []
-    with torch.autocast(x0.device.type, enabled=False):
-        clips = to_uint8(encoder.vae.decode(x0))
-    for row, frames in enumerate(clips):
-        output.videos[f"clip_{row}"] = frames
-        if tracks is None:
-            continue
-        points, visibility = starting_tracks(tracks, row, clip.height, clip.width)
-        measured, drawn = (thin_out(points.shape[1], most) for most in (MAX_TRACKED, MAX_DRAWN_TRACKS))
-        errors.append(clip_epe_px(frames, points[:, measured], visibility[:, measured]))
-        output.videos[f"clip_{row}"] = draw_tracks_on(frames, points[:, drawn], visibility[:, drawn])
-    finite = [error for error in errors if math.isfinite(error)]
-    if finite:
-        output.metrics["epe_px"] = sum(finite) / len(finite)
-
-
-def thin_out(count: int, most: int) -> slice:
-    """Every n-th of ``count`` items, at most ``most`` of them."""
-    return slice(None, None, max(1, -(-count // most)))
 
 
 def compare_latents(x0: Tensor, reference: Tensor, chunk_frames: int) -> dict[str, float]:

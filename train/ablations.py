@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from data.encode import fingerprint
+from data.progress import stamp
 from eval.results import write_json
-from train.pipeline import PROCESSES, ROOT, Step, run
+from train.pipeline import PROCESSES, ROOT, Step, run, run_chain
 from train.zoo import ZOO
 
 VAE, TEACHER = ZOO / "vae", ZOO / "teacher"  # shipped: what every run starts from, sees the clips through or follows
@@ -44,9 +45,11 @@ class Training:
         return "teacher" if self.stage.startswith("teacher") else "student"
 
     def described(self) -> dict[str, Any]:
-        """Its settings and those of the runs that it starts from: equal where it need not be run again."""
+        """Its settings and those of the runs that it goes on from: equal where it need not be run again."""
         start = BY_NAME[self.init_from].described() if self.init_from in BY_NAME else self.init_from
-        return {"stage": self.stage, "steps": self.steps, "init_from": start, "overrides": list(self.overrides)}
+        pairs = {"pairs": PAIRS.described()} if self.stage == "causal_init" else {}
+        settings = {"stage": self.stage, "steps": self.steps, "init_from": start, "overrides": list(self.overrides)}
+        return settings | pairs
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,9 @@ ABSOLUTE = ("model.rollout.positions=absolute",)
 CHUNK_1 = ("model.rollout.chunk_frames=1",)
 MERGED = ("model.rollout.merged_cache=true",)
 START = "causal_init"
+PAIRS = Training("ode_pairs", "ode_pairs", 10, shared=True)  # what every causal_init learns from
 TRAININGS = [
-    Training("ode_pairs", "ode_pairs", 10, shared=True),
+    PAIRS,
     Training(START, "causal_init", 150, shared=True),
     Training("base_teacher", "teacher_short", 300, overrides=FLOORED),
     Training("offsets", "teacher_short", 300),
@@ -160,8 +164,9 @@ class Plan:
         ]
 
     def folder(self, training: Training, seed: int) -> Path:
-        """Where the run of a seed is."""
-        return self.out / ("shared" if training.shared else f"seed_{seed}") / training.name
+        """Where the run of a seed is: one of other settings would go on from the checkpoints in the same place."""
+        place = self.out / ("shared" if training.shared else f"seed_{seed}")
+        return place / f"{training.name}_{stamp(training.described())}"
 
     def weights(self, name: str, seed: int) -> Path:
         """What the run exported, or the shipped teacher."""
@@ -177,7 +182,7 @@ class Plan:
         if training.init_from is not None:
             where.append(f"stage.init_from={self.weights(training.init_from, seed)}")
         if training.stage == "causal_init":
-            where.append(f"stage.pairs={self.out / 'shared/ode_pairs/pairs'}")
+            where.append(f"stage.pairs={self.folder(PAIRS, seed) / 'pairs'}")
         settings = (f"steps={training.steps}", *AS_PUBLISHED, *training.overrides)
         return Step(training.name, ("train", f"experiment=sprites/{training.stage}", *where, *settings), PROCESSES)
 
@@ -199,7 +204,7 @@ class Plan:
 def needed(training: Training) -> list[Training]:
     """The runs that must be there before it, first things first, and itself."""
     before = [BY_NAME[training.init_from]] if training.init_from in BY_NAME else []
-    pairs = [BY_NAME["ode_pairs"]] if training.stage == "causal_init" else []
+    pairs = [PAIRS] if training.stage == "causal_init" else []
     return list(dict.fromkeys([*pairs, *(run for one in before for run in needed(one)), training]))
 
 
@@ -279,4 +284,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_chain(main)

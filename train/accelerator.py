@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.device import pick_device
 from train.state import fill_state, full_state
 
 if TYPE_CHECKING:
@@ -297,14 +298,13 @@ def _build_accelerator(device: str, mode: str) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device={device} must be auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no GPU; use device=auto, or check the driver")
+    picked = pick_device(device)
+    if picked.index is not None:
+        raise ValueError(f"device={device} must be auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which GPUs there are")
     if mode == "fsdp":
         # accelerate only launches here: `shard` shards, several modules with one optimizer each
         os.environ["ACCELERATE_USE_FSDP"] = "false"
     # accelerate sets DeepSpeed aside where it is told to use the CPU
-    cpu = mode != "deepspeed" and (device == "cpu" or not torch.cuda.is_available())
+    cpu = mode != "deepspeed" and picked.type == "cpu"
     group = InitProcessGroupKwargs(timeout=WAIT)
     return Accelerator(cpu=cpu, mixed_precision="no", step_scheduler_with_optimizer=False, kwargs_handlers=[group])

@@ -21,6 +21,7 @@ from data.loader import Loader, LoaderConfig, build_loader
 from data.shards import ShardDataset, ShardIndex
 from models.assemble import ModelConfig, validate
 from models.diffusion.noise import KeyedNoise
+from models.wan.config import RUNTIME_FIELDS
 from train.accelerator import Parallel
 from train.memory import GB, require_memory, state_bytes
 from train.monitor import LoggerConfig, Monitor
@@ -30,11 +31,7 @@ from train.trainer import TrainConfig, Trainer, accumulation_of
 
 log = logging.getLogger(__name__)
 
-FINGERPRINTED = {
-    "latents": "vae",
-    "prompt_embeds": "text",
-    "clip_embeds": "clip",
-}  # field: encoder that made it
+MADE_BY = {"latents": "vae", "prompt_embeds": "text", "clip_embeds": "clip"}  # field of shards: the encoder
 
 
 @dataclass
@@ -55,7 +52,7 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that resumes it."""
         model = {f"model.dit.{key}": value for key, value in self.model.dit.to_dict().items()}
-        for runtime in ("attention_backend", "activation_checkpointing"):
+        for runtime in RUNTIME_FIELDS:
             model.pop(f"model.dit.{runtime}")
         return {"stage": self.stage_target, "seed": self.train.seed, **model}
 
@@ -96,8 +93,7 @@ def check_shards(settings: Settings, index: ShardIndex) -> list[str]:
 def fingerprints_of(model: ModelConfig, fields: Sequence[str]) -> dict[str, str]:
     """Of the encoders whose output is read, as far as their weights are on this machine."""
     paths = {"vae": model.vae.path, "text": model.text.path, "clip": model.clip_encoder}
-    made_by = {"latents": "vae", "prompt_embeds": "text", "clip_embeds": "clip"}
-    wanted = {made_by[field] for field in fields if field in made_by}
+    wanted = {MADE_BY[field] for field in fields if field in MADE_BY}
     absent = {name for name, path in paths.items() if path is not None and not Path(path).exists()}
     for name in sorted(wanted & absent):
         log.warning("%s is not here; whether the shards were made with it is not checked", paths[name])
@@ -187,8 +183,7 @@ def plan(settings: Settings, trainer: Trainer) -> list[str]:
         f"launch: {parallel.mode}, {parallel.world} process(es), {parallel.device}, autocast {cfg.precision}",
         f"batch: {cfg.global_batch} clips per update = {parallel.world} process(es) x {cfg.micro_batch} x "
         f"{trainer.accumulation} accumulated",
-        f"steps: {cfg.steps}; checkpoint every {cfg.checkpoint_every}; validation "
-        f"{_every(cfg) if cfg.validation_shards or not settings.stage.needs_data else 'off (validation_shards=null)'}",
+        f"steps: {cfg.steps}; checkpoint every {cfg.checkpoint_every}; validation {_validation(settings)}",
     ]
     if trainer.loader is not None:
         clips = len(trainer.loader.dataset)
@@ -214,8 +209,14 @@ def plan(settings: Settings, trainer: Trainer) -> list[str]:
     return lines
 
 
-def _every(cfg: TrainConfig) -> str:
-    return {True: f"every {cfg.validate_every}", False: "at the end"}[cfg.validate_every > 0]
+def _validation(settings: Settings) -> str:
+    """When there is one."""
+    cfg = settings.train
+    if cfg.validate_every < 0:
+        return f"off (validate_every={cfg.validate_every})"
+    if settings.stage.needs_data and not cfg.validation_shards:
+        return "off (validation_shards=null)"
+    return f"every {cfg.validate_every}" if cfg.validate_every else "at the end"
 
 
 def _count(number: int) -> str:

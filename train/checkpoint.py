@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +38,14 @@ class CheckpointStore:
         self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
 
     # ------------------------------------------------------------------------------------------ writing
-    def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Any],
-        trainer: Mapping[str, Any],
-        add_files: Callable[[Path], None] = lambda folder: None,
-    ) -> Path:
-        """Write <name>.pt for each of `tensors`, trainer.json, and what `add_files` puts there. Main process
-        only.
-        """
+    def save(self, step: int, tensors: Mapping[str, Any], trainer: Mapping[str, Any]) -> Path:
+        """Write <name>.pt for each of `tensors` and trainer.json. Main process only."""
         final = self.path(step)
         partial = final.with_name(final.name + PARTIAL)
         partial.mkdir(parents=True, exist_ok=True)
         for name, content in tensors.items():
             torch.save(content, partial / f"{name}.pt")
         (partial / "trainer.json").write_text(json.dumps(dict(trainer), indent=1))
-        add_files(partial)
         (partial / MANIFEST).write_text(json.dumps(_manifest(partial), indent=1))
         for file in _files(partial):
             _fsync(file)

@@ -90,13 +90,8 @@ class ClipEncoder:
         return self._image.encode(batch.model_pixels()[:, :, 0])
 
     def condition(self, batch: Batch, latents: Tensor, tracks: Tracks | None) -> Condition:
-        """Condition of whole clips. `latents` are the clips' own; tracks are resized to model.clip if need
-        be.
-        """
-        dit, clip = self.model_cfg.dit, self.model_cfg.clip
-        track_latents = None
-        if tracks is not None and (tracks.height, tracks.width) != (clip.height, clip.width):
-            tracks = tracks.resize_to(clip.height, clip.width)
+        """Condition of whole clips: `latents` are their own, tracks of the size of model.clip, as shards must be."""
+        dit, track_latents = self.model_cfg.dit, None
         if tracks is not None and dit.track_channels and dit.track_encoding == "rgb":  # MotionStream Table 3
             track_latents = self._encode(draw_tracks(tracks))
         return build_condition(

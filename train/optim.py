@@ -2,7 +2,7 @@
 EMA settings.
 
 The schedule is a pure function of the update counter, so a resume needs the counter only. In distillation the
-student is updated every fifth step: its warm-up and its EMA count its own updates, not steps.
+student is updated every fifth step: its warm-up, its cosine and its EMA count its own updates, not steps.
 
 Left out: parameter groups. Weight decay applies to every parameter, as in the public Wan recipes.
 """
@@ -41,7 +41,7 @@ class OptimConfig:
     grad_clip: float = 1.0  # largest gradient norm; 0 = no clipping
     warmup_updates: int = 0  # updates with a linearly rising learning rate
     schedule: str = "constant"  # constant | cosine, after the warm-up
-    decay_updates: int | None = None  # updates until the cosine ends; null = the steps of the run
+    decay_updates: int | None = None  # updates until the cosine ends; null = as many as the run makes of the module
     min_lr_ratio: float = 0.0  # of the peak, where the cosine ends
     ema_decay: float = 0.999  # 0 = no EMA
     ema_start: int = 0  # updates before the average starts

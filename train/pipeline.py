@@ -1,9 +1,11 @@
-"""Chains of commands: what `make quickstart` and `make zoo` are made of.
+"""Chains of commands: what `make quickstart`, `make zoo` and `make ablations` are made of.
 
 A step is a command that a user could type; it runs in a process of its own (or several, under torchrun), with one
-progress line, its output in a log and a marker when it is done. A finished step is not run again, and an
-interrupted one resumes, because every command does.
-Left out: which steps there are (quickstart.py, zoo.py) and every setting (conf/experiment).
+progress line, its output in a log and a record of what it took. A finished step is not run again, and an interrupted
+one resumes, because every command does; where arguments have changed, that step and all after it are made anew. A
+chain that is told to stop waits for its command, which may be saving.
+Left out: which steps there are (quickstart.py, zoo.py, ablations.py) and every setting (conf/experiment): a changed
+file there is not noticed.
 """
 
 from __future__ import annotations
@@ -12,20 +14,28 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
+from types import FrameType
 
 import torch
 
 from data.app import EXIT_INTERRUPTED
+from data.progress import write_json
+from stream.provenance import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 REFRESH_SECONDS = 0.5
+RECORD_SECONDS = 10.0  # between two records of a step in work
 LINE_WIDTH = 110  # characters of the progress line
+EXIT_TERMINATED = 143  # exit code after TERM, as shells have it
+SHUTDOWN_SECONDS = 600  # in which processes under torchrun must have saved when they are told to stop; else it has 30
 
 
 def processes_of(gpus: int, cores: int) -> int:
@@ -38,9 +48,13 @@ def processes_of(gpus: int, cores: int) -> int:
 PROCESSES = processes_of(torch.cuda.device_count(), os.cpu_count() or 1)
 
 
+class Terminated(BaseException):
+    """The chain got TERM; with the name of the step that it was in, if any."""
+
+
 @dataclass(frozen=True)
 class Step:
-    """One line of the quickstart: its name and the arguments after ``python -m``."""
+    """One line of a chain: its name and the arguments after ``python -m``."""
 
     name: str
     arguments: tuple[str, ...]
@@ -56,62 +70,174 @@ class Step:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The cores are shared among the processes."""
+        """The cores are shared among the processes, which get the time to save; what the user has set of that stays."""
         threads = max(1, (os.cpu_count() or 1) // self.processes)
-        return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        own = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **os.environ, **own}
+
+    @property
+    def training_run(self) -> Path | None:
+        """Folder of the checkpoints that the command would go on from; None where it does not train."""
+        found = [given.removeprefix("output_dir=") for given in self.arguments if given.startswith("output_dir=")]
+        return Path(found[0]) if self.arguments[0] == "train" and found else None
+
+    def record_files(self, out: Path) -> tuple[Path, Path]:
+        """Where its record is when it is finished, and while it is in work: by name, as steps may come before it."""
+        name = f"{self.name.replace(' ', '_')}.json"
+        return out / "done" / name, out / "spent" / name
+
+
+@dataclass
+class Record:
+    """What is kept of a step, in a file."""
+
+    arguments: list[str]  # paths below the checkout are relative to it
+    seconds: float  # wall time of all its starts, with what was done again after a kill
+    git_commits: list[str] = field(default_factory=lambda: ["unknown"])  # checked out at its starts, each once
+
+    def is_of(self, step: Step) -> bool:
+        """Whether the step has these arguments."""
+        return _in_checkout(self.arguments) == _in_checkout(step.arguments)
+
+
+def _in_checkout(arguments: Iterable[str]) -> list[str]:
+    return [argument.replace(f"{ROOT}/", "") for argument in arguments]
+
+
+def record_of(step: Step, out: Path) -> Record | None:
+    """Of a step that was finished or begun; None where it was not."""
+    for file in step.record_files(out):
+        if file.exists():
+            return Record(**json.loads(file.read_text()))
+    return None
+
+
+# ------------------------------------------------------------------------------------------ running
+def run_chain(main: Callable[[], None]) -> None:
+    """Run the ``main`` of a chain. After Ctrl-C and TERM exit with 130 and 143, and one line that says where it was."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        main()
+    except (KeyboardInterrupt, Terminated) as stop:
+        is_user = isinstance(stop, KeyboardInterrupt)
+        where = f" in {stop}" if str(stop) else ""
+        word = "interrupted" if is_user else "terminated"
+        print(f"\n{word}{where}: the same command goes on from there", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED if is_user else EXIT_TERMINATED) from None
 
 
 def run_all(
     steps: Sequence[Step], out: Path, remark: Callable[[Step], Iterable[str]] = lambda step: ()
-) -> list[tuple[str, float]]:
-    """Every step in order -> its name and seconds; ``remark`` has lines to print of a step that is done."""
-    times = []
+) -> dict[str, Record]:
+    """Every step in order -> its record by name; ``remark`` has lines to print of a step that is done."""
+    forget_outdated(steps, out)
+    records = {}
     for number, step in enumerate(steps, start=1):
-        times.append((step.name, run(step, number, len(steps), out)))
+        records[step.name] = run(step, number, len(steps), out)
         for line in remark(step):
             print(line, flush=True)
-    return times
+    return records
 
 
-def run(step: Step, number: int, total: int, out: Path) -> float:
-    """Run one step, its output in a log, and return the seconds it took; a finished one is skipped.
+def forget_outdated(steps: Sequence[Step], out: Path) -> None:
+    """Where a step was begun or finished with other arguments, forget it and all after it, which may depend on it.
 
-    Raises SystemExit with the end of the log where the command fails, and after Ctrl-C, which the terminal sends to the
-    command as well: it is waited for, as it may be saving.
+    Their training runs get another name: the commands would go on from the checkpoints.
     """
-    marker = out / "done" / f"{step.name.replace(' ', '_')}.json"  # by its name: steps may come before it
-    if marker.exists():
-        finished = json.loads(marker.read_text())
-        if finished["arguments"] == list(step.arguments):
-            _say(number, total, step.name, finished["seconds"], "done before\n")
-            return finished["seconds"]
-    log_path = out / "logs" / f"{number:02d}_{marker.stem}.log"
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with log_path.open("w") as log:
+    records = [record_of(step, out) for step in steps]
+    changed = [n for n, record in enumerate(records) if record is not None and not record.is_of(steps[n])]
+    for step in reversed(steps[changed[0] :] if changed else []):  # backwards: what is forgotten last tells of the rest
+        folder = step.training_run
+        if folder is not None and folder.exists():
+            aside = folder.with_name(f"{folder.name}_until_{datetime.now():%Y%m%d_%H%M%S}")
+            folder.rename(aside)
+            print(f"{step.name} is made anew, as arguments have changed; what was there is in {aside}", flush=True)
+        for file in step.record_files(out):
+            file.unlink(missing_ok=True)
+
+
+def run(step: Step, number: int, total: int, out: Path) -> Record:
+    """Run one step, its output at the end of its log -> its record; a finished one is skipped.
+
+    Raises SystemExit with the end of the output where the command fails; KeyboardInterrupt or Terminated, with the
+    step's name, where the chain is told to stop, once the command has ended.
+    """
+    done, spent = step.record_files(out)
+    record = record_of(step, out)
+    if record is None or not record.is_of(step):
+        record = Record(_in_checkout(step.arguments), 0.0, [])
+    elif done.exists():
+        _say(number, total, step.name, record.seconds, "done before\n")
+        return record
+    record.git_commits = list(dict.fromkeys([*record.git_commits, git_commit()]))
+    log_path = out / "logs" / f"{number:02d}_{done.stem}.log"
+    for file in (done, spent, log_path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    done.unlink(missing_ok=True)
+    write_json(spent, asdict(record))
+
+    def show() -> None:
+        if sys.stdout.isatty():
+            _say(number, total, step.name, record.seconds, last_line(log_path))
+
+    begin = log_path.stat().st_size if log_path.exists() else 0
+    if code := _run_command(step, log_path, record, spent, show):
+        raise SystemExit(_failure(step, code, log_path, begin))
+    write_json(done, asdict(record))
+    spent.unlink()
+    _say(number, total, step.name, record.seconds, "\n")
+    return record
+
+
+def _run_command(step: Step, log_path: Path, record: Record, spent: Path, show: Callable[[], None]) -> int:
+    """Exit code of the command. The seconds of the record go on while it runs, and are written now and then."""
+    started, written = time.monotonic() - record.seconds, record.seconds
+    with log_path.open("a") as log:
+        print(f"\n== {step.name}, started {datetime.now():%Y-%m-%d %H:%M:%S}", file=log, flush=True)
         process = subprocess.Popen(
             [sys.executable, *step.command],
             cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=step.environment,
         )  # fmt: skip
-        try:
-            while process.poll() is None:
-                time.sleep(REFRESH_SECONDS)
-                if sys.stdout.isatty():
-                    _say(number, total, step.name, time.monotonic() - started, last_line(log_path))
-        except KeyboardInterrupt:
-            process.wait()
-            print(f"\ninterrupted in {step.name}: the same command goes on from there", file=sys.stderr)
-            raise SystemExit(EXIT_INTERRUPTED) from None
-    seconds = time.monotonic() - started
-    if process.returncode:
-        tail = "\n".join(log_path.read_text(errors="replace").replace("\r", "\n").splitlines()[-25:])
-        command = shlex.join(["python", *step.command])
-        failure = f"{step.name} failed with code {process.returncode}"
-        raise SystemExit(f"\n{failure}\n$ {command}\n{tail}\n\nlog: {log_path}")
-    marker.write_text(json.dumps({"arguments": list(step.arguments), "seconds": seconds}))
-    _say(number, total, step.name, seconds, "\n")
-    return seconds
+    try:
+        while process.poll() is None:
+            time.sleep(REFRESH_SECONDS)
+            record.seconds = time.monotonic() - started
+            if record.seconds - written >= RECORD_SECONDS:
+                write_json(spent, asdict(record))
+                written = record.seconds
+            show()
+    except (KeyboardInterrupt, Terminated) as stop:
+        _wait_for_end(process, stop)
+        raise type(stop)(step.name) from None
+    finally:
+        record.seconds = time.monotonic() - started
+        write_json(spent, asdict(record))
+    return process.returncode
+
+
+def _wait_for_end(process: subprocess.Popen, stop: BaseException) -> None:
+    """Of a command that may be saving: the next start must not meet it. Further signals do not end the waiting.
+
+    Ctrl-C reaches it from the terminal. For TERM it is sent the same, after which every command keeps what is finished
+    and ends its processes, unless it ignores that, as in the background of a script.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if isinstance(stop, Terminated):
+        process.send_signal(signal.SIGTERM if former == signal.SIG_IGN else signal.SIGINT)
+    process.wait()
+
+
+def _failure(step: Step, code: int, log_path: Path, begin: int) -> str:
+    """What to say of a command that failed: itself and the end of what it wrote, from byte ``begin`` of the log on."""
+    written = log_path.read_bytes()[begin:].decode(errors="replace")
+    tail = "\n".join(written.replace("\r", "\n").splitlines()[-25:])
+    command = shlex.join(["python", *step.command])
+    return f"\n{step.name} failed with code {code}\n$ {command}\n{tail}\n\nlog: {log_path}"
 
 
 def last_line(log_path: Path) -> str:

@@ -16,7 +16,8 @@ SAME_PRESS = 1.0  # seconds: a launcher hands on the Ctrl-C that the terminal ha
 
 class PreemptionSignal:
     """Inside the block SIGTERM, SIGUSR1 and SIGINT set `received`, SIGINT sets `interrupted` too; afterwards the former
-    handlers are back. A second Ctrl-C raises KeyboardInterrupt at once.
+    handlers are back. A second Ctrl-C raises KeyboardInterrupt at once. A process that was started to ignore SIGINT, as
+    in the background of a script, goes on ignoring it.
 
     Signals can only be handled in the main thread; elsewhere `received` stays False.
     """
@@ -28,7 +29,9 @@ class PreemptionSignal:
 
     def __enter__(self) -> PreemptionSignal:
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            is_deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            handled = [number for number in SIGNALS if number != signal.SIGINT or not is_deaf]
+            self._former = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from data.video import read_video
 from eval.report import Figure, Section, Table, Video, curves_from_log, video_side_by_side, write_report
-from train.pipeline import PROCESSES, ROOT, Step, run_all
+from train.pipeline import PROCESSES, ROOT, Record, Step, run_all, run_chain
 from train.zoo import ZOO
 
 SEED_SHOWN = 1  # index of the held-out clip that the student continues at the end
@@ -70,11 +70,11 @@ def _stream_inputs(held_out: Path, out: Path) -> tuple[str, ...]:
     return (f"image={clip}", f"tracks={tracks}", f"out={out / 'stream.mp4'}", f"output_dir={out / 'stream'}")
 
 
-def report(out: Path, times: Sequence[tuple[str, float]]) -> Path:
+def report(out: Path, records: Mapping[str, Record]) -> Path:
     """One page: what was reached, what it looks like, how it was learned, how long it took."""
     metrics = json.loads((out / "eval" / "metrics.json").read_text())
-    total = sum(seconds for _, seconds in times)
-    rows = [*([name, f"{seconds:.0f}"] for name, seconds in times), ["all", f"{total:.0f}"]]
+    total = sum(record.seconds for record in records.values())
+    rows = [*([name, f"{record.seconds:.0f}"] for name, record in records.items()), ["all", f"{total:.0f}"]]
     everything = {"Videos with and without tracks, curves, every figure with its interval": "eval/report.html"}
     sections = [
         Section("Does the video follow the tracks?", _verdict(metrics), _headline(metrics), links=everything),
@@ -131,10 +131,10 @@ def main() -> None:
     arguments = parser.parse_args()
     default = "quickstart" if arguments.start == "zoo" else "quickstart_scratch"
     out = (arguments.out or ROOT / "outputs" / default).resolve()
-    times = run_all(chain(out, arguments.start), out)
-    page = report(out, times)
-    print(f"\n{sum(seconds for _, seconds in times) / 60:.1f} minutes. Open {page}")
+    records = run_all(chain(out, arguments.start), out)
+    page = report(out, records)
+    print(f"\n{sum(record.seconds for record in records.values()) / 60:.1f} minutes. Open {page}")
 
 
 if __name__ == "__main__":
-    main()
+    run_chain(main)

@@ -35,7 +35,7 @@ from models.motion.tracks import Tracks, sample_track_ids
 from models.wan.checkpoint import load_pretrained, save_dit
 from train.conditioning import ClipEncoder
 from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
-from train.teacher_validation import sample_clips
+from train.validation import show_clips, teacher_clips
 
 TEACHER = "teacher"
 
@@ -216,7 +216,10 @@ class Teacher:
         output = ValidationOutput({"loss": float(torch.stack(losses).mean())}, fps=self.model_cfg.clip.fps)
         if self.encoder.can_decode:
             steps = self.cfg.validation_steps or self.model_cfg.rollout.num_inference_steps
-            sample_clips(self.dit, condition, batch, self.encoder, self.noise, steps, self.cfg.shift, output)
+            x0 = teacher_clips(
+                self.dit, condition, self.model_cfg, self.noise, batch.sample_ids, num_steps=steps, shift=self.cfg.shift
+            )
+            show_clips(x0, batch, self.encoder, output)
         return output
 
     def describe(self) -> list[str]:

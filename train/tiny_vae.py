@@ -31,9 +31,9 @@ from eval.metrics.lpips import Lpips, load_lpips
 from models.assemble import ModelConfig, build_vae
 from models.condition import num_latent_frames
 from models.vae.tiny_vae import PRESETS, TinyVae, TinyVaeConfig
+from stream.codecs import to_frames
 from train.discriminator import STRETCH_FRAMES, PatchDiscriminator, ReplayBuffer, stretch_of
 from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
-from train.teacher_validation import to_uint8
 from train.vae import edge_difference, psnr_db
 
 TINY_VAE = "tiny_vae"
@@ -203,7 +203,7 @@ class TinyVaeStage:
         pixels = self.held_out.to(self.device).model_pixels()
         latents = self._encode(pixels)
         tiny, full = self.tiny_vae.decode(latents), self.vae.decode(latents)
-        rows = zip(*(to_uint8(video) for video in (pixels, full, tiny)), strict=True)
+        rows = zip(*(to_frames(video) for video in (pixels, full, tiny)), strict=True)
         videos = {f"clip_{number}": np.concatenate(row, axis=2) for number, row in enumerate(rows)}
         metrics = {
             "psnr_db": float(psnr_db(tiny, pixels).mean()),

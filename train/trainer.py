@@ -132,11 +132,13 @@ class Trainer:
         self.stage.use(self.modules)
         self.settings = {name: optim.of(name) for name in self.modules}
         self.optimizers = {name: self._optimizer(name) for name in self.modules}
+        self.num_updates = {name: self._num_updates(name) for name in self.modules}
         self.emas = {n: Ema(s.ema_decay, s.ema_start) for n, s in self.settings.items() if s.ema_decay > 0}
         self.counters = _Counters(updates=dict.fromkeys(self.modules, 0))
         self.store = checkpoint.CheckpointStore(self.output_dir / "checkpoints", cfg.keep_last, cfg.keep_every)
         self.window = MetricWindow()
         self._saved: int | None = None  # step of the last checkpoint
+        self._settings_differ = False  # from those of the checkpoint that the run goes on from; the same on all ranks
         self._validated: int | None = None  # step of the last validation
         self._seconds = {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
 
@@ -237,7 +239,7 @@ class Trainer:
 
     def _apply(self, name: str) -> None:
         module, optimizer, settings = self.modules[name], self.optimizers[name], self.settings[name]
-        rate = learning_rate(self.counters.updates[name], settings, self.cfg.steps)
+        rate = learning_rate(self.counters.updates[name], settings, self.num_updates[name])
         self.parallel.finish_gradients(module)
         norm = self.parallel.clip(module, settings.grad_clip)
         self.window.add({"grad_norm": norm, "lr": rate}, prefix=f"{name}/")
@@ -270,9 +272,13 @@ class Trainer:
         optimizer = build_optimizer(self.modules[name], self.settings[name], whole)
         return self.parallel.prepare_optimizer(self.modules[name], optimizer, self.settings[name].grad_clip)
 
+    def _num_updates(self, name: str) -> int:
+        """Of a module in the whole run: where its schedule ends. Not every step updates every module."""
+        return sum(name in self.stage.updates(step) for step in range(self.cfg.steps))
+
     def _set_rate(self, name: str) -> None:
         """Before each update, not after the last: under DeepSpeed the step is made inside `backward`."""
-        rate = learning_rate(self.counters.updates[name], self.settings[name], self.cfg.steps)
+        rate = learning_rate(self.counters.updates[name], self.settings[name], self.num_updates[name])
         for group in self.optimizers[name].param_groups:
             group["lr"] = rate * group["lr_ratio"]
 
@@ -341,11 +347,17 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ state
     def save(self) -> None:
-        """Write a checkpoint, unless this step has one, and export the weights. A collective."""
+        """Write a checkpoint, unless this step has one, and export the weights. A collective.
+
+        Where settings are not those of the checkpoint, what was exported with those stays: these may give other weights
+        (optim.ema_decay) or measure other data (the latents of stage=vae).
+        """
         step = self.counters.step
         if step != self._saved:
             self._write_checkpoint(step)
             self._saved = step
+        elif self._settings_differ:
+            return
         self.export()
         if self.cfg.keep_every and step % self.cfg.keep_every == 0:
             self.export(Path("exports") / self.store.path(step).name)
@@ -405,21 +417,20 @@ class Trainer:
         for name in self.modules:
             self._set_rate(name)
         log.info("resumed from %s at step %d", path, self.counters.step)
-        self._tell_changes(path, trainer.get("config"))
+        stored = trainer.get("config") or self.config  # a checkpoint may be from before it was stored
+        changed = checkpoint.changed_fields(stored, self.config)
+        self._settings_differ = self.parallel.from_main(bool(changed))
+        if self.parallel.is_main:
+            self._tell_changes(path, "; ".join(changed))
 
-    def _tell_changes(self, path: Path, config: dict[str, Any] | None) -> None:
-        """Say which settings are not those of the checkpoint (None: it is from before they were stored), and that a run
-        which is finished does not train.
-        """
-        if not self.parallel.is_main:
-            return
-        changed = "; ".join(checkpoint.changed_fields(config or self.config, self.config))
+    def _tell_changes(self, path: Path, changed: str) -> None:
+        """Say which settings are not those of the checkpoint, and that a run which is finished does not train."""
         if self.counters.step >= self.cfg.steps:
             log.warning(
                 "the run in %s is finished at step %d: nothing is trained%s. To train on set steps to more than %d; to "
                 "train anew set another output_dir",
-                self.output_dir, self.counters.step, f", though settings differ ({changed})" if changed else "",
-                self.counters.step,
+                self.output_dir, self.counters.step,
+                f" or exported, though settings differ ({changed})" if changed else "", self.counters.step,
             )  # fmt: skip
         elif changed:
             log.warning("settings differ from those of %s and hold from here on: %s", path, changed)

@@ -2,7 +2,7 @@
 
     loss = |x - x'| + edge_weight * |grad x - grad x'| + kl_weight * KL(q(z | x) || N(0, 1))
 
-with z drawn from the posterior, means over pixels and over latent values. At the end the mean and spread of
+with z drawn from the posterior, means over pixels and over latent values. At each export the mean and spread of
 each latent channel are measured on training clips and stored with the weights: `WanVae` normalises by them. With a
 frozen encoder they are kept.
 
@@ -26,8 +26,8 @@ from data.batch import Batch
 from models.assemble import ModelConfig, build_vae
 from models.condition import num_latent_frames
 from models.vae.wan_vae import WanVae
+from stream.codecs import to_frames
 from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
-from train.teacher_validation import to_uint8
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class VaeStage:
             return None
         pixels = self.held_out.to(self.device).model_pixels()
         reconstruction = self.vae.reconstruct(self.vae.posterior(pixels).mode()).float().clamp(-1, 1)
-        pairs = zip(to_uint8(pixels), to_uint8(reconstruction), strict=True)
+        pairs = zip(to_frames(pixels), to_frames(reconstruction), strict=True)
         videos = {f"clip_{row}": np.concatenate(pair, axis=2) for row, pair in enumerate(pairs)}
         psnr = float(psnr_db(reconstruction, pixels).mean())
         return ValidationOutput({"psnr_db": psnr}, videos, self.model_cfg.clip.fps)

@@ -19,9 +19,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from data.encode import fingerprint
+from data.progress import stamp
 from models.vae.folder import replace_folder
 from stream.provenance import git_commit, machine
-from train.pipeline import PROCESSES, ROOT, Step, run_all
+from train.pipeline import PROCESSES, ROOT, Record, Step, record_of, run_all, run_chain
 
 ZOO = ROOT / "models" / "zoo" / "sprites"
 GOLDEN = ROOT / "tests" / "golden" / "zoo.json"
@@ -131,9 +133,23 @@ def compared(out: Path, stage: str, golden: Mapping[str, Mapping[str, float]]) -
     return changed or [f"{stage}: the first losses are those of {GOLDEN.relative_to(ROOT)}"]
 
 
-def record(zoo: Path, times: Sequence[tuple[str, float]]) -> None:
-    """training.json: seconds per step, commit and machine."""
-    content = {"seconds": dict(times), "git_commit": git_commit(), "machine": machine()}
+def require_one_commit(steps: Sequence[Step], out: Path) -> None:
+    """Raises SystemExit where a step was begun or finished at another commit than is checked out now: its losses are of
+    another recipe, perhaps. Files that differ from the commit do not count: the shipped weights are among them.
+    """
+    commit = git_commit().removesuffix("-dirty")
+    records = {step.name: record_of(step, out) for step in steps}
+    older = [name for name, record in records.items() if record is not None
+             and {made_at.removesuffix("-dirty") for made_at in record.git_commits} != {commit}]  # fmt: skip
+    if older:
+        raise SystemExit(f"UPDATE_GOLDEN=1: of other commits in {out}: {', '.join(older)}; train in another --out")
+
+
+def write_training(zoo: Path, records: Mapping[str, Record]) -> None:
+    """training.json: seconds and commits per step, and the machine."""
+    seconds = {name: record.seconds for name, record in records.items()}
+    commits = {name: record.git_commits for name, record in records.items()}
+    content = {"seconds": seconds, "git_commits": commits, "machine": machine()}
     (zoo / "training.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -145,14 +161,17 @@ def main() -> None:
     out, zoo = arguments.out.resolve(), arguments.zoo.resolve()
     steps = chain(out)
     golden = json.loads(GOLDEN.read_text())
-    times = run_all(steps, out, lambda step: compared(out, step.name, golden))
+    if os.environ.get("UPDATE_GOLDEN"):
+        require_one_commit(steps, out)
+    records = run_all(steps, out, lambda step: compared(out, step.name, golden))
     ship(out, zoo)
-    record(zoo, times)
+    write_training(zoo, records)
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(json.dumps(first_losses(out, [step.name for step in steps]), indent=1) + "\n")
-    run_all(judge(out, zoo), out / "judge")
-    print(f"Weights in {zoo}, report in {out / 'eval' / 'report.html'}")
+    judged = out / "judge" / stamp(*(fingerprint(str(out / source)) for source in PARTS.values()))
+    run_all(judge(judged, zoo), judged)
+    print(f"Weights in {zoo}, report in {judged / 'eval' / 'report.html'}")
 
 
 if __name__ == "__main__":
-    main()
+    run_chain(main)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny_distill import make_batch, setup_context, step_context
 
-from distill.conditions import draw_condition, first_frames, select_samples
+from distill.conditions import draw_condition, select_samples
 from distill.ode_pairs import FOLDER, OdePairs, OdePairsConfig, pair_numbers
 from distill.pair_store import PairStore, stack_condition, stack_states
 from models.diffusion.sampler import sample_teacher
+from train.teacher import first_frames
 
 CFG = OdePairsConfig(steps=2, global_batch=2, tracks_min=3, tracks_max=5)
 SAMPLES = [[3, 8], [5, 2]]  # what the loader hands out in steps 0 and 1
@@ -116,7 +117,7 @@ def test_samples_are_selected_by_row(model_cfg):
     assert part.sample_ids == [5, 3] and part.captions == [batch.captions[2], batch.captions[0]]
     assert torch.equal(part.latents, batch.latents[[2, 0]])
     assert torch.equal(part.tracks.points, batch.tracks.points[[2, 0]])
-    assert first_frames(part).latents.shape[2] == 1
+    assert first_frames(part, 1).latents.shape[2] == 1
 
 
 def assert_same_pairs(expected: Path, found: Path) -> None:

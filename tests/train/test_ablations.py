@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,25 @@ def test_runs_use_weights_of_runs_before_them():
         for read in (part.split("=", 1)[1] for part in step.arguments if "init_from=" in part or "pairs=" in part):
             assert str(ZOO) in read or any(read.startswith(folder) for folder in written), step.name
         written += [part.split("=", 1)[1] for part in step.arguments if part.startswith("output_dir=")]
-    assert "out/shared/causal_init/export/student" in commands["base_student"] and "seed=3" in commands["base_student"]
-    assert "out/seed_3/chunk_1_init/export/student" in commands["chunk_1"]
-    assert "out/shared/ode_pairs/pairs" in commands["chunk_1_init"] and "seed=" not in commands["causal_init"]
+    folder = {training.name: str(Plan(Path("out")).folder(training, 3)) for training in TRAININGS}
+    assert folder["causal_init"].startswith("out/shared/") and folder["chunk_1"].startswith("out/seed_3/")
+    assert f"{folder['causal_init']}/export/student" in commands["base_student"]
+    assert "seed=3" in commands["base_student"]
+    assert f"{folder['chunk_1_init']}/export/student" in commands["chunk_1"]
+    assert f"{folder['ode_pairs']}/pairs" in commands["chunk_1_init"] and "seed=" not in commands["causal_init"]
     assert "init_from" not in commands["no_ode"] and f"init_from={ZOO / 'teacher'}" in commands["no_mid_mask"]
-    assert "model.student=out/seed_3/base_student/export/student" in commands["judge base_longer"]
+    assert f"model.student={folder['base_student']}/export/student" in commands["judge base_longer"]
+
+
+def test_a_run_of_other_settings_and_those_that_go_on_from_it_have_other_folders(monkeypatch):
+    def folders() -> dict[str, Path]:
+        return {training.name: Plan(Path("out")).folder(training, 0) for training in TRAININGS}
+
+    before = folders()
+    monkeypatch.setattr(ablations, "PAIRS", replace(ablations.PAIRS, steps=11))
+    changed = {name for name, folder in folders().items() if folder != before[name]}
+    assert {"causal_init", "base_student", "chunk_1_init", "chunk_1"} <= changed
+    assert not {"offsets", "mid_mask", "no_ode", "causal_teacher_student"} & changed
 
 
 class Asked(Observations):

@@ -294,6 +294,13 @@ def test_refused(settings, message):
         Parallel(**settings)
 
 
+def test_the_launcher_not_the_device_says_which_gpu_a_process_gets(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device=cuda:1 must be auto, cpu or cuda; CUDA_VISIBLE_DEVICES"):
+        Parallel(device="cuda:1")
+
+
 def _muon_steps(folder: Path) -> None:
     """Three Muon steps with the same gradients everywhere; the first process writes what came out."""
     from train.muon import Muon

@@ -1,16 +1,21 @@
-"""A chain of commands: a failure shows its log, a finished step is not repeated, processes share the cores."""
+"""A chain of commands: what is done and unchanged is not repeated, a failure shows its log, signals end it in order."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 
-from train.pipeline import ROOT, Step, last_line, processes_of, run, run_all
+from data.progress import write_json
+from stream.provenance import git_commit
+from train import pipeline
+from train.pipeline import ROOT, Record, Step, forget_outdated, last_line, processes_of, run, run_all, run_chain
 
 
 def test_training_stages_share_the_cores_among_processes(monkeypatch):
@@ -21,6 +26,13 @@ def test_training_stages_share_the_cores_among_processes(monkeypatch):
     assert step.command[-3:] == ["-m", "train", "steps=1"]
     assert Step("eval", ("eval",)).command == ["-m", "eval"]
     assert Step("eval", ("eval",)).environment["OMP_NUM_THREADS"] == "4"
+
+
+def test_processes_under_torchrun_get_the_time_to_save(monkeypatch):
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    assert Step("vae", ("train",), 2).environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "90")
+    assert Step("vae", ("train",), 2).environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "90"
 
 
 @pytest.mark.parametrize(("gpus", "cores", "processes"), [(0, 1, 1), (0, 64, 2), (1, 64, 1), (2, 64, 2), (8, 1, 2)])
@@ -37,39 +49,138 @@ def test_last_line_reads_through_progress_bars(tmp_path):
 
 
 def test_a_failing_step_shows_command_and_log(tmp_path):
-    with pytest.raises(SystemExit, match=r"(?s)broken failed with code.*python -m no_such_module.*No module named"):
-        run(Step("broken", ("no_such_module",)), 1, 1, tmp_path)
+    step = Step("broken", ("no_such_module",))
+    told = r"(?s)broken failed with code.*python -m no_such_module.*No module named"
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=told) as end:
+            run(step, 1, 1, tmp_path)
+        assert str(end.value).count("No module named") == 1
+    assert (tmp_path / "logs/01_broken.log").read_text().count("No module named") == 2
 
 
 def test_a_finished_step_is_not_run_again(tmp_path, capsys):
     step = Step("version", ("this",))
-    seconds = run(step, 1, 1, tmp_path)
-    assert run(step, 1, 1, tmp_path) == seconds
-    assert "done before" in capsys.readouterr().out
+    record = run(step, 1, 1, tmp_path)
+    assert record.seconds > 0 and record.git_commits == [git_commit()]
+    assert run(step, 1, 1, tmp_path) == record
+    assert "done before" in capsys.readouterr().out and not list((tmp_path / "spent").iterdir())
 
 
-def test_steps_run_in_order_and_give_their_times(tmp_path, capsys):
+def test_steps_run_in_order_and_give_what_they_took(tmp_path, capsys):
     steps = [Step("one", ("this",)), Step("two", ("this",))]
-    times = run_all(steps, tmp_path, lambda step: [f"{step.name} is good"] if step.name == "one" else [])
-    assert [name for name, _ in times] == ["one", "two"] and all(seconds > 0 for _, seconds in times)
+    records = run_all(steps, tmp_path, lambda step: [f"{step.name} is good"] if step.name == "one" else [])
+    assert list(records) == ["one", "two"] and all(record.seconds > 0 for record in records.values())
     said = capsys.readouterr().out
     assert 0 < said.index("one is good") < said.index("[ 2/2] two") and "two is good" not in said
 
 
-def test_ctrl_c_waits_for_the_command_and_says_how_to_go_on(tmp_path):
-    """As a terminal does it: the signal goes to the chain and to its command."""
-    code = (
-        "import sys; from pathlib import Path; from train.pipeline import ROOT, Step, run_all\n"
-        f"run_all([Step('http', ('http.server', '0', '--bind', '127.0.0.1'))], Path({str(tmp_path)!r}))"
+def write_record(step: Step, out, folder: str, **changes) -> None:
+    (out / folder).mkdir(parents=True, exist_ok=True)
+    record = asdict(Record(list(step.arguments), 100.0, ["abc"])) | changes
+    write_json(out / folder / f"{step.name}.json", record)
+
+
+@pytest.mark.parametrize(("changes", "seconds", "commits"), [({}, 100, ["abc"]), ({"arguments": ["that"]}, 0, [])])
+def test_the_seconds_and_commits_of_all_starts_count(tmp_path, changes, seconds, commits):
+    step, log = Step("version", ("this",)), tmp_path / "logs/01_version.log"
+    write_record(step, tmp_path, "spent", **changes)
+    log.parent.mkdir()
+    log.write_text("of the first start\n")
+    record = run(step, 1, 1, tmp_path)
+    assert seconds < record.seconds < seconds + 60 and record.git_commits == [*commits, git_commit()]
+    said = log.read_text()
+    assert said.startswith("of the first start\n") and "== version, started 20" in said and "Zen of Python" in said
+
+
+def test_the_seconds_are_on_the_disk_while_the_command_runs(tmp_path, monkeypatch):
+    """Where a kill leaves them."""
+    (tmp_path / "watch.py").write_text("import sys, time; time.sleep(2); print(open(sys.argv[1]).read())")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(pipeline, "RECORD_SECONDS", 0.1)
+    run(Step("watch", ("watch", str(tmp_path / "spent/watch.json"))), 1, 1, tmp_path)
+    seen = json.loads(last_line(tmp_path / "logs/01_watch.log"))
+    assert seen["seconds"] > 0.4 and seen["arguments"][0] == "watch"
+
+
+def test_a_step_with_other_arguments_and_all_after_it_are_made_anew(tmp_path, capsys):
+    def steps(vae_steps):
+        names = {"render": ("data",), "vae": ("train", f"steps={vae_steps}"), "teacher": ("train",)}
+        return [Step(name, (*given, f"output_dir={tmp_path / name}")) for name, given in names.items()]
+
+    for step in steps(1):
+        write_record(step, tmp_path, "spent" if step.name == "teacher" else "done")
+        (tmp_path / step.name).mkdir()
+    forget_outdated(steps(1), tmp_path)
+    assert len(list(tmp_path.glob("*/*.json"))) == 3 and capsys.readouterr().out == ""
+    forget_outdated(steps(2), tmp_path)
+    assert [file.name for file in tmp_path.glob("*/*.json")] == ["render.json"]
+    names = sorted(folder.name.split("_until_")[0] for folder in tmp_path.iterdir())
+    assert names == ["done", "render", "spent", "teacher", "vae"] and (tmp_path / "render").exists()
+    assert not (tmp_path / "vae").exists() and not (tmp_path / "teacher").exists()
+    assert "vae is made anew, as arguments have changed; what was there is in" in capsys.readouterr().out
+
+
+def test_a_record_holds_where_the_checkout_is_moved(tmp_path):
+    step = Step("vae", ("train", f"output_dir={ROOT}/outputs/vae"))
+    write_record(step, tmp_path, "done", arguments=["train", "output_dir=outputs/vae"])
+    forget_outdated([step], tmp_path)
+    assert run(step, 1, 1, tmp_path).seconds == 100
+
+
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+
+def save(number, frame):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(1)
+    Path(sys.argv[1]).touch()
+    sys.exit(130)
+
+signal.signal(signal.SIGINT, save)
+print("at work", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_chain_told_to_stop_waits_for_its_command_and_says_how_to_go_on(tmp_path, number, code, word):
+    """A terminal sends Ctrl-C to the command as well; `kill` sends TERM to the chain alone."""
+    (tmp_path / "saves.py").write_text(SAVES)
+    step = f"Step('saves', ('saves', {str(tmp_path / 'saved')!r}))"
+    script = (
+        "from pathlib import Path; from train.pipeline import Step, run_all, run_chain\n"
+        f"run_chain(lambda: run_all([{step}], Path({str(tmp_path)!r})))"
     )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    log = tmp_path / "logs" / "01_http.log"
-    deadline = time.monotonic() + 60
-    while not (log.is_file() and "Serving" in log.read_text()) and time.monotonic() < deadline:
+        [sys.executable, "-c", script],
+        cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    log, deadline = tmp_path / "logs/01_saves.log", time.monotonic() + 60
+    while not (log.is_file() and "at work" in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    for _ in range(2):  # the second press must not end the waiting
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        time.sleep(0.3)
+        number = signal.SIGINT
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and said.strip() == "interrupted in http: the same command goes on from there"
-    assert "Keyboard interrupt received" in log.read_text() and not list((tmp_path / "done").glob("*"))
+    assert said.strip() == f"{word} in saves: the same command goes on from there" and process.returncode == code
+    assert (tmp_path / "saved").exists() and not list((tmp_path / "done").iterdir())
+    assert json.loads((tmp_path / "spent/saves.json").read_text())["seconds"] > 1
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_between_the_steps_it_ends_at_once(capsys, number, code, word):
+    former = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            run_chain(lambda: (os.kill(os.getpid(), number), time.sleep(60)))
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert end.value.code == code
+    assert capsys.readouterr().err == f"\n{word}: the same command goes on from there\n"

@@ -308,11 +308,12 @@ def test_a_run_learns_writes_and_exports(tiny_shards, tmp_path, tiny_model):
     assert not torch.equal(average["head.head.weight"], trainer.modules["teacher"].head.head.weight)
 
 
-def test_the_plan_says_what_each_process_holds(tiny_shards, tmp_path, caplog):
+def test_the_plan_says_what_each_process_holds_and_when_it_validates(tiny_shards, tmp_path, caplog):
     caplog.set_level("INFO")
-    trainer = run(tiny_shards, tmp_path, "steps=1", "validate_every=-1")
+    trainer = run(tiny_shards, tmp_path, "steps=1", "validate_every=-1", f"validation_shards={tiny_shards}")
     size = 20 * sum(parameter.numel() for parameter in trainer.modules["teacher"].parameters())
     assert f"memory: {size / 1e9:.3g} GB of weights, gradients, moments and EMA per process" in caplog.text
+    assert "checkpoint every 500; validation off (validate_every=-1)" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from models.diffusion.noise import KeyedNoise
 from train import checkpoint
 from train.accelerator import Parallel
 from train.monitor import Alarm, AlarmError, LoggerConfig, Monitor
-from train.optim import ModuleOptim, OptimConfig
+from train.optim import ModuleOptim, OptimConfig, learning_rate
 from train.preemption import PreemptionSignal
 from train.trainer import EXIT_REQUEUE, MAX_NONFINITE, TrainConfig, Trainer, accumulation_of
 
@@ -73,6 +73,14 @@ def test_updates_and_accumulation(tmp_path):
     ]
     assert trainer.stage.trace == once
     assert trainer.counters.updates == {"student": 2, "critic": 4}
+
+
+def test_the_cosine_of_a_module_ends_with_its_last_update(tmp_path):
+    cosine = OptimConfig(lr=0.1, schedule="cosine", min_lr_ratio=0.1)
+    trainer_of(tmp_path, steps=10, optim=cosine).fit()
+    for name, updates in (("student", 4), ("critic", 10)):
+        rates = [line[f"{name}/lr"] for line in losses(tmp_path) if f"{name}/lr" in line]
+        assert rates == pytest.approx([learning_rate(update, cosine, updates) for update in range(updates)])
 
 
 def test_lazy_losses_and_accumulation_give_the_gradient_of_the_sum(tmp_path):
@@ -209,6 +217,19 @@ def test_a_second_ctrl_c_stops_at_once_unless_a_launcher_repeats_the_first(monke
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it():
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with PreemptionSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.received
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.received and stop.interrupted is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
 def test_a_run_that_is_finished_says_so_and_what_differs(tmp_path, caplog):
     config = {"shards": "a", "optim": {"lr": 0.1, "kind": "adamw"}}
     trainer_of(tmp_path, steps=4, config=config).fit()
@@ -218,8 +239,18 @@ def test_a_run_that_is_finished_says_so_and_what_differs(tmp_path, caplog):
     assert "is finished at step 4: nothing is trained. To train on set steps to more than 4" in caplog.text
     changed = {"shards": "b", "optim": {"lr": 0.2, "kind": "adamw"}}
     trainer_of(tmp_path, steps=4, config=changed).fit()
-    differ = "nothing is trained, though settings differ (shards: a there, b here; optim.lr: 0.1 there, 0.2 here)"
-    assert differ in caplog.text
+    differ = "settings differ (shards: a there, b here; optim.lr: 0.1 there, 0.2 here)"
+    assert f"nothing is trained or exported, though {differ}" in caplog.text
+
+
+def test_a_finished_run_is_exported_again_under_its_own_settings_only(tmp_path):
+    trainer_of(tmp_path, steps=4, config={"shards": "a"}).fit()
+    other = trainer_of(tmp_path, steps=4, config={"shards": "b"}, optim=OptimConfig(ema_decay=0.0))
+    assert other.fit() == 0 and other.stage.exports == []
+    same = trainer_of(tmp_path, steps=4, config={"shards": "a"})
+    assert same.fit() == 0 and len(same.stage.exports) == 1  # a kill may have come before the export
+    longer = trainer_of(tmp_path, steps=5, config={"shards": "b"})
+    assert longer.fit() == 0 and len(longer.stage.exports) == 1
 
 
 def test_a_resumed_run_says_what_differs(tmp_path, caplog):

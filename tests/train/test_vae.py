@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +80,20 @@ def test_learns_and_exports_a_normalised_vae(pixel_shards, tmp_path):
     torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(4), atol=1e-2, rtol=0)
     assert vae.decode(latents).shape == pixels.shape
+
+
+def test_a_finished_run_keeps_its_export_where_settings_differ(pixel_shards, tmp_path):
+    other_shards, folder = tmp_path / "other", tmp_path / "run/export/vae"
+    shutil.copytree(pixel_shards, other_shards)
+    index = json.loads((other_shards / "index.json").read_text())
+    (other_shards / "index.json").write_text(json.dumps(index | {"samples": index["samples"][:3]}))
+    run(pixel_shards, tmp_path / "run", "steps=1")
+    exported = {file.name: file.read_bytes() for file in folder.iterdir()}
+    run(other_shards, tmp_path / "run", "steps=1", "optim.ema_decay=0.0")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == exported
+    shutil.rmtree(folder)
+    run(pixel_shards, tmp_path / "run", "steps=1")
+    assert (folder / "config.json").read_bytes() == exported["config.json"]  # measured on the same clips
 
 
 def test_a_frozen_encoder_keeps_the_latent_space(pixel_shards, tmp_path, tiny_model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data.app import compose_config
-from train.zoo import PARTS, chain, compared, differences, first_losses, judge, ship
+from train import zoo
+from train.pipeline import Record
+from train.zoo import PARTS, chain, compared, differences, first_losses, judge, require_one_commit, ship, write_training
 
 
 @pytest.mark.parametrize("step", [*chain(Path("out")), *judge(Path("out"))], ids=lambda step: step.name)
@@ -61,3 +64,41 @@ def test_the_first_losses_are_those_of_the_log_and_changes_are_named(tmp_path):
     assert compared(tmp_path, "vae", {"vae": golden["vae"]}) == ["vae: vae/loss at step 50 is 0.02, golden 0.03"]
     assert compared(tmp_path, "vae", found) == ["vae: the first losses are those of tests/golden/zoo.json"]
     assert compared(tmp_path, "encode", found) == []
+
+
+def test_other_weights_are_judged_anew(tmp_path, monkeypatch):
+    out, ran = tmp_path / "out", []
+    monkeypatch.delenv("UPDATE_GOLDEN", raising=False)
+    monkeypatch.setattr(sys, "argv", ["zoo", "--out", str(out), "--zoo", str(tmp_path)])
+    monkeypatch.setattr(zoo, "run_all", lambda steps, folder, remark=None: ran.append((steps, folder)) or {})
+    monkeypatch.setattr(zoo, "ship", lambda out, zoo: None)
+
+    def judged_in(content: str) -> Path:
+        for source in PARTS.values():
+            (out / source).mkdir(parents=True, exist_ok=True)
+            (out / source / "weights").write_text(content)
+        zoo.main()
+        (step,), folder = ran[-1]
+        assert f"out={folder / 'eval'}" in step.arguments
+        return folder
+
+    first = judged_in("1")
+    assert judged_in("1") == first != judged_in("2")
+
+
+def test_training_json_says_which_commits_made_a_step(tmp_path):
+    write_training(tmp_path, {"vae": Record([], 60.0, ["abc", "def"]), "pack": Record([], 2.0, ["def"])})
+    found = json.loads((tmp_path / "training.json").read_text())
+    assert found["seconds"] == {"vae": 60.0, "pack": 2.0}
+    assert found["git_commits"] == {"vae": ["abc", "def"], "pack": ["def"]}
+
+
+def test_golden_losses_are_not_written_of_steps_of_other_commits(monkeypatch):
+    records = {"vae": Record([], 60.0, ["abc", "abc-dirty"])}
+    monkeypatch.setattr(zoo, "git_commit", lambda: "abc-dirty")
+    monkeypatch.setattr(zoo, "record_of", lambda step, out: records.get(step.name))
+    require_one_commit(chain(Path("out")), Path("out"))
+    for commits in (["def", "abc"], ["unknown"]):
+        records["teacher"] = Record([], 60.0, commits)
+        with pytest.raises(SystemExit, match="of other commits in out: teacher; train in another --out"):
+            require_one_commit(chain(Path("out")), Path("out"))

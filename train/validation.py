@@ -1,11 +1,14 @@
-"""Clips of the teacher during training: sampled with joint guidance, decoded, tracked, drawn.
+"""Clips that are made during training: the teacher's sampled with joint guidance, anyone's decoded, tracked, drawn.
 
 The end-point error compares the tracks that the clip was asked to follow with those a Lucas-Kanade tracker
 finds in it, started at the same points of frame 0 (protocol: eval/metrics/epe.py). Left out: benchmarks
-(eval/).
+(eval/), rollouts of the student (distill/validation.py).
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,12 +18,14 @@ from data.batch import Batch
 from data.trackers import build_tracker
 from data.video import draw_tracks_on
 from eval.metrics.epe import endpoint_error
+from models.assemble import ModelConfig
 from models.condition import Condition
 from models.diffusion.guidance import Guidance
 from models.diffusion.noise import KeyedNoise
 from models.diffusion.sampler import sample_teacher
 from models.motion.tracks import Tracks
 from models.wan.dit import WanDiT
+from stream.codecs import to_frames
 from train.conditioning import ClipEncoder
 from train.stage import ValidationOutput
 
@@ -28,38 +33,38 @@ MAX_DRAWN_TRACKS = 64  # per clip: more hide the picture
 MAX_TRACKED = 256  # points per clip that the end-point error is measured on
 
 
-def sample_clips(
-    dit: WanDiT, condition: Condition, batch: Batch, encoder: ClipEncoder, noise: KeyedNoise, num_steps: int,
-    shift: float, output: ValidationOutput,
-) -> None:  # fmt: skip
-    """Add videos (tracks drawn) and, where the batch has tracks, epe_px to `output`."""
-    model_cfg = encoder.model_cfg
+def teacher_clips(
+    dit: WanDiT, condition: Condition, model_cfg: ModelConfig, noise: KeyedNoise, sample_ids: Sequence[int],
+    num_steps: int, shift: float,
+) -> Tensor:  # fmt: skip
+    """Whole clips in ``num_steps`` Euler steps -> x0 [B, C, F, h, w]; guided by motion where the condition has any."""
     weights = {name: w for name, w in model_cfg.guidance.items() if name != "motion" or condition.track_map is not None}
     x0 = sample_teacher(
         dit, condition, Guidance(weights), num_inference_steps=num_steps, shift=shift, noise=noise,
-        sample_ids=batch.sample_ids, latent_shape=model_cfg.latent_shape,
+        sample_ids=sample_ids, latent_shape=model_cfg.latent_shape,
     )  # fmt: skip
     assert isinstance(x0, Tensor), "sample_teacher returns a pair only with keep_steps"
-    with torch.autocast(x0.device.type, enabled=False):
-        clips = to_uint8(encoder.vae.decode(x0))
+    return x0
+
+
+def show_clips(x0: Tensor, batch: Batch, encoder: ClipEncoder, output: ValidationOutput) -> None:
+    """Adds the decoded clips x0 [B, C, F, h, w] with their tracks drawn, and epe_px where the batch has tracks, to
+    ``output``.
+    """
     errors = []
+    with torch.autocast(x0.device.type, enabled=False):
+        clips = to_frames(encoder.vae.decode(x0))
     for row, frames in enumerate(clips):
-        drawn = frames
-        if batch.tracks is not None:
-            points, visibility = starting_tracks(batch.tracks, row, model_cfg.clip.height, model_cfg.clip.width)
-            errors.append(
-                clip_epe_px(
-                    frames,
-                    points[:, :: _stride(points, MAX_TRACKED)],
-                    visibility[:, :: _stride(points, MAX_TRACKED)],
-                )
-            )
-            every = _stride(points, MAX_DRAWN_TRACKS)
-            drawn = draw_tracks_on(frames, points[:, ::every], visibility[:, ::every])
-        output.videos[f"clip_{row}"] = drawn
-    finite = [error for error in errors if np.isfinite(error)]
+        output.videos[f"clip_{row}"] = frames
+        if batch.tracks is None:
+            continue
+        points, visibility = starting_tracks(batch.tracks, row)
+        measured, drawn = (thin_out(points.shape[1], most) for most in (MAX_TRACKED, MAX_DRAWN_TRACKS))
+        errors.append(clip_epe_px(frames, points[:, measured], visibility[:, measured]))
+        output.videos[f"clip_{row}"] = draw_tracks_on(frames, points[:, drawn], visibility[:, drawn])
+    finite = [error for error in errors if math.isfinite(error)]
     if finite:
-        output.metrics["epe_px"] = float(np.mean(finite))
+        output.metrics["epe_px"] = sum(finite) / len(finite)
 
 
 def clip_epe_px(frames: np.ndarray, points: np.ndarray, visibility: np.ndarray) -> float:
@@ -77,17 +82,12 @@ def clip_epe_px(frames: np.ndarray, points: np.ndarray, visibility: np.ndarray) 
     return error.mean_px
 
 
-def starting_tracks(tracks: Tracks, row: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tracks of one clip that are visible in frame 0, in pixels of height x width: [T, N, 2], [T, N]."""
-    tracks = tracks.resize_to(height, width)
+def starting_tracks(tracks: Tracks, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tracks of one clip that are visible in frame 0: [T, N, 2], [T, N]."""
     start = tracks.visibility[row, 0]
     return tracks.points[row][:, start].cpu().numpy(), tracks.visibility[row][:, start].cpu().numpy()
 
 
-def to_uint8(pixels: Tensor) -> np.ndarray:
-    """[B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3]."""
-    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
-
-
-def _stride(points: np.ndarray, most: int) -> int:
-    return max(1, -(-points.shape[1] // most))
+def thin_out(count: int, most: int) -> slice:
+    """Every n-th of ``count`` items, at most ``most`` of them."""
+    return slice(None, None, max(1, -(-count // most)))
