@@ -194,7 +194,6 @@ def line_figure(
     x_label: str,
     y_label: str,
     caption: str = "",
-    log_y: bool = False,
 ) -> Figure:
     """Curves as an inline SVG; lines: name -> (x values, y values). Points that are nan leave a gap."""
     from matplotlib import rc_context
@@ -217,7 +216,7 @@ def line_figure(
             lines.items(), LINE_COLORS * (1 + len(lines) // len(LINE_COLORS)), strict=False
         ):
             axes.plot(x, y, label=name, color=color, linewidth=1.8)
-        axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log_y else "linear")
+        axes.set(xlabel=x_label, ylabel=y_label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, color=AXIS_COLOR)
         if lines:
@@ -227,18 +226,18 @@ def line_figure(
     return Figure(_data_uri("image/svg+xml", stream.getvalue().encode()), caption)
 
 
-def curves_from_log(path: str | Path, keys: Sequence[str], *, x_key: str = "step", caption: str = "") -> Figure:
-    """Curves of a `metrics.jsonl` (one JSON object a line); lines that lack a key leave it out there."""
+def curves_from_log(path: str | Path, keys: Sequence[str], *, caption: str = "") -> Figure:
+    """Curves over the steps of a `metrics.jsonl` (one JSON object a line); lines that lack a key leave it out there."""
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     lines = {}
     for key in keys:
-        points = [(row[x_key], row[key]) for row in rows if x_key in row and row.get(key) is not None]
+        points = [(row["step"], row[key]) for row in rows if "step" in row and row.get(key) is not None]
         if points:
             lines[key] = ([x for x, _ in points], [y for _, y in points])
     if not lines:
         seen = sorted({key for row in rows for key in row})
         raise ValueError(f"{path} has none of the keys {list(keys)}; it has {seen}")
-    return line_figure(lines, x_label=x_key, y_label="value", caption=caption)
+    return line_figure(lines, x_label="step", y_label="value", caption=caption)
 
 
 def _section_html(section: Section) -> str:
