@@ -188,9 +188,11 @@ class Tracks:
         try:
             points, visibility = np.asarray(fields["points"], np.float32), np.asarray(fields["visibility"])
             height, width = int(fields["height"]), int(fields["width"])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: {error}; points are numbers, height and width whole pixels") from error
-        if not visibility.size:  # JSON does not tell the shape of what is empty
+        if height < 1 or width < 1:
+            raise ValueError(f"{path}: height={height} and width={width} must be at least 1 px")
+        if not visibility.size and not points.size:  # JSON does not tell the shape of what is empty
             points = points.reshape(*visibility.shape, 2)
         if points.shape != (*visibility.shape, 2) or visibility.ndim != 2:
             raise ValueError(
