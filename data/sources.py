@@ -82,7 +82,6 @@ class SpritesSource:
         default_tracker: str = "exact"
         default_grid: int = 16  # rows and columns of the query grid
         default_previews: str = "8"
-        default_layers: int = 0
 
     def __init__(self, cfg: Config) -> None:
         if cfg.num_clips < 1:
@@ -137,7 +136,6 @@ class FolderSource:
         default_tracker: str = "lucas_kanade"
         default_grid: int = 50
         default_previews: str = "all"
-        default_layers: int = 0
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
@@ -270,7 +268,6 @@ class OpenVidSource:
         default_tracker: str = "cotracker3"
         default_grid: int = 50
         default_previews: str = "8"
-        default_layers: int = 0
 
     def __init__(self, cfg: Config) -> None:
         if not cfg.manifest:
@@ -321,7 +318,6 @@ class VidPromSource:
         default_tracker: str = "cotracker3"
         default_grid: int = 50
         default_previews: str = "8"
-        default_layers: int = 0
 
     def __init__(self, cfg: Config) -> None:
         if not cfg.manifest:

@@ -21,6 +21,7 @@ from models.device import pick_device
 log = logging.getLogger(__name__)
 
 TRACKERS = ("exact", "lucas_kanade", "cotracker3")
+MODES = ("offline", "online")  # of cotracker3
 COTRACKER_HELP = (
     "let torch.hub fetch code and weights with tracker.allow_download=true and tracker.checkpoint=null, or set "
     "tracker.checkpoint to a weights file and install the code with "
@@ -38,25 +39,25 @@ class Tracker(Protocol):
 
 
 @dataclass
-class TrackerConfig:
+class TrackerConfig(LucasKanadeConfig):
+    """Which tracker, on which queries, and the settings of each. Raises ValueError, naming the field."""
+
     name: str = "lucas_kanade"  # exact (sprites only) | lucas_kanade | cotracker3
     rows: int = 50  # query grid on frame 0
     cols: int = 50
-    window_px: float = 7.0  # lucas_kanade: side of the window
-    levels: int = 3  # lucas_kanade: pyramid levels above the first
-    upsample: int = 2  # lucas_kanade: cubic enlargement of the frames before tracking, 1..4
-    max_roundtrip_px: float = 0.5  # lucas_kanade: forward-backward error beyond which a point is lost
-    max_layers: int = 6  # lucas_kanade: rigid layers that carry points through occlusion; 0 = off
     mode: str = "offline"  # cotracker3: offline (whole clip, more accurate) | online (windows of 16 frames)
     checkpoint: str | None = None  # cotracker3: weights file for an installed `cotracker`
     allow_download: bool = False  # cotracker3: may torch.hub fetch code and weights
     device: str = "cpu"  # cotracker3: cpu | cuda (workers share the devices) | cuda:1 and so on
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.name not in TRACKERS:
             raise ValueError(f"tracker.name={self.name!r} must be one of {TRACKERS}")
         if self.rows < 1 or self.cols < 1:
             raise ValueError(f"tracker.rows={self.rows} and tracker.cols={self.cols} must be >= 1")
+        if self.mode not in MODES:
+            raise ValueError(f"tracker.mode={self.mode!r} must be one of {MODES}")
 
 
 def build_tracker(cfg: TrackerConfig | str, scene: Scene | None = None) -> Tracker:
@@ -71,9 +72,7 @@ def build_tracker(cfg: TrackerConfig | str, scene: Scene | None = None) -> Track
             raise ValueError("tracker.name=exact needs a sprites clip; use lucas_kanade or cotracker3 for real video")
         return ExactTracker(scene)
     if cfg.name == "lucas_kanade":
-        return LucasKanadeTracker(
-            LucasKanadeConfig(cfg.window_px, cfg.levels, cfg.upsample, cfg.max_roundtrip_px, cfg.max_layers)
-        )
+        return LucasKanadeTracker(cfg)
     device = str(pick_device(cfg.device, "tracker.device"))
     return _kept_cotracker3(cfg.mode, cfg.checkpoint, cfg.allow_download, device)
 
@@ -130,8 +129,6 @@ class CoTracker3:
         allow_download: bool = False,
         device: str = "cpu",
     ) -> None:
-        if mode not in ("offline", "online"):
-            raise ValueError(f"tracker.mode={mode!r} must be offline or online")
         self.mode, self.device = mode, device
         self.model = self._load(checkpoint, allow_download).to(device)
 

@@ -443,6 +443,7 @@ def test_real_clips_with_a_50x50_grid(tmp_path):
         (["step=trak"], "step='trak' must be one of"),
         (["previews=some"], "previews='some'"),
         (["tracker.name=kalman"], "tracker.name='kalman'"),
+        (["tracker.upsample=9"], r"tracker\.upsample=9 must be in 1\.\.4"),
         (["encode.dtype=float8"], "encode.dtype='float8'"),
         (["encode.device=gpu"], "encode.device=gpu must be auto, cpu or cuda"),
         (["num_workers=-1"], "num_workers=-1 must be at least 0"),

@@ -13,7 +13,6 @@ import torch
 
 from data import trackers
 from data.layer_alignment import Target, _by_soft_colors, _predicted
-from data.lucas_kanade import LucasKanadeConfig
 from data.motion_layers import _smoothed, fit_motion
 from data.sprites import SpritesConfig, render_clip
 from data.trackers import CoTracker3, TrackerConfig, build_tracker, grid_queries, on_own_device
@@ -181,14 +180,15 @@ def test_fit_motion_recovers_a_similarity():
 @pytest.mark.parametrize(
     "settings, field",
     [
-        ({"upsample": 5}, "upsample=5"),
-        ({"window_px": 1.0}, "window_px=1.0"),
-        ({"max_layers": -1}, "max_layers=-1"),
+        ({"upsample": 5}, r"tracker\.upsample=5"),
+        ({"window_px": 1.0}, r"tracker\.window_px=1\.0"),
+        ({"max_layers": -1}, r"tracker\.max_layers=-1"),
+        ({"mode": "live"}, r"tracker\.mode=.live"),
     ],
 )
-def test_lucas_kanade_refusals(settings, field):
+def test_settings_of_trackers_are_checked_at_once(settings, field):
     with pytest.raises(ValueError, match=field):
-        LucasKanadeConfig(**settings)
+        TrackerConfig(**settings)
 
 
 def test_unknown_tracker_is_refused():
