@@ -8,7 +8,7 @@ CoTracker3 (CC-BY-NC 4.0) is not on PyPI; it comes from torch.hub or an installe
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -58,6 +58,11 @@ class TrackerConfig(LucasKanadeConfig):
             raise ValueError(f"tracker.rows={self.rows} and tracker.cols={self.cols} must be >= 1")
         if self.mode not in MODES:
             raise ValueError(f"tracker.mode={self.mode!r} must be one of {MODES}")
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that its tracks depend on: not those of other trackers, nor where it runs."""
+        own = {"lucas_kanade": [f.name for f in fields(LucasKanadeConfig)], "cotracker3": ["mode", "checkpoint"]}
+        return {name: vars(self)[name] for name in ("name", "rows", "cols", *own.get(self.name, ()))}
 
 
 def build_tracker(cfg: TrackerConfig | str, scene: Scene | None = None) -> Tracker:
