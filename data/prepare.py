@@ -44,8 +44,8 @@ from data.progress import (
     write_rejected,
 )
 from data.shards import npy_bytes, write_shards
-from data.sources import Source, SourceItem, scene_of
-from data.trackers import TrackerConfig, build_tracker, grid_queries, on_own_device
+from data.sources import Source, SourceItem, SpritesSource, scene_of
+from data.trackers import TrackerConfig, build_tracker, grid_queries, on_own_device, require_available
 from data.video import draw_tracks_on, read_video, write_video
 from models.condition import ClipGeometry
 from models.device import pick_device
@@ -112,6 +112,8 @@ def main(cfg: DictConfig) -> int:
     out = Path(settings.out)
     require_folder(out, f"out={settings.out}")
     job = Job(out, ClipGeometry(**cfg.model.clip), build_target(cfg.source), settings.tracker)
+    if "track" in steps:
+        require_available(settings.tracker, has_scene=isinstance(job.source, SpritesSource))
     out.mkdir(parents=True, exist_ok=True)
     for step in steps:
         alive = run_step(step, settings, job, cfg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -154,6 +155,7 @@ def test_worker_processes_make_the_same_clips(tmp_path):
 
 def test_a_worker_tracks_on_its_own_gpu(tmp_path, monkeypatch):
     asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(prepare, "worker_number", lambda: 3)
     monkeypatch.setattr(
@@ -521,8 +523,28 @@ def test_values_are_checked(tmp_path, overrides, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ([], r"tracker\.name=cotracker3 has no weights"),
+        (["tracker.checkpoint=absent.pth"], r"tracker\.checkpoint=absent\.pth needs the package `cotracker`"),
+        (["tracker.allow_download=true", "tracker.device=gpu"], r"tracker\.device=gpu must be auto, cpu or cuda"),
+        (["tracker.allow_download=true", "tracker.device=cuda"], r"tracker\.device=cuda, but this machine has no CUDA"),
+        (["source=folder", "source.path={tmp_path}", "tracker.name=exact"], r"tracker\.name=exact needs sprites clips"),
+    ],
+)
+def test_a_tracker_that_cannot_work_here_is_refused_before_any_work(tmp_path, monkeypatch, overrides, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "cotracker", None)
+    overrides = [text.format(tmp_path=tmp_path) for text in overrides]
+    with pytest.raises((ValueError, ImportError), match=message):
+        run(f"out={tmp_path / 'out'}", "tracker.name=cotracker3", *overrides)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_machine_without_gpu_does_what_needs_none(tmp_path):
-    assert run(f"out={tmp_path}", "source.num_clips=1", "step=render", "encode.device=cuda:99") == 0
+    cannot = ("encode.device=cuda:99", "tracker.name=cotracker3", "tracker.device=cuda:99")
+    assert run(f"out={tmp_path}", "source.num_clips=1", "step=render", *cannot) == 0
 
 
 def test_an_out_below_a_file_is_refused(tmp_path):
