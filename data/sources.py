@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from data.sprites import Scene, SpritesConfig, render_clip, simulate, split_seed
 from data.video import VideoError, probe_video, read_video, write_video
 from models.condition import ClipGeometry
@@ -141,9 +143,12 @@ class FolderSource:
         self.cfg = cfg
         self.folder = _required_folder(cfg.path)
 
+    def videos(self) -> list[Path]:
+        return sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+
     def items(self) -> Iterator[SourceItem]:
         table = _caption_table(Path(self.cfg.captions)) if self.cfg.captions else {}
-        paths = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+        paths = self.videos()
         if not paths:
             raise FileNotFoundError(f"source.path={self.folder} holds no videos ({', '.join(VIDEO_SUFFIXES)})")
         seen: set[str] = set()
@@ -169,12 +174,17 @@ class FolderSource:
         """Nothing to add: captions are in the sidecars."""
 
 
-def _render_video(item: SourceItem, geometry: ClipGeometry, target: Path, crf: int) -> dict[str, Any]:
+def read_item(item: SourceItem, geometry: ClipGeometry) -> np.ndarray:
+    """Frames of a real clip, uint8 [T, H, W, 3]. Raises VideoError with the reason where it cannot be used."""
     if isinstance(item, UnusableItem):
         raise VideoError(item.reason)
     if item.path is None:
         raise VideoError("the item names no video file")
-    write_video(target, read_video(item.path, geometry), geometry.fps, crf)
+    return read_video(item.path, geometry)
+
+
+def _render_video(item: SourceItem, geometry: ClipGeometry, target: Path, crf: int) -> dict[str, Any]:
+    write_video(target, read_item(item, geometry), geometry.fps, crf)
     return {"source": item.origin}
 
 
