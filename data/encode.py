@@ -22,9 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from data.progress import clip_stamp, done_keys, forget_others, mark, marker, stamp, unmark, write_json
+from data.progress import clip_stamp, done_keys, forget_others, mark, marker, stamp, unmark
 from data.shards import trim_text
 from data.video import read_video
+from models.files import replace_file, write_json
 
 if TYPE_CHECKING:
     from models.assemble import ModelConfig
@@ -232,6 +233,5 @@ def _groups(keys: Sequence[str], size: int) -> Iterator[list[str]]:
 
 
 def _save(path: Path, arrays: dict[str, Any]) -> None:
-    partial = path.with_name(path.stem + ".partial.npz")
-    np.savez(partial, **arrays)
-    os.replace(partial, path)
+    with replace_file(path) as fresh, fresh.open("wb") as file:
+        np.savez(file, **arrays)

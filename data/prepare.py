@@ -8,8 +8,8 @@
     <out>/rejected.jsonl                file, step and reason of every clip left out
 
 A finished item leaves a marker with a hash of the settings that made it, so a second run does only what is
-missing or was made with other settings. Files appear under their name only when complete. Tracks and latents
-of an earlier rendering, or latents of other weights than the last step=encode had, are never packed.
+missing or was made with other settings. Files appear under their name only when complete and on disk. Tracks and
+latents of an earlier rendering, or latents of other weights than the last step=encode had, are never packed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from data.progress import (
     stamp,
     unmark,
     worker_number,
-    write_json,
     write_rejected,
 )
 from data.shards import npy_bytes, write_shards
@@ -49,6 +48,7 @@ from data.trackers import TrackerConfig, build_tracker, grid_queries, on_own_dev
 from data.video import draw_tracks_on, read_video, write_video
 from models.condition import ClipGeometry
 from models.device import pick_device
+from models.files import write_json
 from models.motion.tracks import Tracks
 
 log = logging.getLogger(__name__)
@@ -194,9 +194,7 @@ def track_item(job: Job, key: str) -> None:
     points, visibility = tracker.track(frames, queries)
     (job.out / "tracks").mkdir(parents=True, exist_ok=True)
     unmark(job.out, "track", key)
-    partial = job.out / "tracks" / f"{key}.partial.npz"
-    Tracks.from_arrays(points, visibility, height, width).save(partial)
-    os.replace(partial, job.out / "tracks" / f"{key}.npz")
+    Tracks.from_arrays(points, visibility, height, width).save(job.out / "tracks" / f"{key}.npz")
 
 
 def preview_item(job: Job, key: str) -> None:

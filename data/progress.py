@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -24,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.video import VideoError
+from models.files import replace_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +49,6 @@ class Call:
 def stamp(*settings: Any) -> str:
     """Hash of the settings that an item is made with."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Atomic: the file is old or new, never half."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content))
-    os.replace(partial, path)
 
 
 # ------------------------------------------------------------------------------------------ markers
@@ -110,9 +103,8 @@ def write_rejected(out: Path) -> None:
             if note["rejected"] is not None:
                 line = {"file": note["origin"], "key": path.stem, "step": step, "reason": note["rejected"]}
                 lines.append(json.dumps(line))  # ASCII: a file name need not be Unicode
-    partial = out / "rejected.jsonl.partial"
-    partial.write_text("".join(f"{line}\n" for line in lines))
-    os.replace(partial, out / "rejected.jsonl")
+    with replace_file(out / "rejected.jsonl") as fresh:
+        fresh.write_text("".join(f"{line}\n" for line in lines))
 
 
 # ------------------------------------------------------------------------------------------ running

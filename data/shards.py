@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from torch.utils.data import Dataset
 from data.batch import Sample
 from data.video import VideoError, read_video
 from models.condition import ClipGeometry
+from models.files import bring_to_disk, replace_file
 from models.motion.tracks import Tracks
 
 INDEX_NAME = "index.json"
@@ -72,13 +72,8 @@ class ShardIndex:
 
     def save(self, folder: str | Path) -> None:
         content = {"version": INDEX_VERSION, "fields": self.fields} | asdict(self)
-        path = Path(folder) / INDEX_NAME
-        partial = path.with_name(INDEX_NAME + ".partial")
-        with partial.open("w") as file:
+        with replace_file(Path(folder) / INDEX_NAME) as fresh, fresh.open("w") as file:
             json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, folder: str | Path) -> ShardIndex:
@@ -158,6 +153,8 @@ def write_shards(
             seen.add(key)
             writer.write({"__key__": key, **parts})
     shards = sorted(path.name for path in folder.glob(f"{name}-*.tar") if seen)
+    for shard in shards:
+        bring_to_disk(folder / shard)
     entries = [entry for number, shard in enumerate(shards) for entry in _scan(folder / shard, number)]
     index = ShardIndex(geometry, shards, entries, text_len, dict(fingerprints or {}))
     index.save(folder)

@@ -26,6 +26,7 @@ import numpy as np
 from data.sprites import Scene, SpritesConfig, render_clip, simulate, split_seed
 from data.video import VideoError, probe_video, read_video, write_video
 from models.condition import ClipGeometry
+from models.files import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -355,8 +356,6 @@ class VidPromSource:
         return _render_video(item, geometry, target, self.cfg.crf)
 
     def write_manifest(self, folder: Path) -> None:
-        partial = folder / "prompts.jsonl.partial"
-        with partial.open("w", encoding="utf-8") as file:
+        with replace_file(folder / "prompts.jsonl") as fresh, fresh.open("w", encoding="utf-8") as file:
             for uuid, prompt in self.prompts():
                 file.write(json.dumps({"uuid": uuid, "prompt": prompt}, ensure_ascii=False) + "\n")
-        os.replace(partial, folder / "prompts.jsonl")

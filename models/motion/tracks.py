@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from models.files import replace_file
+
 FIELDS = ("points", "visibility", "height", "width")  # of a track file
 NUM_TRACK_IDS = 10_000  # identities are integers 0..9999: integers keep the encodings far apart
 
@@ -165,17 +167,17 @@ class Tracks:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes one clip (B = 1) to ``.npz`` or ``.json``, by the suffix."""
+        """Writes one clip (B = 1) to ``.npz`` or ``.json``, by the suffix; whole or not at all."""
         if self.batch_size != 1:
             raise ValueError(f"batch_size={self.batch_size} must be 1: a track file holds one clip")
-        path = Path(path)
+        suffix = _suffix(Path(path))
+        fields: dict[str, Any] = {"height": self.height, "width": self.width}
         points, visibility = self.points[0].cpu().numpy(), self.visibility[0].cpu().numpy()
-        if _suffix(path) == ".npz":
-            np.savez_compressed(path, points=points, visibility=visibility, height=self.height, width=self.width)
-            return
-        fields = {"height": self.height, "width": self.width}
-        fields |= {"points": points.tolist(), "visibility": visibility.tolist()}
-        path.write_text(json.dumps(fields))
+        with replace_file(path) as fresh, fresh.open("wb") as file:
+            if suffix == ".npz":
+                np.savez_compressed(file, points=points, visibility=visibility, **fields)
+            else:
+                file.write(json.dumps(fields | {"points": points.tolist(), "visibility": visibility.tolist()}).encode())
 
     @staticmethod
     def load(path: str | Path) -> Tracks:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.files import replace_file
 from models.wan.config import MASK_CHANNELS, WanConfig
 from models.wan.dit import WanDiT
 
@@ -146,14 +146,9 @@ def save_dit(model: WanDiT, folder: str | Path, **provenance: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config.to_dict()
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    weights = folder / f".{WEIGHTS_NAME}.partial"
-    save_file(state, weights, metadata={"format": "pt", "config": json.dumps(config, sort_keys=True)})
-    description = folder / f".{CONFIG_NAME}.partial"
-    description.write_text(json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n")
-    for partial, name in ((weights, WEIGHTS_NAME), (description, CONFIG_NAME)):
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(folder / name)
+    with replace_file(folder / CONFIG_NAME) as description, replace_file(folder / WEIGHTS_NAME) as weights:
+        save_file(state, weights, metadata={"format": "pt", "config": json.dumps(config, sort_keys=True)})
+        description.write_text(json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n")
 
 
 def read_dit_config(folder: str | Path) -> WanConfig:

@@ -232,8 +232,8 @@ def test_an_interrupted_save_leaves_the_old_weights(tmp_path: Path, monkeypatch:
     old = perturbed_dit(T2V, 1)
     save_dit(old, tmp_path, step=1)
 
-    def killed(*args: object, **kwargs: object) -> None:
-        (tmp_path / ".model.safetensors.partial").write_bytes(b"half a file")
+    def killed(state: object, path: Path, **kwargs: object) -> None:
+        path.write_bytes(b"half a file")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save_file", killed)
