@@ -25,6 +25,7 @@ from tqdm import tqdm
 from data.progress import clip_stamp, done_keys, forget_others, mark, marker, stamp, unmark
 from data.shards import trim_text
 from data.video import read_video
+from models.device import DTYPES
 from models.files import replace_file, write_json
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAMPLED_BYTES = 1 << 20  # of the start and the end of each weight file: enough to tell versions apart
 TEXT_PARTS = ("text_encoder", "tokenizer")  # what UMT5 reads of a whole repository at model.text.path
 

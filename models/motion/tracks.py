@@ -216,17 +216,6 @@ def centre_crop(have: tuple[int, int], want: tuple[int, int]) -> tuple[int, int,
     return (have[0] - height) // 2, (have[1] - width) // 2, height, width
 
 
-def load_tracks(path: str | Path, height: int, width: int) -> Tracks:
-    """Reads a track file that must be in the model's resolution (px); any other is refused by name."""
-    tracks = Tracks.load(path)
-    if (tracks.height, tracks.width) != (height, width):
-        raise ValueError(
-            f"{path}: resolution {tracks.height}x{tracks.width} must be {height}x{width}, the model's clip "
-            f"size; convert it once with Tracks.load(path).resize_to({height}, {width}).save(path)"
-        )
-    return tracks
-
-
 def sample_track_ids(batch_size: int, num_tracks: int, rng: torch.Generator) -> Tensor:
     """Identities -> [B, N] long on the CPU, without replacement from 0..9999 within each clip."""
     if num_tracks > NUM_TRACK_IDS:
