@@ -22,16 +22,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from data.progress import done_keys, forget_others, mark, marker, stamp, unmark, write_json
+from data.progress import clip_stamp, done_keys, forget_others, mark, marker, stamp, unmark
 from data.shards import trim_text
 from data.video import read_video
+from models.device import DTYPES
+from models.files import replace_file, write_json
 
 if TYPE_CHECKING:
     from models.assemble import ModelConfig
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAMPLED_BYTES = 1 << 20  # of the start and the end of each weight file: enough to tell versions apart
 TEXT_PARTS = ("text_encoder", "tokenizer")  # what UMT5 reads of a whole repository at model.text.path
 
@@ -73,7 +74,7 @@ def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool
     encoders = build_encoders(cfg, model)
     mine = keys[rank::world]
     clips = {key: marker(out, "render", key) for key in keys}
-    stamps = {key: stamp(encoders.fingerprints, cfg.dtype, clip["stamp"]) for key, clip in clips.items()}
+    stamps = {key: stamp(encoders.fingerprints, cfg.dtype, clip_stamp(clip)) for key, clip in clips.items()}
     pending = [key for key in mine if marker(out, "encode", key).get("stamp") != stamps[key]]
     log.info("encode: %d of %d clips to do", len(pending), len(mine))
     (out / "encoded").mkdir(exist_ok=True)
@@ -90,7 +91,7 @@ def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool
                     _save(out / "encoded" / f"{key}.npz", arrays)
                 else:
                     log.warning("encode: %s rejected: %s", key, reason)
-                mark(out, "encode", key, stamps[key], clips[key]["origin"], reason, clips[key]["stamp"])
+                mark(out, "encode", key, stamps[key], clips[key]["origin"], reason, clip_stamp(clips[key]))
                 bar.update()
     return _not_rejected(out, stamps)
 
@@ -122,7 +123,7 @@ def encoded_now(out: Path, keys: Sequence[str]) -> list[str]:
     dtypes = [about["dtype"]] if "dtype" in about else list(DTYPES)
     current = []
     for key in keys:
-        note, clip = marker(out, "encode", key), marker(out, "render", key)["stamp"]
+        note, clip = marker(out, "encode", key), clip_stamp(marker(out, "render", key))
         stamps = [stamp(about["fingerprints"], dtype, clip) for dtype in dtypes]
         if note and note["rejected"] is None and note["stamp"] in stamps:
             current.append(key)
@@ -232,6 +233,5 @@ def _groups(keys: Sequence[str], size: int) -> Iterator[list[str]]:
 
 
 def _save(path: Path, arrays: dict[str, Any]) -> None:
-    partial = path.with_name(path.stem + ".partial.npz")
-    np.savez(partial, **arrays)
-    os.replace(partial, path)
+    with replace_file(path) as fresh, fresh.open("wb") as file:
+        np.savez(file, **arrays)

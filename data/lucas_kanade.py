@@ -18,27 +18,30 @@ MIN_SUPPORT_STEP_PX = 2.0
 BORDER_PX = 16  # replicated margin: windows of points at the frame's edge
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class LucasKanadeConfig:
+    """The fields of `tracker` that Lucas-Kanade reads. Raises ValueError, naming the field."""
+
     window_px: float = 7.0  # side of the window, in pixels of the clip
     levels: int = 3  # pyramid levels above the first
     upsample: int = 2  # cubic enlargement before tracking, 1..4
     max_roundtrip_px: float = 0.5  # forward-backward error beyond which a point is lost
-    max_layers: int = 0  # rigid layers that carry points through occlusion; 0 = off
+    max_layers: int = 6  # rigid layers that carry points through occlusion; 0 = off
 
     def __post_init__(self) -> None:
         if not 1 <= self.upsample <= 4:
-            raise ValueError(f"upsample={self.upsample} must be in 1..4")
-        if self.window_px < 3 or self.max_roundtrip_px <= 0 or self.max_layers < 0 or self.levels < 0:
+            raise ValueError(f"tracker.upsample={self.upsample} must be in 1..4")
+        if self.window_px < 3 or self.max_roundtrip_px <= 0:
             raise ValueError(
-                f"window_px={self.window_px} must be >= 3, max_roundtrip_px={self.max_roundtrip_px} > 0, "
-                f"max_layers={self.max_layers} and levels={self.levels} >= 0"
+                f"tracker.window_px={self.window_px} must be >= 3, tracker.max_roundtrip_px={self.max_roundtrip_px} > 0"
             )
+        if self.levels < 0 or self.max_layers < 0:
+            raise ValueError(f"tracker.levels={self.levels} and tracker.max_layers={self.max_layers} must be >= 0")
 
 
 class LucasKanadeTracker:
-    def __init__(self, cfg: LucasKanadeConfig | None = None) -> None:
-        self.cfg = cfg or LucasKanadeConfig()
+    def __init__(self, cfg: LucasKanadeConfig) -> None:
+        self.cfg = cfg
 
     def track(self, frames: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """frames uint8 [T, H, W, 3], queries [N, 2] px -> points [T, N, 2], visibility [T, N] (see

@@ -2,14 +2,14 @@
 
     <out>/clips/<key>.mp4, .json        render: the clip at model.clip size, caption and origin
     <out>/tracks/<key>.npz              track: points and visibility of a grid of queries on frame 0
-    <out>/previews/<key>.preview.mp4    the clip with its tracks drawn
+    <out>/previews/<key>.preview.mp4    track: the first clips with their tracks drawn
     <out>/encoded/<key>.npz             encode: latents, text embedding, CLIP features
     <out>/shards/*.tar, index.json      pack: what training reads
     <out>/rejected.jsonl                file, step and reason of every clip left out
 
 A finished item leaves a marker with a hash of the settings that made it, so a second run does only what is
-missing or was made with other settings. Files appear under their name only when complete. Tracks and latents
-of an earlier rendering, or latents of other weights than the last step=encode had, are never packed.
+missing or was made with other settings. Files appear under their name only when complete and on disk. Tracks and
+latents of an earlier rendering, or latents of other weights than the last step=encode had, are never packed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from tqdm import tqdm
 from data.app import build_config, build_target, require_folder
 from data.encode import EncodeConfig, encode_clips, encoded_now, process_share
 from data.progress import (
+    STEPS,
     Call,
+    clip_stamp,
     done_keys,
     forget_others,
     mark,
@@ -38,20 +40,22 @@ from data.progress import (
     stamp,
     unmark,
     worker_number,
-    write_json,
     write_rejected,
 )
 from data.shards import npy_bytes, write_shards
-from data.sources import Source, SourceItem, scene_of
-from data.trackers import TrackerConfig, build_tracker, grid_queries, on_own_device
+from data.sources import Source, SourceItem, SpritesSource, scene_of
+from data.trackers import TrackerConfig, build_tracker, grid_queries, on_own_device, require_available
 from data.video import draw_tracks_on, read_video, write_video
 from models.condition import ClipGeometry
 from models.device import pick_device
+from models.files import write_json
 from models.motion.tracks import Tracks
 
 log = logging.getLogger(__name__)
 
-STEPS = ("render", "track", "encode", "pack")
+# settings of sources: what the frames of a clip depend on, and what only decides whether it is taken
+FRAME_SETTINGS = ("crf", "world", "aspect")
+FILTER_SETTINGS = ("aspect_tolerance", "min_frames")
 LACKS = {  # step to run again -> why its files are not packed
     "render": "height, width, num_frames or fps is not that of model.clip; run step=all with this model",
     "track": "tracks are missing or of an earlier rendering; run step=track, then step=encode and step=pack",
@@ -108,6 +112,8 @@ def main(cfg: DictConfig) -> int:
     out = Path(settings.out)
     require_folder(out, f"out={settings.out}")
     job = Job(out, ClipGeometry(**cfg.model.clip), build_target(cfg.source), settings.tracker)
+    if "track" in steps:
+        require_available(settings.tracker, has_scene=isinstance(job.source, SpritesSource))
     out.mkdir(parents=True, exist_ok=True)
     for step in steps:
         alive = run_step(step, settings, job, cfg)
@@ -124,38 +130,50 @@ def run_step(step: str, settings: PrepareConfig, job: Job, cfg: DictConfig) -> i
         return encode_clips(settings.encode, job.out, cfg.model, may_skip=settings.step == "all")
     if step == "pack":
         return pack(settings, job.out, job.geometry)
-    calls = render_calls(job) if step == "render" else track_calls(job, settings.previews)
-    return run_items(step, job.out, calls, settings.num_workers)
+    calls = render_calls(job) if step == "render" else track_calls(job)
+    usable = run_items(step, job.out, calls, settings.num_workers)
+    if step == "track" and (previews := preview_calls(job, settings.previews)):
+        run_items("preview", job.out, previews, settings.num_workers)
+    return usable
 
 
 def render_calls(job: Job) -> list[Call]:
     job.source.write_manifest(job.out)
-    made_by = asdict(job.geometry), _source_settings(job)
-    return [
-        Call(
-            item.key,
-            item.origin,
-            stamp(*made_by, asdict(item), _file_state(item.path)),
-            render_item,
-            (job, item),
-        )
-        for item in job.source.items()
-    ]
-
-
-def track_calls(job: Job, previews: str) -> list[Call]:
-    keys = done_keys(job.out, "render")
-    chosen = set(keys if previews == "all" else keys[: int(previews)])
+    made_by = asdict(job.geometry), _source_settings(job, FRAME_SETTINGS)
+    filters = _source_settings(job, FILTER_SETTINGS)
     calls = []
-    for key in keys:
-        clip = marker(job.out, "render", key)
-        made_with = _track_stamp(job.tracker, key in chosen, clip["stamp"])
-        calls.append(Call(key, clip["origin"], made_with, track_item, (job, key, key in chosen), clip["stamp"]))
+    for item in job.source.items():
+        clip = stamp(*made_by, asdict(item), _file_state(item.path))
+        made_with = stamp(clip, filters) if filters else clip
+        calls.append(Call(item.key, item.origin, made_with, render_item, (job, item), clip, former=(clip,)))
     return calls
 
 
-def _track_stamp(tracker: TrackerConfig, preview: bool, clip: str) -> str:
-    return stamp(asdict(tracker), preview, clip)
+def track_calls(job: Job) -> list[Call]:
+    calls = []
+    for key in done_keys(job.out, "render"):
+        rendered = marker(job.out, "render", key)
+        clip = clip_stamp(rendered)
+        made_with, former = stamp(job.tracker.decisive(), clip), _former_track_stamps(job.tracker, clip)
+        calls.append(Call(key, rendered["origin"], made_with, track_item, (job, key), clip, former))
+    return calls
+
+
+def _former_track_stamps(tracker: TrackerConfig, clip: str) -> tuple[str, ...]:
+    """Earlier versions told apart all settings, and whether the clip had a preview."""
+    return tuple(stamp(asdict(tracker), preview, clip) for preview in (False, True))
+
+
+def preview_calls(job: Job, previews: str) -> list[Call]:
+    """Of the first clips that have tracks. A preview whose file is gone is made again."""
+    keys = done_keys(job.out, "track")
+    calls = []
+    for key in keys if previews == "all" else keys[: int(previews)]:
+        if not _preview_path(job.out, key).is_file():
+            unmark(job.out, "preview", key)
+        tracked = marker(job.out, "track", key)
+        calls.append(Call(key, tracked["origin"], tracked["stamp"], preview_item, (job, key)))
+    return calls
 
 
 # ------------------------------------------------------------------------------------------ one item
@@ -167,7 +185,7 @@ def render_item(job: Job, item: SourceItem) -> None:
     write_json(folder / f"{item.key}.json", {"caption": item.caption, **asdict(job.geometry), **sidecar})
 
 
-def track_item(job: Job, key: str, preview: bool) -> None:
+def track_item(job: Job, key: str) -> None:
     frames = read_video(job.out / "clips" / f"{key}.mp4")
     height, width = frames.shape[1:3]
     scene = scene_of(read_sidecar(job.out, key))
@@ -176,20 +194,26 @@ def track_item(job: Job, key: str, preview: bool) -> None:
     points, visibility = tracker.track(frames, queries)
     (job.out / "tracks").mkdir(parents=True, exist_ok=True)
     unmark(job.out, "track", key)
-    partial = job.out / "tracks" / f"{key}.partial.npz"
-    Tracks.from_arrays(points, visibility, height, width).save(partial)
-    os.replace(partial, job.out / "tracks" / f"{key}.npz")
-    if preview:
-        drawn = draw_tracks_on(frames, points, visibility)
-        write_video(job.out / "previews" / f"{key}.preview.mp4", drawn, job.geometry.fps)
+    Tracks.from_arrays(points, visibility, height, width).save(job.out / "tracks" / f"{key}.npz")
+
+
+def preview_item(job: Job, key: str) -> None:
+    tracks = Tracks.load(job.out / "tracks" / f"{key}.npz")
+    frames = read_video(job.out / "clips" / f"{key}.mp4")
+    drawn = draw_tracks_on(frames, tracks.points[0].numpy(), tracks.visibility[0].numpy())
+    write_video(_preview_path(job.out, key), drawn, job.geometry.fps)
+
+
+def _preview_path(out: Path, key: str) -> Path:
+    return out / "previews" / f"{key}.preview.mp4"
 
 
 def read_sidecar(out: Path, key: str) -> dict[str, Any]:
     return json.loads((out / "clips" / f"{key}.json").read_text())
 
 
-def _source_settings(job: Job) -> dict[str, Any]:
-    return {name: value for name, value in asdict(job.source.cfg).items() if name in ("crf", "world", "aspect")}
+def _source_settings(job: Job, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in asdict(job.source.cfg).items() if name in names}
 
 
 def _file_state(path: str | None) -> tuple[int, int] | None:
@@ -254,12 +278,12 @@ def tracked_now(out: Path, key: str, tracker: TrackerConfig) -> bool:
     `tracker` is what the clip was tracked with. Otherwise the times decide: the tracks are refused only if the clip
     was rendered after them, since to track a large data set again is dear.
     """
-    clip, note = marker(out, "render", key)["stamp"], marker(out, "track", key)
+    clip, note = clip_stamp(marker(out, "render", key)), marker(out, "track", key)
     if not note or note["rejected"] is not None:
         return False
     if note.get("clip") is not None:
         return note["clip"] == clip
-    if note["stamp"] in [_track_stamp(tracker, preview, clip) for preview in (False, True)]:
+    if note["stamp"] in _former_track_stamps(tracker, clip):
         return True
     rendered, tracked = (marker_path(out, step, key).stat().st_mtime_ns for step in ("render", "track"))
     return rendered <= tracked

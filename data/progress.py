@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.video import VideoError
+from models.files import replace_file, write_json
 
 log = logging.getLogger(__name__)
 
@@ -42,19 +42,13 @@ class Call:
     stamp: str  # hash of the settings
     function: Callable[..., None]
     arguments: tuple
-    clip: str | None = None  # stamp of the rendered clip that the item is made from
+    clip: str | None = None  # stamp of the rendered clip that the item is, or is made from
+    former: tuple[str, ...] = ()  # what earlier versions stamped an item of the same settings with
 
 
 def stamp(*settings: Any) -> str:
     """Hash of the settings that an item is made with."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Atomic: the file is old or new, never half."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content))
-    os.replace(partial, path)
 
 
 # ------------------------------------------------------------------------------------------ markers
@@ -66,6 +60,11 @@ def marker(out: Path, step: str, key: str) -> dict[str, Any]:
     """The note of an item, or {} if the step has not reached it."""
     path = marker_path(out, step, key)
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def clip_stamp(rendered: Mapping[str, Any]) -> str:
+    """Stamp of a rendered clip, from its marker. In one of an earlier version it is the only stamp."""
+    return rendered.get("clip") or rendered["stamp"]
 
 
 def mark(
@@ -104,16 +103,15 @@ def write_rejected(out: Path) -> None:
             if note["rejected"] is not None:
                 line = {"file": note["origin"], "key": path.stem, "step": step, "reason": note["rejected"]}
                 lines.append(json.dumps(line))  # ASCII: a file name need not be Unicode
-    partial = out / "rejected.jsonl.partial"
-    partial.write_text("".join(f"{line}\n" for line in lines))
-    os.replace(partial, out / "rejected.jsonl")
+    with replace_file(out / "rejected.jsonl") as fresh:
+        fresh.write_text("".join(f"{line}\n" for line in lines))
 
 
 # ------------------------------------------------------------------------------------------ running
 def run_items(step: str, out: Path, calls: list[Call], num_workers: int) -> int:
     """Do the calls whose marker is absent or of other settings; returns how many items are usable now."""
     forget_others(out, step, {call.key for call in calls})
-    pending = [call for call in calls if marker(out, step, call.key).get("stamp") != call.stamp]
+    pending = [call for call in calls if not _is_done(out, step, call)]
     log.info("%s: %d of %d items to do", step, len(pending), len(calls))
     for call, reason in tqdm(_results(pending, num_workers), total=len(pending), desc=step, unit="clip"):
         if reason is not None:
@@ -122,6 +120,15 @@ def run_items(step: str, out: Path, calls: list[Call], num_workers: int) -> int:
     usable = len(done_keys(out, step))
     log.info("%s: %d usable, %d rejected", step, usable, len(calls) - usable)
     return usable
+
+
+def _is_done(out: Path, step: str, call: Call) -> bool:
+    """Whether the item was made with these settings. One that an earlier version made is noted anew."""
+    note = marker(out, step, call.key)
+    if note.get("stamp") in call.former and note["rejected"] is None:
+        mark(out, step, call.key, call.stamp, call.origin, clip=call.clip)
+        return True
+    return note.get("stamp") == call.stamp
 
 
 def _printable(text: str) -> str:

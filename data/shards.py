@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from torch.utils.data import Dataset
 from data.batch import Sample
 from data.video import VideoError, read_video
 from models.condition import ClipGeometry
+from models.files import bring_to_disk, replace_file
 from models.motion.tracks import Tracks
 
 INDEX_NAME = "index.json"
@@ -72,13 +72,8 @@ class ShardIndex:
 
     def save(self, folder: str | Path) -> None:
         content = {"version": INDEX_VERSION, "fields": self.fields} | asdict(self)
-        path = Path(folder) / INDEX_NAME
-        partial = path.with_name(INDEX_NAME + ".partial")
-        with partial.open("w") as file:
+        with replace_file(Path(folder) / INDEX_NAME) as fresh, fresh.open("w") as file:
             json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, folder: str | Path) -> ShardIndex:
@@ -130,12 +125,11 @@ def write_shards(
     folder: str | Path,
     geometry: ClipGeometry,
     *,
-    name: str = "clips",
     max_shard_bytes: float = 1e9,
     text_len: int | None = None,
     fingerprints: dict[str, str] | None = None,
 ) -> ShardIndex:
-    """Write (key, {suffix: bytes}) samples to <folder>/<name>-000000.tar … and index.json.
+    """Write (key, {suffix: bytes}) samples to <folder>/clips-000000.tar … and index.json.
 
     The same samples give the same bytes. An older index is removed first and the new one written last: a
     folder with an index is complete. ValueError if a key holds a dot (webdataset ends keys there) or repeats.
@@ -145,10 +139,10 @@ def write_shards(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX_NAME).unlink(missing_ok=True)
-    for old in folder.glob(f"{name}-*.tar"):
+    for old in folder.glob("clips-*.tar"):
         old.unlink()
     seen: set[str] = set()
-    pattern = str(folder / f"{name}-%06d.tar")
+    pattern = str(folder / "clips-%06d.tar")
     with webdataset.ShardWriter(
         pattern, maxcount=1_000_000, maxsize=max_shard_bytes, encoder=False, mtime=0.0, verbose=0
     ) as writer:
@@ -157,7 +151,9 @@ def write_shards(
                 raise ValueError(f"key={key!r} must hold no dot and be unique within the data set")
             seen.add(key)
             writer.write({"__key__": key, **parts})
-    shards = sorted(path.name for path in folder.glob(f"{name}-*.tar") if seen)
+    shards = sorted(path.name for path in folder.glob("clips-*.tar") if seen)
+    for shard in shards:
+        bring_to_disk(folder / shard)
     entries = [entry for number, shard in enumerate(shards) for entry in _scan(folder / shard, number)]
     index = ShardIndex(geometry, shards, entries, text_len, dict(fingerprints or {}))
     index.save(folder)

@@ -21,9 +21,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from data.sprites import Scene, SpritesConfig, render_clip, simulate, split_seed
 from data.video import VideoError, probe_video, read_video, write_video
 from models.condition import ClipGeometry
+from models.files import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +85,6 @@ class SpritesSource:
         default_tracker: str = "exact"
         default_grid: int = 16  # rows and columns of the query grid
         default_previews: str = "8"
-        default_layers: int = 0
 
     def __init__(self, cfg: Config) -> None:
         if cfg.num_clips < 1:
@@ -137,15 +139,17 @@ class FolderSource:
         default_tracker: str = "lucas_kanade"
         default_grid: int = 50
         default_previews: str = "all"
-        default_layers: int = 0
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
         self.folder = _required_folder(cfg.path)
 
+    def videos(self) -> list[Path]:
+        return sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+
     def items(self) -> Iterator[SourceItem]:
         table = _caption_table(Path(self.cfg.captions)) if self.cfg.captions else {}
-        paths = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+        paths = self.videos()
         if not paths:
             raise FileNotFoundError(f"source.path={self.folder} holds no videos ({', '.join(VIDEO_SUFFIXES)})")
         seen: set[str] = set()
@@ -171,12 +175,17 @@ class FolderSource:
         """Nothing to add: captions are in the sidecars."""
 
 
-def _render_video(item: SourceItem, geometry: ClipGeometry, target: Path, crf: int) -> dict[str, Any]:
+def read_item(item: SourceItem, geometry: ClipGeometry) -> np.ndarray:
+    """Frames of a real clip, uint8 [T, H, W, 3]. Raises VideoError with the reason where it cannot be used."""
     if isinstance(item, UnusableItem):
         raise VideoError(item.reason)
     if item.path is None:
         raise VideoError("the item names no video file")
-    write_video(target, read_video(item.path, geometry), geometry.fps, crf)
+    return read_video(item.path, geometry)
+
+
+def _render_video(item: SourceItem, geometry: ClipGeometry, target: Path, crf: int) -> dict[str, Any]:
+    write_video(target, read_item(item, geometry), geometry.fps, crf)
     return {"source": item.origin}
 
 
@@ -270,7 +279,6 @@ class OpenVidSource:
         default_tracker: str = "cotracker3"
         default_grid: int = 50
         default_previews: str = "8"
-        default_layers: int = 0
 
     def __init__(self, cfg: Config) -> None:
         if not cfg.manifest:
@@ -321,7 +329,6 @@ class VidPromSource:
         default_tracker: str = "cotracker3"
         default_grid: int = 50
         default_previews: str = "8"
-        default_layers: int = 0
 
     def __init__(self, cfg: Config) -> None:
         if not cfg.manifest:
@@ -349,8 +356,6 @@ class VidPromSource:
         return _render_video(item, geometry, target, self.cfg.crf)
 
     def write_manifest(self, folder: Path) -> None:
-        partial = folder / "prompts.jsonl.partial"
-        with partial.open("w", encoding="utf-8") as file:
+        with replace_file(folder / "prompts.jsonl") as fresh, fresh.open("w", encoding="utf-8") as file:
             for uuid, prompt in self.prompts():
                 file.write(json.dumps({"uuid": uuid, "prompt": prompt}, ensure_ascii=False) + "\n")
-        os.replace(partial, folder / "prompts.jsonl")

@@ -8,8 +8,10 @@ CoTracker3 (CC-BY-NC 4.0) is not on PyPI; it comes from torch.hub or an installe
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +23,7 @@ from models.device import pick_device
 log = logging.getLogger(__name__)
 
 TRACKERS = ("exact", "lucas_kanade", "cotracker3")
+MODES = ("offline", "online")  # of cotracker3
 COTRACKER_HELP = (
     "let torch.hub fetch code and weights with tracker.allow_download=true and tracker.checkpoint=null, or set "
     "tracker.checkpoint to a weights file and install the code with "
@@ -38,58 +41,83 @@ class Tracker(Protocol):
 
 
 @dataclass
-class TrackerConfig:
+class TrackerConfig(LucasKanadeConfig):
+    """Which tracker, on which queries, and the settings of each. Raises ValueError, naming the field."""
+
     name: str = "lucas_kanade"  # exact (sprites only) | lucas_kanade | cotracker3
     rows: int = 50  # query grid on frame 0
     cols: int = 50
-    window_px: float = 7.0  # lucas_kanade: side of the window
-    levels: int = 3  # lucas_kanade: pyramid levels above the first
-    upsample: int = 2  # lucas_kanade: cubic enlargement of the frames before tracking, 1..4
-    max_roundtrip_px: float = 0.5  # lucas_kanade: forward-backward error beyond which a point is lost
-    max_layers: int = 6  # lucas_kanade: rigid layers that carry points through occlusion; 0 = off
     mode: str = "offline"  # cotracker3: offline (whole clip, more accurate) | online (windows of 16 frames)
     checkpoint: str | None = None  # cotracker3: weights file for an installed `cotracker`
     allow_download: bool = False  # cotracker3: may torch.hub fetch code and weights
-    device: str = "cpu"  # cotracker3: cpu | cuda (workers share the devices) | cuda:1 and so on
+    device: str = "cpu"  # cotracker3: cpu | cuda | auto (workers share the devices) | cuda:1 and so on
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.name not in TRACKERS:
             raise ValueError(f"tracker.name={self.name!r} must be one of {TRACKERS}")
         if self.rows < 1 or self.cols < 1:
             raise ValueError(f"tracker.rows={self.rows} and tracker.cols={self.cols} must be >= 1")
+        if self.mode not in MODES:
+            raise ValueError(f"tracker.mode={self.mode!r} must be one of {MODES}")
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that its tracks depend on: not those of other trackers, nor where it runs."""
+        own = {"lucas_kanade": [f.name for f in fields(LucasKanadeConfig)], "cotracker3": ["mode", "checkpoint"]}
+        return {name: vars(self)[name] for name in ("name", "rows", "cols", *own.get(self.name, ()))}
+
+
+def require_available(cfg: TrackerConfig, has_scene: bool) -> None:
+    """Refuse a tracker that cannot work here, before it is needed; has_scene: whether the clips are of sprites.
+
+    Raises ValueError for `exact` without a scene and for a device that is not there, ImportError where CoTracker3 has
+    neither weights nor leave to fetch them or its package is absent, FileNotFoundError where its weights are.
+    """
+    if cfg.name == "exact" and not has_scene:
+        raise ValueError("tracker.name=exact needs sprites clips; use lucas_kanade or cotracker3 for real video")
+    if cfg.name != "cotracker3":
+        return
+    pick_device(cfg.device, "tracker.device")
+    if cfg.checkpoint is None:
+        if not cfg.allow_download:  # the predictors of the package would come with random weights
+            raise ImportError(
+                "tracker.name=cotracker3 has no weights: tracker.checkpoint=null and tracker.allow_download=false; "
+                f"{COTRACKER_HELP}"
+            )
+    elif find_spec("cotracker") is None:
+        raise ImportError(f"tracker.checkpoint={cfg.checkpoint} needs the package `cotracker`; {COTRACKER_HELP}")
+    elif not Path(cfg.checkpoint).is_file():
+        raise FileNotFoundError(f"tracker.checkpoint={cfg.checkpoint}: no such file; {COTRACKER_HELP}")
 
 
 def build_tracker(cfg: TrackerConfig | str, scene: Scene | None = None) -> Tracker:
     """The tracker of a config, or of a name with default settings.
 
     `exact` needs the scene of the clip, simulated again from the seed stored beside the video. CoTracker3 is loaded
-    once per process and kept; ImportError if it is asked for without weights, or its package is absent.
+    once per process and kept. Raises what `require_available` does.
     """
     cfg = TrackerConfig(name=cfg) if isinstance(cfg, str) else cfg
-    if cfg.name == "exact":
-        if scene is None:
-            raise ValueError("tracker.name=exact needs a sprites clip; use lucas_kanade or cotracker3 for real video")
-        return ExactTracker(scene)
+    require_available(cfg, scene is not None)
     if cfg.name == "lucas_kanade":
-        return LucasKanadeTracker(
-            LucasKanadeConfig(cfg.window_px, cfg.levels, cfg.upsample, cfg.max_roundtrip_px, cfg.max_layers)
-        )
-    device = str(pick_device(cfg.device, "tracker.device"))
-    return _kept_cotracker3(cfg.mode, cfg.checkpoint, cfg.allow_download, device)
+        return LucasKanadeTracker(cfg)
+    if cfg.name == "cotracker3":
+        return _kept_cotracker3(cfg.mode, cfg.checkpoint, str(pick_device(cfg.device, "tracker.device")))
+    assert scene is not None, "require_available refuses exact without a scene"
+    return ExactTracker(scene)
 
 
 def on_own_device(cfg: TrackerConfig, worker: int) -> TrackerConfig:
-    """The config with one device for worker n of a pool in place of "cuda", which would be the first for all."""
-    if cfg.device != "cuda":
-        return cfg
+    """The config with one GPU for worker n of a pool in place of "cuda" or "auto", which would be the first for all."""
     import torch
 
-    return replace(cfg, device=f"cuda:{worker % max(1, torch.cuda.device_count())}")
+    if cfg.device not in ("cuda", "auto") or not torch.cuda.is_available():
+        return cfg
+    return replace(cfg, device=f"cuda:{worker % torch.cuda.device_count()}")
 
 
 @lru_cache(maxsize=1)  # at most one model in device memory
-def _kept_cotracker3(mode: str, checkpoint: str | None, allow_download: bool, device: str) -> CoTracker3:
-    return CoTracker3(mode, checkpoint, allow_download, device)
+def _kept_cotracker3(mode: str, checkpoint: str | None, device: str) -> CoTracker3:
+    return CoTracker3(mode, checkpoint, device)
 
 
 def grid_queries(height: int, width: int, rows: int, cols: int) -> np.ndarray:
@@ -121,40 +149,21 @@ class CoTracker3:
 
     The predictors take [B, T, 3, H, W] float 0..255 and queries (frame, x, y) in input pixels, and return
     visibility that is already boolean (offline score > 0.9, online visibility * confidence > 0.6).
+    Without a checkpoint torch.hub fetches code and weights.
     """
 
-    def __init__(
-        self,
-        mode: str = "offline",
-        checkpoint: str | None = None,
-        allow_download: bool = False,
-        device: str = "cpu",
-    ) -> None:
-        if mode not in ("offline", "online"):
-            raise ValueError(f"tracker.mode={mode!r} must be offline or online")
+    def __init__(self, mode: str = "offline", checkpoint: str | None = None, device: str = "cpu") -> None:
         self.mode, self.device = mode, device
-        self.model = self._load(checkpoint, allow_download).to(device)
+        self.model = (self._from_hub() if checkpoint is None else self._installed(checkpoint)).to(device)
 
-    def _load(self, checkpoint: str | None, allow_download: bool) -> Any:
+    def _from_hub(self) -> Any:
         import torch
 
-        if checkpoint is not None:
-            return self._installed(checkpoint)
-        if allow_download:
-            return torch.hub.load("facebookresearch/co-tracker", f"cotracker3_{self.mode}")
-        # without a checkpoint the predictors come with random weights
-        raise ImportError(
-            f"tracker.name=cotracker3 has no weights: tracker.checkpoint=null and tracker.allow_download=false; "
-            f"{COTRACKER_HELP}"
-        )
+        return torch.hub.load("facebookresearch/co-tracker", f"cotracker3_{self.mode}")
 
     def _installed(self, checkpoint: str) -> Any:
-        try:
-            from cotracker.predictor import CoTrackerOnlinePredictor, CoTrackerPredictor
-        except ImportError as error:
-            raise ImportError(
-                f"tracker.checkpoint={checkpoint} needs the package `cotracker`; {COTRACKER_HELP}"
-            ) from error
+        from cotracker.predictor import CoTrackerOnlinePredictor, CoTrackerPredictor
+
         if self.mode == "online":
             return CoTrackerOnlinePredictor(checkpoint=checkpoint)
         return CoTrackerPredictor(checkpoint=checkpoint)

@@ -9,7 +9,6 @@ frame rate (frames are taken by the average rate).
 from __future__ import annotations
 
 import io
-import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from models.condition import ClipGeometry
+from models.files import bring_to_disk
 from models.motion.tracks import centre_crop
 
 Result = TypeVar("Result")
@@ -308,7 +308,8 @@ class VideoWriter:
         for packet in self._stream.encode():
             self._container.mux(packet)
         self._container.close()
-        os.replace(self.partial, self.path)
+        bring_to_disk(self.partial)
+        self.partial.replace(self.path)
 
     def discard(self) -> None:
         self._container.close()

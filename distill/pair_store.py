@@ -11,19 +11,18 @@ Left out: how a pair is made (distill/ode_pairs.py) and used (distill/causal_ini
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.assemble import ModelConfig
 from models.condition import Condition, build_condition
+from models.files import replace_file, write_json
 from models.motion.tracks import Tracks
 
 RECIPE_FILE = "recipe.json"
@@ -65,9 +64,9 @@ class PairStore:
         if path.exists():
             _require_same_recipe(folder, json.loads(path.read_text()), recipe)
         else:
-            shared = {"null_prompt_embeds": null_prompt_embeds.cpu().contiguous()}
-            write_atomically(folder / SHARED_FILE, save(shared))
-        write_atomically(path, json.dumps(recipe, indent=2).encode())
+            with replace_file(folder / SHARED_FILE) as fresh:
+                save_file({"null_prompt_embeds": null_prompt_embeds.cpu().contiguous()}, fresh)
+        write_json(path, recipe)
         return cls(folder, recipe)
 
     @classmethod
@@ -104,7 +103,8 @@ class PairStore:
         used = tensors["prompt_embeds"].ne(0).any(-1).nonzero()
         tensors["prompt_embeds"] = tensors["prompt_embeds"][: int(used.max()) + 1 if len(used) else 0]
         tensors = {name: value.contiguous() for name, value in tensors.items()}
-        write_atomically(self._path(index), save(tensors))
+        with replace_file(self._path(index)) as fresh:
+            save_file(tensors, fresh)
 
     def read(self, index: int) -> OdePair:
         """One pair; the prompt is zero-padded to its full length again."""
@@ -144,16 +144,6 @@ def stack_condition(pairs: Sequence[OdePair], null_prompt_embeds: Tensor, model_
         clip_embeds=_stack([pair.clip_embeds for pair in pairs]),
         track_latents=_stack([pair.track_latents for pair in pairs]),
     )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that is either whole or absent, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _tracks(pair: OdePair, height: int, width: int) -> Tracks:

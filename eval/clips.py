@@ -1,9 +1,9 @@
 """The clips a model is judged on: frames, caption, and the tracks that it is asked to follow.
 
 Two sources. The sprites world renders held-out clips (seeds of its "test" split) of any length with exact
-tracks and masks. A folder of real videos gives clips whose ground truth is what a tracker finds in them;
-`name.txt` beside `name.mp4` is its caption. Tracks start on a grid in frame 0 with one point per latent cell,
-at most tracker.rows x tracker.cols (50 x 50 in MotionStream).
+tracks and masks. A folder of real videos, listed and captioned as `python -m data source=folder` does, gives clips
+whose ground truth is what a tracker finds in them. Tracks start on a grid in frame 0 with one point per latent
+cell, at most tracker.rows x tracker.cols (50 x 50 in MotionStream).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
+from data.sources import FolderSource, read_item
 from data.sprites import SpritesClip, SpritesConfig, render_clip, split_seed
 from data.trackers import TrackerConfig, build_tracker
-from data.video import ISO_SUFFIXES, VideoError, read_video
+from data.video import VideoError
 from models.condition import ClipGeometry
 from models.diffusion.noise import KeyedNoise
 from models.motion.tracks import Tracks, sample_track_ids
@@ -76,7 +76,7 @@ def sprites_clips(
 
 
 def folder_clips(
-    folder: str | Path,
+    source: FolderSource,
     geometry: ClipGeometry,
     *,
     num_clips: int,
@@ -84,29 +84,26 @@ def folder_clips(
     queries: np.ndarray,
     noise: KeyedNoise,
 ) -> list[EvalClip]:
-    """The first usable videos of a folder, by name; one that cannot be read is skipped with a warning.
+    """The first usable videos of a folder, by name; one that cannot be used is skipped with a warning.
 
-    Raises:
-        ValueError: the folder holds no usable video.
+    Raises ValueError where the folder holds none, FileNotFoundError where the CSV of captions is not there.
     """
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in ISO_SUFFIXES)
+    items = list(source.items()) if source.videos() else []
     clips: list[EvalClip] = []
-    for path in paths:
+    for item in items:
         if len(clips) == num_clips:
             break
         try:
-            frames = read_video(path, geometry)
+            frames = read_item(item, geometry)
         except VideoError as error:
-            log.warning("%s is left out: %s", path.name, error)
+            log.warning("%s is left out: %s", item.origin, error)
             continue
         points, visibility = build_tracker(tracker).track(frames, queries)
         tracks = identified(points, visibility, geometry.height, geometry.width, noise, len(clips))
-        caption_file = path.with_suffix(".txt")
-        caption = caption_file.read_text(encoding="utf-8").strip() if caption_file.is_file() else ""
-        clips.append(EvalClip(path.stem, len(clips), caption, frames, tracks))
+        clips.append(EvalClip(item.key, len(clips), item.caption, frames, tracks))
     if not clips:
         raise ValueError(
-            f"bench.source={folder} holds no usable video ({len(paths)} found); it needs mp4 files of at least "
+            f"bench.source={source.folder} holds no usable video ({len(items)} found); it needs some of at least "
             f"{geometry.num_frames} frames at {geometry.fps} fps"
         )
     return clips

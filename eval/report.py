@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data.video import write_video
+from models.files import replace_file
 
 MIN_VIDEO_SIDE_PX = 256
 GAP_PX = 8  # between the columns of a side-by-side video, after enlarging
@@ -133,9 +134,8 @@ def write_report(
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><main><h1>{html.escape(title)}</h1>{note_html}\n{body}\n</main></body></html>\n"
     )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    with replace_file(path) as fresh:
+        fresh.write_text(page, encoding="utf-8")
     return path
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from eval.metrics.interval import Interval, bootstrap_interval, paired_difference
 from eval.report import Table
+from models.files import write_json
 from stream.provenance import git_commit, machine
 
 log = logging.getLogger(__name__)
@@ -113,13 +114,6 @@ class Results:
         if value is None:
             return "n/a"
         return f"{value:.4g}" if isinstance(value, float) else str(value).split(":")[0]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Atomically; raises ValueError for nan and infinity, which JSON has not."""
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def keep(path: Path, made_with: Mapping[str, Any], **content: Any) -> None:

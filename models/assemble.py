@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from models.condition import FRAMES_PER_LATENT, ClipGeometry, num_pixel_frames
+from models.device import DTYPES
 from models.diffusion.guidance import Guidance
 from models.rollout import RolloutConfig
 from models.vae.latent_space import LatentSpace
@@ -30,7 +31,6 @@ from models.wan.text_encoder import HashedEncoder, TextEncoder, Umt5Encoder, Voc
 log = logging.getLogger(__name__)
 
 TEXT_KINDS = ("vocabulary", "hashed", "umt5")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REPO_DIR = Path(__file__).resolve().parents[1]
 ROLE_STAGES = {"teacher": "teacher", "student": "self_forcing"}  # role: the stage that makes it
 

@@ -1,10 +1,12 @@
-"""The device that a configuration names, checked before anything is loaded onto it."""
+"""The device and the dtype that a configuration names; a device is checked before anything is loaded onto it."""
 
 from __future__ import annotations
 
 import re
 
 import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(name: str, field: str = "device") -> torch.device:

@@ -32,9 +32,10 @@ from eval.benchmarks.motion_transfer import MotionTransfer, MotionTransferConfig
 from eval.clips import stack_tracks
 from eval.metrics.interval import Interval, bootstrap_interval, mean_over_seeds, seeded_interval
 from eval.report import Section, Table
-from eval.results import Results, keep, read_kept, write_json
+from eval.results import Results, keep, read_kept
 from eval.roles import ROLES
 from models.assemble import located
+from models.files import write_json
 from models.motion.embedding import scatter_tracks
 from models.motion.rgb import draw_tracks
 from models.motion.track_head import TrackHead

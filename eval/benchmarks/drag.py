@@ -11,7 +11,6 @@ real video by a point tracker.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +39,7 @@ from eval.metrics.drag import (
 from eval.report import Section, Table, video_side_by_side
 from eval.results import Results
 from models.condition import FRAMES_PER_LATENT, num_pixel_frames
+from models.files import write_json
 from models.motion.tracks import Tracks
 from models.rollout import ChunkPass
 from models.wan.dit import WanDiT
@@ -372,7 +372,7 @@ def write_scenarios(path: Path, scenarios: Sequence[DragScenario], verdicts: Map
         for n, scenario in enumerate(scenarios)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
 
 
 def _is_seen(handle: Handle, pose: Pose) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.sources import FolderSource
 from data.sprites import SpritesConfig
 from data.trackers import TrackerConfig
 from data.video import draw_tracks_on
@@ -43,7 +44,8 @@ NETWORK_BATCH = 16  # clips that the feature network sees at a time
 class MotionTransferConfig(SamplingConfig):
     """What is generated, and how it is judged."""
 
-    source: str = "sprites"  # sprites, or a folder of videos (name.mp4, caption in name.txt)
+    source: str = "sprites"  # sprites, or a folder of videos, captions as for `python -m data source=folder`
+    captions: str | None = None  # folder: CSV with the columns file and caption, for videos without name.txt or .json
     split: str = "test"  # sprites: which seeds
     num_clips: int = 32  # clips judged; an interval needs at least 2
     batch_size: int = 8  # clips generated at a time
@@ -200,7 +202,7 @@ def load_clips(cfg: MotionTransferConfig, context: EvalContext) -> list[EvalClip
             noise=context.noise,
         )
     return folder_clips(
-        cfg.source,
+        FolderSource(FolderSource.Config(cfg.source, cfg.captions)),
         geometry,
         num_clips=cfg.num_clips,
         tracker=cfg.tracker,

@@ -15,6 +15,7 @@ from models.motion.embedding import track_priorities, winning_tracks
 from models.motion.tracks import NUM_TRACK_IDS, Tracks
 
 GOLDEN_RATIO = 0.6180339887498949  # multiples of it, modulo 1, spread hues evenly for neighbouring ids
+RADIUS_PX = 2.0  # of a disc
 EDGE_PX = 1.0  # width of a disc's soft edge
 BACKGROUND = -1.0  # black
 
@@ -29,14 +30,12 @@ def id_colours(ids: Tensor) -> Tensor:
     return (wave.clamp(0.0, 1.0) * value[..., None] * 2.0 - 1.0).float()
 
 
-def draw_tracks(tracks: Tracks, radius_px: float = 2.0) -> Tensor:
+def draw_tracks(tracks: Tracks) -> Tensor:
     """Draws the visible tracks -> pixels [B, 3, T, height, width] in [-1, 1], deterministic."""
-    if radius_px <= 0:
-        raise ValueError(f"radius_px={radius_px} must be positive")
-    reach = int(radius_px + EDGE_PX)
+    reach = int(RADIUS_PX + EDGE_PX)
     span = torch.arange(-reach, reach + 1, device=tracks.points.device)
     offsets = torch.cartesian_prod(span, span).to(tracks.points.dtype)  # [stamp, 2] px
-    winners = _front_tracks(tracks, offsets, radius_px)
+    winners = _front_tracks(tracks, offsets)
     batch, num_frames, height, width = winners.shape
 
     # the winner's own position gives the distance: one more row stands for "no track", far away
@@ -44,7 +43,7 @@ def draw_tracks(tracks: Tracks, radius_px: float = 2.0) -> Tensor:
     centres = torch.cat([tracks.points, nowhere], 2)
     index = winners.flatten(2)[..., None].expand(-1, -1, -1, 2)
     centre = centres.gather(2, index).unflatten(2, (height, width))
-    opacity = _opacity(centre - _pixel_centres(height, width, centre), radius_px)
+    opacity = _opacity(centre - _pixel_centres(height, width, centre))
 
     colours = torch.cat([id_colours(tracks.ids), tracks.points.new_full((batch, 1, 3), BACKGROUND)], 1)
     colour = colours.gather(1, winners.flatten(1)[..., None].expand(-1, -1, 3)).view(
@@ -54,14 +53,14 @@ def draw_tracks(tracks: Tracks, radius_px: float = 2.0) -> Tensor:
     return pixels.permute(0, 4, 1, 2, 3).contiguous()
 
 
-def _front_tracks(tracks: Tracks, offsets: Tensor, radius_px: float) -> Tensor:
+def _front_tracks(tracks: Tracks, offsets: Tensor) -> Tensor:
     """Frontmost track at each pixel -> [B, T, height, width], N where none reaches.
 
     A track whose centre has left the frame is gone, as in the identity map, even where its disc would reach
     in.
     """
     stamped = tracks.points.floor()[:, :, :, None] + offsets  # [B, T, N, stamp, 2]
-    reached = _opacity(stamped + 0.5 - tracks.points[:, :, :, None], radius_px) > 0
+    reached = _opacity(stamped + 0.5 - tracks.points[:, :, :, None]) > 0
     ranks = track_priorities(tracks)[..., None].expand(-1, -1, len(offsets))
     winners = winning_tracks(
         stamped.flatten(2, 3),
@@ -73,9 +72,9 @@ def _front_tracks(tracks: Tracks, offsets: Tensor, radius_px: float) -> Tensor:
     return winners.clamp_max(tracks.num_tracks)
 
 
-def _opacity(offset: Tensor, radius_px: float) -> Tensor:
+def _opacity(offset: Tensor) -> Tensor:
     """Disc with a linear edge: 1 inside, 0 from radius + half an edge outward."""
-    return ((radius_px - offset.norm(dim=-1)) / EDGE_PX + 0.5).clamp(0.0, 1.0)
+    return ((RADIUS_PX - offset.norm(dim=-1)) / EDGE_PX + 0.5).clamp(0.0, 1.0)
 
 
 def _pixel_centres(height: int, width: int, like: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from models.files import replace_file
+
 FIELDS = ("points", "visibility", "height", "width")  # of a track file
 NUM_TRACK_IDS = 10_000  # identities are integers 0..9999: integers keep the encodings far apart
 
@@ -165,17 +167,17 @@ class Tracks:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes one clip (B = 1) to ``.npz`` or ``.json``, by the suffix."""
+        """Writes one clip (B = 1) to ``.npz`` or ``.json``, by the suffix; whole or not at all."""
         if self.batch_size != 1:
             raise ValueError(f"batch_size={self.batch_size} must be 1: a track file holds one clip")
-        path = Path(path)
+        suffix = _suffix(Path(path))
+        fields: dict[str, Any] = {"height": self.height, "width": self.width}
         points, visibility = self.points[0].cpu().numpy(), self.visibility[0].cpu().numpy()
-        if _suffix(path) == ".npz":
-            np.savez_compressed(path, points=points, visibility=visibility, height=self.height, width=self.width)
-            return
-        fields = {"height": self.height, "width": self.width}
-        fields |= {"points": points.tolist(), "visibility": visibility.tolist()}
-        path.write_text(json.dumps(fields))
+        with replace_file(path) as fresh, fresh.open("wb") as file:
+            if suffix == ".npz":
+                np.savez_compressed(file, points=points, visibility=visibility, **fields)
+            else:
+                file.write(json.dumps(fields | {"points": points.tolist(), "visibility": visibility.tolist()}).encode())
 
     @staticmethod
     def load(path: str | Path) -> Tracks:
@@ -188,9 +190,11 @@ class Tracks:
         try:
             points, visibility = np.asarray(fields["points"], np.float32), np.asarray(fields["visibility"])
             height, width = int(fields["height"]), int(fields["width"])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: {error}; points are numbers, height and width whole pixels") from error
-        if not visibility.size:  # JSON does not tell the shape of what is empty
+        if height < 1 or width < 1:
+            raise ValueError(f"{path}: height={height} and width={width} must be at least 1 px")
+        if not visibility.size and not points.size:  # JSON does not tell the shape of what is empty
             points = points.reshape(*visibility.shape, 2)
         if points.shape != (*visibility.shape, 2) or visibility.ndim != 2:
             raise ValueError(
@@ -210,17 +214,6 @@ def centre_crop(have: tuple[int, int], want: tuple[int, int]) -> tuple[int, int,
     scale = max(want[0] / have[0], want[1] / have[1])
     height, width = (min(old, max(1, round(new / scale))) for old, new in zip(have, want))
     return (have[0] - height) // 2, (have[1] - width) // 2, height, width
-
-
-def load_tracks(path: str | Path, height: int, width: int) -> Tracks:
-    """Reads a track file that must be in the model's resolution (px); any other is refused by name."""
-    tracks = Tracks.load(path)
-    if (tracks.height, tracks.width) != (height, width):
-        raise ValueError(
-            f"{path}: resolution {tracks.height}x{tracks.width} must be {height}x{width}, the model's clip "
-            f"size; convert it once with Tracks.load(path).resize_to({height}, {width}).save(path)"
-        )
-    return tracks
 
 
 def sample_track_ids(batch_size: int, num_tracks: int, rng: torch.Generator) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from models.files import bring_to_disk
 
 
 @contextmanager
@@ -19,8 +20,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     try:
         yield fresh
         for path in fresh.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            bring_to_disk(path)
         fresh.chmod(0o755)  # mkdtemp gives 0700, which others on a cluster could not read
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))

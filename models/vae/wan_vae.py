@@ -84,14 +84,6 @@ class VaeConfig:
     def wan_2_2(cls, path: str | None = None) -> VaeConfig:
         return cls(path=path, base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, patch_size=2)
 
-    @classmethod
-    def sprites(cls, base_dim: int = 16, z_dim: int = 8) -> VaeConfig:
-        """Two halvings of space and time: stride 4; 0.5 M parameters at base_dim 8, 1.8 M at 16."""
-        return cls(
-            base_dim=base_dim, z_dim=z_dim, dim_mult=[1, 2, 4], num_res_blocks=1,
-            temporal_downsample=[True, True], latents_per_call=None,
-        )  # fmt: skip
-
 
 class WanVae(nn.Module):
     """Pixels [B, 3, T, H, W] in [-1, 1] <-> normalised latents [B, C, F, h, w], F = 1 + (T-1)/4."""
@@ -231,16 +223,6 @@ class WanVae(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, C, F, h, w] -> pixels [B, 3, 1 + 4(F-1), H, W] in [-1, 1], float32."""
         return self.reconstruct(self.denormalise(latents)).float().clamp(-1.0, 1.0)
-
-    def forward(self, pixels: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels -> (reconstruction, posterior mean, posterior log variance): one training pass, all raw.
-
-        noise [B, C, F, h, w] draws the sample that is decoded; None decodes the mode. `train/vae.py` takes the two
-        halves by themselves: the noise it draws has the shape of the posterior.
-        """
-        posterior = self.posterior(pixels)
-        sample = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        return self.reconstruct(sample), posterior.mean, posterior.logvar
 
     def posterior(self, pixels: Tensor) -> DiagonalGaussianDistribution:
         """q(z | pixels) with raw (not normalised) moments; differentiable, for training the VAE."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.files import replace_file
 from models.wan.config import MASK_CHANNELS, WanConfig
 from models.wan.dit import WanDiT
 
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
 InputLayout = list[tuple[str, int]]  # (part, channels) in order
-FORMATS = ("auto", "official", "diffusers")
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "model.json"
 TRACK_HEAD = "track_head."
 NESTED_STATES = ("generator_ema", "generator")  # the first one present is read
@@ -84,13 +83,11 @@ def diffusers_to_official(state: Mapping[str, Tensor]) -> StateDict:
     return _rename(known, top, block, "diffusers")
 
 
-def to_official(state: Mapping[str, Any], format: str = "auto") -> StateDict:
+def to_official(state: Mapping[str, Any]) -> StateDict:
     """A loaded file's content, whatever its format and wrappers -> state dict with official names.
 
     Raises ValueError where a name belongs to no known format.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format='{format}' must be one of {', '.join(FORMATS)}")
     for nested in NESTED_STATES:
         if isinstance(state.get(nested), Mapping):
             state = state[nested]
@@ -101,15 +98,13 @@ def to_official(state: Mapping[str, Any], format: str = "auto") -> StateDict:
             f"the checkpoint holds {', '.join(reference)}: a Fun-V1.1 control model, whose reference image "
             "is an extra frame that WanDiT does not have; use Wan2.1-Fun-1.3B-Control (V1.0)"
         )
-    if format == "auto":
-        format = "diffusers" if any(name.startswith("condition_embedder.") for name in state) else "official"
-    if format == "diffusers":
+    if any(name.startswith("condition_embedder.") for name in state):
         return diffusers_to_official(state)
     official_to_diffusers(state)  # refuses unknown names
     return state
 
 
-def load_pretrained(model: WanDiT, path: str | Path, format: str = "auto", grow_inputs: bool = True) -> list[str]:
+def load_pretrained(model: WanDiT, path: str | Path, grow_inputs: bool = True) -> list[str]:
     """Loads a file or folder of any known format into ``model``; returns the parameters left at their initial
     values.
 
@@ -117,7 +112,7 @@ def load_pretrained(model: WanDiT, path: str | Path, format: str = "auto", grow_
     of new channels are zero, so that the model starts as the old one. Only track_head.* may be absent. Raises
     ValueError naming the fields where the checkpoint is of another architecture.
     """
-    state, saved = to_official(read_state(path), format), _saved_config(Path(path))
+    state, saved = to_official(read_state(path)), _saved_config(Path(path))
     _check_architecture(state, saved, model.config, path)
     weight = "patch_embedding.weight"
     layout = _input_layout(state[weight].shape[1], model.config) if saved is None else saved.input_layout
@@ -146,14 +141,9 @@ def save_dit(model: WanDiT, folder: str | Path, **provenance: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config.to_dict()
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    weights = folder / f".{WEIGHTS_NAME}.partial"
-    save_file(state, weights, metadata={"format": "pt", "config": json.dumps(config, sort_keys=True)})
-    description = folder / f".{CONFIG_NAME}.partial"
-    description.write_text(json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n")
-    for partial, name in ((weights, WEIGHTS_NAME), (description, CONFIG_NAME)):
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(folder / name)
+    with replace_file(folder / CONFIG_NAME) as description, replace_file(folder / WEIGHTS_NAME) as weights:
+        save_file(state, weights, metadata={"format": "pt", "config": json.dumps(config, sort_keys=True)})
+        description.write_text(json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n")
 
 
 def read_dit_config(folder: str | Path) -> WanConfig:
@@ -267,7 +257,7 @@ def _rename(state: Mapping[str, Tensor], top: dict[str, str], block: dict[str, s
         else:
             renamed[new_name] = tensor
     if unknown:
-        raise ValueError(f"not names of a {source} model: {_shortened(unknown)}; give another file or format")
+        raise ValueError(f"not names of a {source} model: {_shortened(unknown)}; give another file")
     return renamed
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from data.app import build_config, compose_config
 from data.encode import EncodeConfig, fingerprint, fingerprints
 from data.shards import ShardDataset
 from data.sprites import SpritesConfig
-from data.trackers import build_tracker
+from data.trackers import TrackerConfig, build_tracker
 from data.video import probe_video, write_video
 from models.assemble import TextConfig
 from models.vae.wan_vae import WanVae
@@ -88,6 +90,48 @@ def test_resuming_does_only_what_is_missing(tmp_path, monkeypatch):
     assert len(changed) == 3, "other settings make the clips again"
 
 
+@pytest.fixture
+def attempts(monkeypatch) -> list[tuple[str, str]]:
+    """(function, key) of every item that is made from here on."""
+    made: list[tuple[str, str]] = []
+    attempt = progress.attempt
+    monkeypatch.setattr(
+        progress, "attempt", lambda call: made.append((call.function.__name__, call.key)) or attempt(call)
+    )
+    return made
+
+
+def test_clips_are_tracked_again_only_if_their_tracks_can_change(tmp_path, attempts):
+    data = ("source=sprites", "source.num_clips=2", f"out={tmp_path}", "tracker.rows=4", "tracker.cols=4")
+    run(*data, "previews=1")
+    attempts.clear()
+    run(*data, "step=track", "previews=1", "tracker.device=cuda", "tracker.upsample=3", "tracker.allow_download=true")
+    assert attempts == []
+    run(*data, "step=track", "previews=all")
+    assert attempts == [("preview_item", "train-000001")]
+    attempts.clear()
+    (tmp_path / "previews/train-000000.preview.mp4").unlink()
+    run(*data, "step=track", "previews=1")
+    assert attempts == [("preview_item", "train-000000")]
+    attempts.clear()
+    run(*data, "step=track", "previews=1", "tracker.rows=5")
+    keys = ("train-000000", "train-000001")
+    assert attempts == [*(("track_item", key) for key in keys), ("preview_item", keys[0])]
+
+
+def test_tracks_of_a_version_that_stamped_every_setting_stay(tmp_path, attempts):
+    data = ("source=sprites", "source.num_clips=2", f"out={tmp_path}", "tracker.rows=4", "tracker.cols=4", "previews=0")
+    run(*data)
+    tracker = TrackerConfig("exact", 4, 4, max_layers=0)
+    for preview, path in zip((False, True), (tmp_path / "markers/track").iterdir(), strict=True):
+        note = json.loads(path.read_text())
+        path.write_text(json.dumps(note | {"stamp": progress.stamp(asdict(tracker), preview, note["clip"])}))
+    attempts.clear()
+    for device in ("cpu", "cuda"):
+        run(*data, "step=track", f"tracker.device={device}")
+    assert attempts == []
+
+
 def test_fewer_clips_asked_for_are_fewer_packed(tmp_path):
     run("source=sprites", "source.num_clips=3", f"out={tmp_path}", "previews=0")
     run("source=sprites", "source.num_clips=2", f"out={tmp_path}", "previews=0")
@@ -111,6 +155,7 @@ def test_worker_processes_make_the_same_clips(tmp_path):
 
 def test_a_worker_tracks_on_its_own_gpu(tmp_path, monkeypatch):
     asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(prepare, "worker_number", lambda: 3)
     monkeypatch.setattr(
@@ -409,6 +454,29 @@ def test_broken_files_are_rejected_with_reasons(tmp_path):
     assert len(ShardDataset(out / "shards", ["tracks"])) == 2
 
 
+def test_other_filters_judge_the_clips_again(tmp_path, attempts):
+    """Without tracking those again that pass both."""
+    out = tmp_path / "out"
+    noise_video(tmp_path / "wide.mp4", num_frames=82)
+    noise_video(tmp_path / "odd.mp4", num_frames=82, width=60)
+    (tmp_path / "list.csv").write_text("video,caption,frame\nwide.mp4,wide,82\nodd.mp4,odd,82\n")
+    data = ["source=openvid", f"source.path={tmp_path}", f"source.manifest={tmp_path / 'list.csv'}", f"out={out}"]
+    data += ["tracker.name=lucas_kanade", "tracker.rows=2", "tracker.cols=2", "previews=0"]
+    assert run(*data) == 0 and set(rejected(out)) == {"odd.mp4"}
+    attempts.clear()
+    run(*data, "source.aspect_tolerance=0.1")
+    assert not rejected(out) and len(ShardDataset(out / "shards", ["tracks"])) == 2
+    assert [made for made in attempts if made[0] == "track_item"] == [("track_item", "odd")]
+    run(*data)
+    assert set(rejected(out)) == {"odd.mp4"} and len(ShardDataset(out / "shards", ["tracks"])) == 1
+    for path in (out / "markers/render").iterdir():  # as earlier versions left them
+        note = json.loads(path.read_text())
+        path.write_text(json.dumps(note | {"stamp": note["clip"], "clip": None}))
+    attempts.clear()
+    run(*data)
+    assert attempts == [("render_item", "odd")]
+
+
 def test_nothing_usable_is_an_error_code(tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos/text.mp4").write_text("hello")
@@ -443,6 +511,7 @@ def test_real_clips_with_a_50x50_grid(tmp_path):
         (["step=trak"], "step='trak' must be one of"),
         (["previews=some"], "previews='some'"),
         (["tracker.name=kalman"], "tracker.name='kalman'"),
+        (["tracker.upsample=9"], r"tracker\.upsample=9 must be in 1\.\.4"),
         (["encode.dtype=float8"], "encode.dtype='float8'"),
         (["encode.device=gpu"], "encode.device=gpu must be auto, cpu or cuda"),
         (["num_workers=-1"], "num_workers=-1 must be at least 0"),
@@ -454,8 +523,28 @@ def test_values_are_checked(tmp_path, overrides, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ([], r"tracker\.name=cotracker3 has no weights"),
+        (["tracker.checkpoint=absent.pth"], r"tracker\.checkpoint=absent\.pth needs the package `cotracker`"),
+        (["tracker.allow_download=true", "tracker.device=gpu"], r"tracker\.device=gpu must be auto, cpu or cuda"),
+        (["tracker.allow_download=true", "tracker.device=cuda"], r"tracker\.device=cuda, but this machine has no CUDA"),
+        (["source=folder", "source.path={tmp_path}", "tracker.name=exact"], r"tracker\.name=exact needs sprites clips"),
+    ],
+)
+def test_a_tracker_that_cannot_work_here_is_refused_before_any_work(tmp_path, monkeypatch, overrides, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "cotracker", None)
+    overrides = [text.format(tmp_path=tmp_path) for text in overrides]
+    with pytest.raises((ValueError, ImportError), match=message):
+        run(f"out={tmp_path / 'out'}", "tracker.name=cotracker3", *overrides)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_machine_without_gpu_does_what_needs_none(tmp_path):
-    assert run(f"out={tmp_path}", "source.num_clips=1", "step=render", "encode.device=cuda:99") == 0
+    cannot = ("encode.device=cuda:99", "tracker.name=cotracker3", "tracker.device=cuda:99")
+    assert run(f"out={tmp_path}", "source.num_clips=1", "step=render", *cannot) == 0
 
 
 def test_an_out_below_a_file_is_refused(tmp_path):

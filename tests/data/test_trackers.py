@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ import torch
 
 from data import trackers
 from data.layer_alignment import Target, _by_soft_colors, _predicted
-from data.lucas_kanade import LucasKanadeConfig
 from data.motion_layers import _smoothed, fit_motion
 from data.sprites import SpritesConfig, render_clip
 from data.trackers import CoTracker3, TrackerConfig, build_tracker, grid_queries, on_own_device
@@ -181,14 +181,15 @@ def test_fit_motion_recovers_a_similarity():
 @pytest.mark.parametrize(
     "settings, field",
     [
-        ({"upsample": 5}, "upsample=5"),
-        ({"window_px": 1.0}, "window_px=1.0"),
-        ({"max_layers": -1}, "max_layers=-1"),
+        ({"upsample": 5}, r"tracker\.upsample=5"),
+        ({"window_px": 1.0}, r"tracker\.window_px=1\.0"),
+        ({"max_layers": -1}, r"tracker\.max_layers=-1"),
+        ({"mode": "live"}, r"tracker\.mode=.live"),
     ],
 )
-def test_lucas_kanade_refusals(settings, field):
+def test_settings_of_trackers_are_checked_at_once(settings, field):
     with pytest.raises(ValueError, match=field):
-        LucasKanadeConfig(**settings)
+        TrackerConfig(**settings)
 
 
 def test_unknown_tracker_is_refused():
@@ -239,11 +240,15 @@ def no_kept_model():
 
 
 @pytest.fixture
-def fake_cotracker(monkeypatch):
+def fake_cotracker(monkeypatch, tmp_path):
+    """The installed package, and weights for it in the working directory."""
     package, predictor = types.ModuleType("cotracker"), types.ModuleType("cotracker.predictor")
+    package.__spec__ = ModuleSpec("cotracker", None)
     predictor.CoTrackerPredictor, predictor.CoTrackerOnlinePredictor = FakeOffline, FakeOnline
     monkeypatch.setitem(sys.modules, "cotracker", package)
     monkeypatch.setitem(sys.modules, "cotracker.predictor", predictor)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scaled_offline.pth").touch()
 
 
 def test_cotracker_offline(fake_cotracker):
@@ -279,6 +284,11 @@ def test_cotracker_absent_says_how_to_get_it(monkeypatch):
         build_tracker(TrackerConfig("cotracker3", checkpoint="weights.pth"))
 
 
+def test_weights_that_are_not_there_are_named(fake_cotracker):
+    with pytest.raises(FileNotFoundError, match=r"tracker\.checkpoint=absent\.pth: no such file"):
+        build_tracker(TrackerConfig("cotracker3", checkpoint="absent.pth"))
+
+
 def test_cotracker_without_weights_is_refused_even_if_installed(fake_cotracker):
     """Its predictors would take random weights."""
     with pytest.raises(ImportError, match=r"has no weights.*allow_download=true.*or set tracker\.checkpoint"):
@@ -299,11 +309,15 @@ def test_cotracker_from_the_hub_is_loaded_once(monkeypatch):
     "device, devices",
     [
         ("cuda", ["cuda:0", "cuda:1", "cuda:0"]),
+        ("auto", ["cuda:0", "cuda:1", "cuda:0"]),
         ("cuda:1", ["cuda:1"] * 3),
         ("cpu", ["cpu"] * 3),
     ],
 )
 def test_workers_share_the_gpus(monkeypatch, device, devices):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     cfg = TrackerConfig("cotracker3", device=device)
     assert [on_own_device(cfg, worker).device for worker in range(3)] == devices
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert on_own_device(cfg, 1) == cfg, "what was asked for is what a refusal names"

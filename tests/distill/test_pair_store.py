@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.pair_store import OdePair, PairStore, stack_states, write_atomically
+from distill.pair_store import OdePair, PairStore, stack_states
 
 RECIPE = {"num_pairs": 3, "shift": 6.0, "step_indices": [0, 16, 32]}
 NULL = torch.zeros(1, 7, 5)
@@ -51,12 +51,3 @@ def test_one_folder_holds_one_recipe_but_may_grow(tmp_path):
     with pytest.raises(ValueError, match=r"shift=6.0 \(now 5.0\)"):
         PairStore.create(tmp_path, RECIPE | {"shift": 5.0}, NULL)
     assert len(PairStore.create(tmp_path, RECIPE | {"num_pairs": 5}, NULL).missing()) == 5
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"

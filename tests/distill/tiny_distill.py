@@ -42,7 +42,14 @@ def tiny_model(**dit_overrides: object) -> ModelConfig:
     return ModelConfig(
         clip=ClipGeometry(16, 16, 33, 16),
         dit=WanConfig.tiny(**(sizes | dit_overrides)),
-        vae=VaeConfig.sprites(base_dim=4, z_dim=4),
+        vae=VaeConfig(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 2, 4],
+            num_res_blocks=1,
+            temporal_downsample=[True, True],
+            latents_per_call=None,
+        ),
         text=TextConfig(),
         rollout=RolloutConfig(num_inference_steps=4, step_indices=[0, 1, 3]),
         guidance={"text": 3.0, "motion": 1.5},

@@ -1,0 +1,43 @@
+"""Files that are there whole or not at all, also after a crash.
+
+Each is written under a name of its own beside its place, brought to disk (fsync) and renamed. Left out: folders of
+weights, which are replaced as a whole (``models/vae/folder.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replace_file(path: str | Path) -> Iterator[Path]:
+    """Yields a path to write to; when the block ends without error, what is there takes the name ``path``.
+
+    Several processes may replace the same file: what one of them wrote stays.
+    """
+    path = Path(path)
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield fresh
+        bring_to_disk(fresh)
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def bring_to_disk(path: Path) -> None:
+    """Wait until the content of a file would outlive a crash of the machine."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Replaces the file. Raises ValueError for nan and infinity, which JSON has not."""
+    with replace_file(path) as fresh:
+        fresh.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,46 @@
+"""Files appear whole under their name, or the old ones stay."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from models.files import replace_file, write_json
+
+
+def test_a_file_takes_its_name_when_it_is_whole_and_on_disk(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(path.read_bytes()))
+    with replace_file(path) as fresh:
+        fresh.write_bytes(b"new")
+        assert fresh.parent == tmp_path and path.read_bytes() == b"old"
+    assert synced == [b"old"] and path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(type(error)), replace_file(path) as fresh:
+        fresh.write_bytes(b"ne")
+        raise error
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    path = tmp_path / "file"
+    with replace_file(path) as first, replace_file(path) as second:
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+    assert path.read_bytes() == b"first"
+
+
+def test_json_has_no_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [1, None]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None]}
