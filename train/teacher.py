@@ -122,7 +122,7 @@ class Teacher:
         self.model_cfg, self.noise, self.held_out = context.model_cfg, context.noise, context.validation_batch
         self.dit = build_dit(context.model_cfg, context.noise.seed)
         if self.cfg.init_from is not None:
-            load_pretrained(self.dit, self.cfg.init_from, grow_inputs=True)
+            load_pretrained(self.dit, self.cfg.init_from)
         if self.cfg.freeze_track_head:
             self.dit.track_head.requires_grad_(False)
         self.dit.to(context.device).train()

@@ -104,12 +104,12 @@ def to_official(state: Mapping[str, Any]) -> StateDict:
     return state
 
 
-def load_pretrained(model: WanDiT, path: str | Path, grow_inputs: bool = True) -> list[str]:
+def load_pretrained(model: WanDiT, path: str | Path) -> list[str]:
     """Loads a file or folder of any known format into ``model``; returns the parameters left at their initial
     values.
 
-    With ``grow_inputs`` the columns of patch_embedding go to the channels that mean the same, and the columns
-    of new channels are zero, so that the model starts as the old one. Only track_head.* may be absent. Raises
+    The columns of patch_embedding go to the channels that mean the same, and those of new channels are zero, so
+    that the model starts as the old one. Only track_head.* may be absent. Raises
     ValueError naming the fields where the checkpoint is of another architecture.
     """
     state, saved = to_official(read_state(path)), _saved_config(Path(path))
@@ -117,11 +117,6 @@ def load_pretrained(model: WanDiT, path: str | Path, grow_inputs: bool = True) -
     weight = "patch_embedding.weight"
     layout = _input_layout(state[weight].shape[1], model.config) if saved is None else saved.input_layout
     if layout != model.config.input_layout:
-        if not grow_inputs:
-            raise ValueError(
-                f"{path} has the input channels {layout}, the model {model.config.input_layout}; pass "
-                "grow_inputs=True, or change image_conditioning or track_channels"
-            )
         state[weight] = _grown_inputs(state[weight], layout, model.config)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or [name for name in missing if not name.startswith(TRACK_HEAD)]:
