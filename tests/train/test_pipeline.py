@@ -94,7 +94,7 @@ def test_the_seconds_and_commits_of_all_starts_count(tmp_path, changes, seconds,
 
 def test_the_seconds_are_on_the_disk_while_the_command_runs(tmp_path, monkeypatch):
     """Where a kill leaves them."""
-    (tmp_path / "watch.py").write_text("import sys, time; time.sleep(2); print(open(sys.argv[1]).read())")
+    (tmp_path / "watch.py").write_text("import sys, time; time.sleep(2); print(*open(sys.argv[1]).read().split())")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(pipeline, "RECORD_SECONDS", 0.1)
     run(Step("watch", ("watch", str(tmp_path / "spent/watch.json"))), 1, 1, tmp_path)
