@@ -125,10 +125,11 @@ def run_items(step: str, out: Path, calls: list[Call], num_workers: int) -> int:
 def _is_done(out: Path, step: str, call: Call) -> bool:
     """Whether the item was made with these settings. One that an earlier version made is noted anew."""
     note = marker(out, step, call.key)
-    if note.get("stamp") in call.former and note["rejected"] is None:
-        mark(out, step, call.key, call.stamp, call.origin, clip=call.clip)
+    if note.get("stamp") == call.stamp:
         return True
-    return note.get("stamp") == call.stamp
+    if is_former := note.get("stamp") in call.former and note["rejected"] is None:
+        mark(out, step, call.key, call.stamp, call.origin, clip=call.clip)
+    return is_former
 
 
 def _printable(text: str) -> str:

@@ -76,6 +76,9 @@ def test_stored_tracks_are_the_exact_ones(tmp_path):
 def test_resuming_does_only_what_is_missing(tmp_path, monkeypatch):
     overrides = ["source=sprites", "source.num_clips=3", f"out={tmp_path}", "previews=0"]
     run(*overrides)
+    markers = {p: p.stat().st_mtime_ns for p in tmp_path.glob("markers/*/*.json")}
+    run(*overrides)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("markers/*/*.json")} == markers, "nothing to note anew"
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "clips").iterdir()}
     (tmp_path / "markers/render/train-000001.json").unlink()
     called = []
