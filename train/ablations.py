@@ -19,7 +19,7 @@ from typing import Any
 
 from data.encode import fingerprint
 from data.progress import stamp
-from eval.results import write_json
+from models.files import write_json
 from train.pipeline import PROCESSES, ROOT, Step, run, run_chain
 from train.zoo import ZOO
 

@@ -27,7 +27,7 @@ from types import FrameType
 import torch
 
 from data.app import EXIT_INTERRUPTED
-from data.progress import write_json
+from models.files import write_json
 from stream.provenance import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
