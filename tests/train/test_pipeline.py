@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import pytest
 
-from data.progress import write_json
+from models.files import write_json
 from stream.provenance import git_commit
 from train import pipeline
 from train.pipeline import ROOT, Record, Step, forget_outdated, last_line, processes_of, run, run_all, run_chain
