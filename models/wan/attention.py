@@ -7,10 +7,11 @@ positions (rope.py) and what is cached between chunks (cache.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,11 +101,12 @@ def _join_chunks(chunks: list[Tensor], batch_of: int) -> Tensor:
 def _matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Explicit products: on CPUs bfloat16 GEMMs beat the fused kernel's gradients while the scores stay in cache.
 
-    Keys come with heads inside tokens; copied before they are transposed, the copy is by rows and cheap.
+    Without gradients it is the fused kernel, unless this CPU makes that the slower one as well. Keys come with
+    heads inside tokens; copied before they are transposed, the copy is by rows and cheap.
     """
-    if not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v)
     score_bytes = q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
+    if not torch.is_grad_enabled() and not (_products_beat_fused(q) and score_bytes <= SCORE_BYTES):
+        return F.scaled_dot_product_attention(q, k, v)
     samples = max(1, SCORE_BYTES // score_bytes)
     scale = q.shape[-1] ** -0.5
     parts = [
@@ -112,6 +114,19 @@ def _matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for qs, ks, vs in zip(q.split(samples), k.split(samples), v.split(samples))
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _products_beat_fused(q: Tensor) -> bool:
+    """Whether this CPU has fast bfloat16 products that torch's fused kernel does not use: it does with AMX only."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return False
+    features = _cpu_features()
+    return bool(features.get("avx512_bf16")) and not features.get("amx_bf16")
+
+
+def _cpu_features() -> Mapping[str, Any]:
+    """What torch knows of this CPU; empty where it is too old to say."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None = None) -> Tensor:

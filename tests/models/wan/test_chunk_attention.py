@@ -92,6 +92,28 @@ def test_matmul_in_bfloat16_is_as_exact_as_sdpa_in_bfloat16():
     assert errors[0] < 1e-2 and errors[0] < 2 * errors[1] + 1e-3
 
 
+@pytest.mark.parametrize("has_amx", [False, True])
+@torch.no_grad()
+def test_without_gradients_matmul_takes_the_faster_kernel_of_the_cpu(has_amx: bool, monkeypatch: pytest.MonkeyPatch):
+    features = {"avx512_bf16": True, "amx_bf16": has_amx}
+    monkeypatch.setattr(attention, "_cpu_features", lambda: features)
+    fused_calls, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: fused_calls.append(qkv) or fused(*qkv))
+    exact, halves = qkv(24, batch=5, key_tokens=40), [x.bfloat16() for x in qkv(24, batch=5, key_tokens=40)]
+
+    ours = attend(*halves, backend="matmul")
+    assert len(fused_calls) == has_amx  # without AMX the fused kernel multiplies bfloat16 slowly
+    torch.testing.assert_close(ours.float(), attend(*exact, backend="sdpa"), rtol=2e-2, atol=2e-2)
+
+    fused_calls.clear()
+    attend(*exact, backend="matmul")
+    assert len(fused_calls) == 1, "float32 gains nothing"
+    fused_calls.clear()
+    monkeypatch.setattr(attention, "SCORE_BYTES", 2 * 24 * 40 * 2 - 1)
+    attend(*halves, backend="matmul")
+    assert len(fused_calls) == 1, "the scores of one sample would leave the cache"
+
+
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash_attn is installed")
 def test_flash_says_how_to_get_it():
     with pytest.raises(ImportError, match="flash_attn"):
