@@ -130,7 +130,7 @@ def _steps(seen: Observations) -> list[Effect]:
 def _tiny(seen: Observations) -> list[Effect]:
     full, tiny = (seen.values(name, "student.chunk_seconds") for name in ("latency", "latency_tiny"))
     return [
-        seen.effect("throughput, tiny over full, minus 1.75", _ratio_margin(full, tiny, 1.75)),
+        seen.effect("throughput, tiny over full, minus 1.75", _paired_margin(full, tiny, 1.75)),
         seen.compared(
             "PSNR, tiny minus full, + 0.3 (dB)",
             ("tiny", "student"),
@@ -175,7 +175,7 @@ def _merged(seen: Observations) -> list[Effect]:
             "student.epe_px",
             _within_a_tenth,
         ),
-        seen.effect("denoising time, own pass over merged, minus 1", _ratio_margin(slow, fast, 1.0)),
+        seen.effect("denoising time, own pass over merged, minus 1", _paired_margin(slow, fast, 1.0)),
     ]
 
 
@@ -214,6 +214,11 @@ def _ratio_margin(numerator: list[float], denominator: list[float], factor: floa
     """Each numerator over the median denominator, minus factor."""
     middle = statistics.median(denominator)
     return [value / middle - factor for value in numerator]
+
+
+def _paired_margin(numerator: list[float], denominator: list[float], factor: float) -> list[float]:
+    """Of what was timed in turn: each numerator over its own denominator, minus factor."""
+    return [above / below - factor for above, below in zip(numerator, denominator, strict=True)]
 
 
 def _spread(seconds: list[float]) -> list[float]:

@@ -41,10 +41,6 @@ from models.motion.rgb import draw_tracks
 from models.motion.track_head import TrackHead
 
 HOLDS, FAILS, NOISE, ABSENT = "holds", "does not hold", "within noise", "not measured"
-BENCHMARKS = {
-    "motion_transfer": (MotionTransfer, MotionTransferConfig),
-    "latency": (Latency, LatencyConfig),
-}
 TIMED_REPEATS = 20  # of a thing that is timed
 
 
@@ -75,8 +71,8 @@ class ClaimsConfig:
 class Run:
     """One benchmark of the weights at hand under changed settings of the model."""
 
-    bench: str  # key of BENCHMARKS
-    settings: Mapping[str, Any] = field(default_factory=dict)  # fields of the benchmark's configuration
+    bench: str  # motion_transfer | latency
+    settings: Mapping[str, Any] = field(default_factory=dict)  # fields of a motion transfer's configuration
     guidance: Mapping[str, float] = field(default_factory=dict)  # weights that differ from model.guidance
     rollout: Mapping[str, Any] = field(default_factory=dict)  # fields that differ from model.rollout
     tiny: bool = False  # decode with model.tiny_vae
@@ -235,35 +231,57 @@ class Observations:
 
     def _made(self, name: str) -> Values:
         if name not in self.made:
-            self.made[name] = self._read_or_run(name)
+            self._make(self._together(name))
         return self.made[name]
 
-    def _read_or_run(self, name: str) -> Values:
-        path, run = self.context.out / "runs" / f"{name}.json", self.runs[name]
-        made_with = {"run": asdict(run), "claims": self._settings(), "features": content_of(self.cfg.features)}
-        made_with |= self.context.made_with(run.roles, tiny=run.tiny)
-        if (kept := read_kept(path, made_with)) is not None:
+    def _together(self, name: str) -> list[str]:
+        """Runs that are made at once: streams are timed in turn, or a busy hour of the machine would decide rows."""
+        if self.runs[name].bench != "latency":
+            return [name]
+        return [other for other, run in self.runs.items() if run.bench == "latency"]
+
+    def _make(self, names: Sequence[str]) -> None:
+        """Read what is kept of these runs, or else make all of them."""
+        places = {name: (self.context.out / "runs" / f"{name}.json", self._made_with(name)) for name in names}
+        found = {name: read_kept(*place) for name, place in places.items()}
+        if None in found.values():
+            for name, results in zip(names, self._run([self.runs[name] for name in names]), strict=True):
+                keep(*places[name], metrics=results.values, per_clip=results.finite_per_clip())
+            found = {name: read_kept(*place) for name, place in places.items()}
+        for name, kept in found.items():
+            assert kept is not None, "kept a moment ago"
             self.figures[name] = kept["metrics"]
-            return {key: [as_float(value) for value in values] for key, values in kept["per_clip"].items()}
-        results = self._run(run)
-        self.figures[name] = results.values
-        keep(path, made_with, metrics=results.values, per_clip=results.finite_per_clip())
-        return results.per_clip
+            self.made[name] = {key: [as_float(value) for value in values] for key, values in kept["per_clip"].items()}
+
+    def _made_with(self, name: str) -> dict[str, Any]:
+        run, together = self.runs[name], self._together(name)
+        in_turn = {"in turn": together} if len(together) > 1 else {}
+        return {
+            "run": asdict(run), "claims": self._settings(), "features": content_of(self.cfg.features), **in_turn,
+            **self.context.made_with(run.roles, tiny=run.tiny),
+        }  # fmt: skip
 
     def _settings(self) -> dict[str, Any]:
         """Settings that the figures of a run depend on."""
         left_out = ("rows", "ablations", "num_workers")
         return {name: value for name, value in asdict(self.cfg).items() if name not in left_out}
 
-    def _run(self, run: Run) -> Results:
-        """The figures of one run."""
+    def _run(self, runs: Sequence[Run]) -> list[Results]:
+        """The figures of one run, or of several streams in turn."""
+        bench, contexts = runs[0].bench, [self._context_of(run) for run in runs]
+        if bench == "latency":
+            outcomes = Latency(LatencyConfig(**self._defaults(bench))).run_in_turn(contexts)
+        else:
+            settings = MotionTransferConfig(**(self._defaults(bench) | dict(runs[0].settings)))
+            outcomes = [MotionTransfer(settings).run(contexts[0])]
+        return [outcome.results for outcome in outcomes]
+
+    def _context_of(self, run: Run) -> EvalContext:
         model_cfg = self.context.model_cfg
         context = self.context.changed(
             guidance={**model_cfg.guidance, **run.guidance}, rollout=replace(model_cfg.rollout, **run.rollout)
         )
-        context = context.with_tiny_decoder() if run.tiny else context
-        benchmark, config = BENCHMARKS[run.bench]
-        return benchmark(config(**(self._defaults(run.bench) | dict(run.settings)))).run(context).results
+        return context.with_tiny_decoder() if run.tiny else context
 
     def _defaults(self, bench: str) -> dict[str, Any]:
         cfg = self.cfg

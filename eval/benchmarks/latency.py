@@ -10,6 +10,7 @@ the browser.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,29 @@ class Latency:
 
     def run(self, context: EvalContext) -> Outcome:
         """Stream, and report percentiles, throughput and growth."""
-        if context.device.type == "cuda":  # the peak is this stream's, not that of what ran before it
-            torch.cuda.reset_peak_memory_stats(context.device)
+        return self.run_in_turn([context])[0]
+
+    def run_in_turn(self, contexts: Sequence[EvalContext]) -> list[Outcome]:
+        """A stream of each, on one device, a chunk of each in turn: what else the machine does meets them alike.
+
+        The memory is that of all, and reported only where there is one stream.
+        """
+        device = contexts[0].device
+        if device.type == "cuda":  # the peak is that of these streams, not that of what ran before them
+            torch.cuda.reset_peak_memory_stats(device)
+        opened = [self._open(context) for context in contexts]
+        timings, memory = self._stream([session for session, _ in opened], device)
+        outcomes = []
+        for context, (_, seconds), of_chunks in zip(contexts, opened, timings, strict=True):
+            results = Results(seed=context.seed)
+            self._put_times(results, of_chunks, seconds)
+            if len(contexts) == 1:
+                self._put_memory(results, memory, device)
+            outcomes.append(Outcome(results, [self._section(context, results, of_chunks, memory)]))
+        return outcomes
+
+    def _open(self, context: EvalContext) -> tuple[StreamSession, float]:
+        """A session, and the seconds that it took to open."""
         codecs, clip = context.codecs, context.model_cfg.clip
         student = context.load("student")
         started = codecs.clock()
@@ -73,19 +95,19 @@ class Latency:
             num_frames=1 + FRAMES_PER_LATENT * (num_latents - 1),  # a growing window needs a cache for all of them
             seed=context.seed,
         )
-        opened = codecs.clock() - started
-        timings, memory = self._stream(session, context.device)
-        results = Results(seed=context.seed)
-        self._put_times(results, timings, opened)
-        self._put_memory(results, memory, context.device)
-        return Outcome(results, [self._section(context, results, timings, memory)])
+        return session, codecs.clock() - started
 
-    def _stream(self, session: StreamSession, device: torch.device) -> tuple[list[ChunkTiming], list[int]]:
-        timings, memory = [], []
+    def _stream(
+        self, sessions: Sequence[StreamSession], device: torch.device
+    ) -> tuple[list[list[ChunkTiming]], list[int]]:
+        """The timings of each session's chunks, and the memory in use after each round."""
+        timings: list[list[ChunkTiming]] = [[] for _ in sessions]
+        memory = []
         with progress_bar(self.cfg.num_chunks, "stream", "chunk") as bar:
             for _ in range(self.cfg.num_chunks):
-                session.next_chunk()
-                timings.append(session.timing)
+                for session, of_chunks in zip(sessions, timings):
+                    session.next_chunk()
+                    of_chunks.append(session.timing)
                 memory.append(used_memory(device))
                 bar.update()
         return timings, memory

@@ -15,7 +15,6 @@ from data.app import compose_config
 from data.trackers import TrackerConfig
 from eval.benchmarks.claim_rows import ROWS, RUNS
 from eval.benchmarks.claims import (
-    BENCHMARKS,
     TIMED_REPEATS,
     Claims,
     ClaimsConfig,
@@ -25,11 +24,13 @@ from eval.benchmarks.claims import (
     Run,
 )
 from eval.benchmarks.context import EvalContext
+from eval.benchmarks.motion_transfer import MotionTransferConfig
 from eval.metrics.interval import Interval
 from eval.results import Results
 from eval.run import main
 from models.motion.track_head import TrackHead
 from stream.codecs import Codecs
+from stream.session import StreamSession
 
 
 def finding(*intervals: Interval) -> Finding:
@@ -102,8 +103,10 @@ def test_every_run_is_asked_for_and_valid(tiny_weights):
         row.find(recorder)
     assert set(RUNS) <= recorder.asked
     for name, run in RUNS.items():
-        config = BENCHMARKS[run.bench][1](**run.settings)
-        assert config is not None, name
+        if run.bench == "motion_transfer":
+            MotionTransferConfig(**run.settings)
+        else:
+            assert run.bench == "latency" and not run.settings, name
         rollout = replace(tiny_weights.model_cfg.rollout, **run.rollout)
         assert rollout.num_steps == len(rollout.step_indices)
 
@@ -131,12 +134,12 @@ def made(monkeypatch) -> list[Run]:
     """The runs that were made, with figures of no model."""
     runs = []
 
-    def run(self, run):
-        runs.append(run)
+    def run(self, together):
+        runs.extend(together)
         results = Results(seed=0)
         results.add("student.epe_px", [1.0, math.nan])
         results.put("student.frames_per_second", 7.0)
-        return results
+        return [results for _ in together]
 
     monkeypatch.setattr(Observations, "_run", run)
     return runs
@@ -176,6 +179,36 @@ def test_a_run_is_made_again_with_another_seed_decoder_device_or_content_of_the_
     (weights,) = Path(context.model_cfg.teacher).glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     assert runs_made(context) == 6  # the latency of a student reads no teacher
+
+
+def test_streams_are_timed_together_or_not_at_all(context, made, tmp_path):
+    runs = {"clips": Run("motion_transfer"), "full": Run("latency"), "tiny": Run("latency", tiny=True)}
+
+    def observed() -> Observations:
+        return Observations(replace(context, out=tmp_path), ClaimsConfig(), runs)
+
+    seen = observed()
+    assert seen.figure("tiny", "student.frames_per_second") == 7.0
+    assert made == [runs["full"], runs["tiny"]]
+    seen.values("full", "student.epe_px")
+    observed().values("full", "student.epe_px")
+    assert len(made) == 2
+    (tmp_path / "runs" / "tiny.json").unlink()
+    observed().values("full", "student.epe_px")
+    assert made[2:] == made[:2]
+    observed().values("clips", "student.epe_px")
+    assert made[4:] == [runs["clips"]]
+
+
+def test_timings_of_streams_are_of_chunks_in_turn(context, tmp_path, monkeypatch):
+    order = []
+    make = StreamSession.next_chunk
+    monkeypatch.setattr(StreamSession, "next_chunk", lambda self: order.append(id(self)) or make(self))
+    runs = {"merged": Run("latency", rollout={"merged_cache": True}), "own_pass": Run("latency")}
+    seen = Observations(replace(context, out=tmp_path), ClaimsConfig(num_chunks=50), runs)
+    assert len(seen.values("merged", "student.chunk_seconds")) == len(seen.values("own_pass", "student.chunk_seconds"))
+    assert len(order) == 100 and len({*order}) == 2 and order[::2] == order[:1] * 50
+    assert "student.peak_resident_mib" not in seen.figures["merged"]  # that of both would be neither's
 
 
 def test_figures_of_another_commit_are_kept_and_said_to_be(context, made, tmp_path, monkeypatch, caplog):
