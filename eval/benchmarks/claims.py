@@ -82,6 +82,13 @@ class Run:
         """Whose weights it reads; only a motion transfer can name others than the student."""
         return self.settings.get("roles", ROLES if self.bench == "motion_transfer" else ("student",))
 
+    @property
+    def keeps_its_pace(self) -> bool:
+        """Whether it times a stream whose context does not grow. One that grows would slow others in turn with it down:
+        more and more of what they read has left the processor's caches by the time of their next chunk.
+        """
+        return self.bench == "latency" and self.rollout.get("window_chunks", 1) is not None
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -236,9 +243,9 @@ class Observations:
 
     def _together(self, name: str) -> list[str]:
         """Runs that are made at once: streams are timed in turn, or a busy hour of the machine would decide rows."""
-        if self.runs[name].bench != "latency":
+        if not self.runs[name].keeps_its_pace:
             return [name]
-        return [other for other, run in self.runs.items() if run.bench == "latency"]
+        return [other for other, run in self.runs.items() if run.keeps_its_pace]
 
     def _make(self, names: Sequence[str]) -> None:
         """Read what is kept of these runs, or else make all of them."""

@@ -182,7 +182,12 @@ def test_a_run_is_made_again_with_another_seed_decoder_device_or_content_of_the_
 
 
 def test_streams_are_timed_together_or_not_at_all(context, made, tmp_path):
-    runs = {"clips": Run("motion_transfer"), "full": Run("latency"), "tiny": Run("latency", tiny=True)}
+    runs = {
+        "clips": Run("motion_transfer"),
+        "full": Run("latency"),
+        "growing": Run("latency", rollout={"window_chunks": None}),
+        "tiny": Run("latency", tiny=True),
+    }
 
     def observed() -> Observations:
         return Observations(replace(context, out=tmp_path), ClaimsConfig(), runs)
@@ -196,8 +201,10 @@ def test_streams_are_timed_together_or_not_at_all(context, made, tmp_path):
     (tmp_path / "runs" / "tiny.json").unlink()
     observed().values("full", "student.epe_px")
     assert made[2:] == made[:2]
-    observed().values("clips", "student.epe_px")
-    assert made[4:] == [runs["clips"]]
+    for alone in ("clips", "growing"):
+        observed().values(alone, "student.epe_px")
+        assert made[-1] == runs[alone]
+    assert len(made) == 6
 
 
 def test_timings_of_streams_are_of_chunks_in_turn(context, tmp_path, monkeypatch):
