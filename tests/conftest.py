@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import torch
 from data.app import build_config, compose_config
 from models.assemble import ModelConfig, build_dit, build_vae
 from models.wan.checkpoint import save_dit
+
+
+def pytest_configure() -> None:
+    """Tests press Ctrl-C, which a process in the background of a script ignores, and so do all that it starts."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
