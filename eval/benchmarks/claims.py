@@ -84,8 +84,8 @@ class Run:
 
     @property
     def keeps_its_pace(self) -> bool:
-        """Whether it times a stream whose context does not grow. One that grows would slow others in turn with it down:
-        more and more of what they read has left the processor's caches by the time of their next chunk.
+        """Whether it times a stream whose context does not grow. One that grows takes up more and more of the caches of
+        the processor, which the others in turn with it would miss.
         """
         return self.bench == "latency" and self.rollout.get("window_chunks", 1) is not None
 
