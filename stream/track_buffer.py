@@ -220,7 +220,8 @@ def _append(earlier: Tracks, later: Tracks) -> Tracks:
     The later push decides the order of columns, because order decides which of two tracks in one cell is
     seen.
     """
-    kept = [n for n, identity in enumerate(earlier.ids[0].tolist()) if identity not in set(later.ids[0].tolist())]
+    following = set(_ids_of(later))
+    kept = [n for n, identity in enumerate(_ids_of(earlier)) if identity not in following]
     ids = torch.cat([later.ids[0], earlier.ids[0, kept]])
     parts = [_spread(part, ids) for part in (earlier, later)]
     return replace(

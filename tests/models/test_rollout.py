@@ -427,6 +427,22 @@ def test_an_edit_that_changes_nothing_reproduces_the_chunk_bit_for_bit(cache):
     assert not torch.equal(shifted.x0, plain)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_passes_without_gradients_leave_behind_can_be_part_of_a_graph(merged):
+    dit, part, weight = student(), condition(3), torch.ones((), requires_grad=True)
+    video, left = start(dit, config(merged_cache=merged), cache="static"), []
+
+    def keep(shown):
+        past = shown.context.past(0)
+        left.extend([shown.noisy_latents, *(kv.key for kv in past), *(kv.value for kv in past)])
+        return shown.noisy_latents
+
+    for number in range(3):
+        left.append(video.next_chunk(part.chunk(number * FRAMES, FRAMES), edit=keep).x0)
+    torch.stack([(x * weight).sum() for x in left]).sum().backward()  # an inference tensor would refuse
+    assert weight.grad is not None and torch.isfinite(weight.grad)
+
+
 def test_a_video_goes_on_past_any_training_length():
     dit, part = student(1), condition(2)
     video = start(dit, config(step_indices=[0]), cache="static")
