@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+UMASK = os.umask(0o077)  # of this process; only setting it tells what it was
+os.umask(UMASK)
+
 
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
@@ -26,6 +29,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     try:
         yield fresh
         bring_to_disk(fresh)
+        follow_umask(fresh)
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
@@ -35,6 +39,14 @@ def bring_to_disk(path: Path) -> None:
     """Wait until the content of a file would outlive a crash of the machine."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def follow_umask(path: Path) -> None:
+    """Let those read a file or folder whom the umask lets: others on a cluster.
+
+    Temporary folders are for their owner alone, and so is what safetensors 0.8 writes (huggingface/safetensors#782).
+    """
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~UMASK)
 
 
 def write_json(path: str | Path, content: Any) -> None:

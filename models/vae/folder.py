@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from models.files import bring_to_disk
+from models.files import bring_to_disk, follow_umask
 
 
 @contextmanager
@@ -21,7 +21,8 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         yield fresh
         for path in fresh.iterdir():
             bring_to_disk(path)
-        fresh.chmod(0o755)  # mkdtemp gives 0700, which others on a cluster could not read
+            follow_umask(path)
+        follow_umask(fresh)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             folder.rename(old / "replaced")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from models.files import replace_file, write_json
+from models.vae.folder import replace_folder
 
 
 def test_a_file_takes_its_name_when_it_is_whole_and_on_disk(tmp_path, monkeypatch):
@@ -28,6 +31,22 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, error):
         fresh.write_bytes(b"ne")
         raise error
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_can_be_read_by_those_whom_the_umask_lets(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    mode = plain.stat().st_mode
+    with replace_file(tmp_path / "model.safetensors") as fresh:
+        save_file({"a": torch.zeros(2)}, fresh)
+        fresh.chmod(0o600)  # as safetensors 0.8 leaves it
+    assert (tmp_path / "model.safetensors").stat().st_mode == mode
+    with replace_folder(tmp_path / "vae") as folder:
+        save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+        (folder / "model.safetensors").chmod(0o600)
+    (tmp_path / "made").mkdir()
+    assert (tmp_path / "vae/model.safetensors").stat().st_mode == mode
+    assert (tmp_path / "vae").stat().st_mode == (tmp_path / "made").stat().st_mode
 
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path):
