@@ -28,7 +28,11 @@ from train.pipeline import PROCESSES, ROOT, Record, Step, record_of, run_all, ru
 ZOO = ROOT / "models" / "zoo" / "sprites"
 GOLDEN = ROOT / "tests" / "golden" / "zoo.json"
 FIRST_STEPS = 50  # of each stage, compared with the golden losses
-LOSS_TOLERANCE = 0.02  # relative: other processors round differently
+LOSS_TOLERANCE = 0.02  # relative; on the processor that gave the golden losses they come again bit for bit
+ELSEWHERE = (
+    "another processor rounds otherwise: an AMD EPYC without AMX differs by up to 5 % in the first stage, and by up to "
+    "13 % in the next, which starts from that one's weights"
+)
 PARTS = {  # name in the zoo -> the stage that makes it and the module it exports
     "vae": "vae_whole/export/vae",
     "tiny_vae": "tiny_vae/export/tiny_vae",
@@ -130,7 +134,9 @@ def compared(out: Path, stage: str, golden: Mapping[str, Mapping[str, float]]) -
     if stage not in golden:
         return []
     changed = differences(first_losses(out, [stage]), {stage: golden[stage]})
-    return changed or [f"{stage}: the first losses are those of {GOLDEN.relative_to(ROOT)}"]
+    if changed:
+        return [*changed, f"{stage}: the recipe changed, or {ELSEWHERE}"]
+    return [f"{stage}: the first losses are those of {GOLDEN.relative_to(ROOT)}"]
 
 
 def require_one_commit(steps: Sequence[Step], out: Path) -> None:

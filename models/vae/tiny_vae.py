@@ -31,7 +31,6 @@ from models.vae.latent_space import LatentSpace
 from models.vae.streaming_decode import StreamingDecoder
 
 PRESETS = ("taew2_1", "taew2_2", "wan_2_2_large", "sprites")
-MEMORY_BLOCKS = 3  # per resolution
 TEMPORAL_STRIDE = 4
 Memory = tuple[Tensor, ...]  # the last input [B, 1, h, w, C] of each memory block
 
@@ -46,6 +45,7 @@ class TinyVaeConfig:
     time_upscale: list[bool] = field(default_factory=lambda: [False, True, True])  # per spatial doubling
     encoder_width: int = 64  # channels
     time_downscale: list[bool] = field(default_factory=lambda: [True, True, False])  # per spatial halving
+    memory_blocks: int = 3  # per resolution
 
     def __post_init__(self) -> None:
         stages = len(self.time_upscale)
@@ -54,6 +54,8 @@ class TinyVaeConfig:
                 f"tiny_vae.decoder_widths={list(self.decoder_widths)} must have {stages + 1} entries and "
                 f"time_downscale={list(self.time_downscale)} {stages}, as time_upscale={self.time_upscale}"
             )
+        if self.memory_blocks < 1:
+            raise ValueError(f"tiny_vae.memory_blocks={self.memory_blocks} must be >= 1: they alone cross time")
         for name in ("time_upscale", "time_downscale"):
             if 2 ** sum(asdict(self)[name]) != TEMPORAL_STRIDE:
                 raise ValueError(
@@ -78,10 +80,10 @@ class TinyVaeConfig:
 
     @classmethod
     def sprites(cls, latent_channels: int = 8) -> TinyVaeConfig:
-        """Stride 4, as the sprites VAE."""
+        """Stride 4, as the sprites VAE; a fifteenth of its decoder's parameters."""
         return cls(
-            latent_channels=latent_channels, decoder_widths=[64, 32, 16], time_upscale=[True, True],
-            encoder_width=32, time_downscale=[True, True],
+            latent_channels=latent_channels, decoder_widths=[32, 16, 16], time_upscale=[True, True],
+            encoder_width=32, time_downscale=[True, True], memory_blocks=1,
         )  # fmt: skip
 
     @classmethod
@@ -155,7 +157,7 @@ class TinyDecoder(nn.Sequential):
         widths = cfg.decoder_widths
         layers: list[nn.Module] = [SoftClamp(), _conv3x3(cfg.latent_channels, widths[0]), nn.ReLU()]
         for width, following, grows in zip(widths, widths[1:], cfg.time_upscale):
-            layers += [MemoryBlock(width) for _ in range(MEMORY_BLOCKS)]
+            layers += [MemoryBlock(width) for _ in range(cfg.memory_blocks)]
             layers += [nn.Identity(), Grow(width, 2 if grows else 1)]  # Identity: the place of an upsampling in files
             layers += [_conv3x3(width, following, bias=False)]
         super().__init__(*layers, nn.ReLU(), _conv3x3(widths[-1], 3 * cfg.patch_size**2))
@@ -169,7 +171,7 @@ class TinyEncoder(nn.Sequential):
         layers: list[nn.Module] = [_conv3x3(3 * cfg.patch_size**2, width), nn.ReLU()]
         for pools in cfg.time_downscale:
             layers += [TimePool(width, 2 if pools else 1), _conv3x3(width, width, stride=2, bias=False)]
-            layers += [MemoryBlock(width) for _ in range(MEMORY_BLOCKS)]
+            layers += [MemoryBlock(width) for _ in range(cfg.memory_blocks)]
         super().__init__(*layers, _conv3x3(width, cfg.latent_channels))
 
 
