@@ -64,17 +64,19 @@ class Latency:
     def run_in_turn(self, contexts: Sequence[EvalContext]) -> list[Outcome]:
         """A stream of each, on one device, a chunk of each in turn: what else the machine does meets them alike.
 
-        The memory is that of all, and reported only where there is one stream.
+        One more stream makes the same chunk again in every round: growth is growth beyond that one's. The memory is
+        that of all, and reported only where there is one stream.
         """
         device = contexts[0].device
         if device.type == "cuda":  # the peak is that of these streams, not that of what ran before them
             torch.cuda.reset_peak_memory_stats(device)
         opened = [self._open(context) for context in contexts]
-        timings, memory = self._stream([session for session, _ in opened], device)
+        control = Control(self._open(contexts[0])[0]) if len(contexts) > 1 else None
+        timings, pace, memory = self._stream([session for session, _ in opened], control, device)
         outcomes = []
         for context, (_, seconds), of_chunks in zip(contexts, opened, timings, strict=True):
             results = Results(seed=context.seed)
-            self._put_times(results, of_chunks, seconds)
+            self._put_times(results, of_chunks, pace, seconds)
             if len(contexts) == 1:
                 self._put_memory(results, memory, device)
             outcomes.append(Outcome(results, [self._section(context, results, of_chunks, memory)]))
@@ -98,21 +100,24 @@ class Latency:
         return session, codecs.clock() - started
 
     def _stream(
-        self, sessions: Sequence[StreamSession], device: torch.device
-    ) -> tuple[list[list[ChunkTiming]], list[int]]:
-        """The timings of each session's chunks, and the memory in use after each round."""
+        self, sessions: Sequence[StreamSession], control: Control | None, device: torch.device
+    ) -> tuple[list[list[ChunkTiming]], list[float], list[int]]:
+        """The timings of each session's chunks; seconds of the control's chunk, 1 without one, and the memory in use,
+        both after each round.
+        """
         timings: list[list[ChunkTiming]] = [[] for _ in sessions]
-        memory = []
+        pace, memory = [], []
         with progress_bar(self.cfg.num_chunks, "stream", "chunk") as bar:
             for _ in range(self.cfg.num_chunks):
                 for session, of_chunks in zip(sessions, timings):
                     session.next_chunk()
                     of_chunks.append(session.timing)
+                pace.append(1.0 if control is None else control.seconds())
                 memory.append(used_memory(device))
                 bar.update()
-        return timings, memory
+        return timings, pace, memory
 
-    def _put_times(self, results: Results, timings: list[ChunkTiming], opened: float) -> None:
+    def _put_times(self, results: Results, timings: list[ChunkTiming], pace: Sequence[float], opened: float) -> None:
         steady = timings[self.cfg.warmup_chunks :]
         seconds = np.array([timing.total_seconds for timing in steady])
         frames = sum(timing.num_frames for timing in steady)
@@ -130,7 +135,7 @@ class Latency:
                 f"student.{part}_seconds_p50",
                 statistics.median(vars(timing)[f"{part}_seconds"] for timing in steady),
             )
-        results.put(f"student.chunk_{len(timings)}_over_chunk_{REFERENCE_CHUNK}", growth(timings))
+        results.put(f"student.chunk_{len(timings)}_over_chunk_{REFERENCE_CHUNK}", growth(timings, pace))
         results.put("num_chunks", len(timings))
 
     def _put_memory(self, results: Results, memory: list[int], device: torch.device) -> None:
@@ -172,9 +177,24 @@ class Latency:
         return Section("Latency", text, results.others(), curves)
 
 
-def growth(timings: list[ChunkTiming]) -> float:
-    """Median seconds of the last chunks over the median around chunk `REFERENCE_CHUNK`."""
-    seconds = [timing.total_seconds for timing in timings]
+class Control:
+    """A stream that is set back after each chunk: what its time does is the machine's doing, not the stream's."""
+
+    def __init__(self, session: StreamSession) -> None:
+        for _ in range(REFERENCE_CHUNK // 2):
+            session.next_chunk()
+        self._session, self._state = session, session.snapshot()
+
+    def seconds(self) -> float:
+        """Of the chunk, made again."""
+        self._session.restore(self._state)
+        self._session.next_chunk()
+        return self._session.timing.total_seconds
+
+
+def growth(timings: Sequence[ChunkTiming], pace: Sequence[float]) -> float:
+    """Median of the last chunks' seconds over the median around chunk `REFERENCE_CHUNK`, each by the control's then."""
+    seconds = [timing.total_seconds / control for timing, control in zip(timings, pace, strict=True)]
     around = seconds[REFERENCE_CHUNK - SPAN // 2 : REFERENCE_CHUNK + SPAN // 2]
     return statistics.median(seconds[-SPAN:]) / statistics.median(around)
 
