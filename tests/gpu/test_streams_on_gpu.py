@@ -8,20 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drag_sessions import LEFT, advance, drag, tracked_session
 
 from eval.benchmarks.context import EvalContext
 from eval.benchmarks.latency import Latency, LatencyConfig
 from models.assemble import load_role
-from models.motion.tracks import Tracks
 from models.wan.attention import ChunkMask, chunk_causal_attention
 from stream.codecs import Codecs
-from stream.dragstream.config import DragConfig
-from stream.dragstream.drag import Drag, Handle, Pose
 from stream.provenance import extra_peak_bytes
 from stream.session import StreamSession
 
 pytestmark = pytest.mark.gpu
-SIZE = 16  # px, of conf/model/tiny.yaml
 MIB = 2**20
 
 
@@ -44,41 +41,24 @@ def products_in_float32() -> Iterator[None]:
         backend.allow_tf32 = allowed
 
 
-def open_session(tiny_weights, device: torch.device, **options) -> StreamSession:
+def open_on(tiny_weights, device: torch.device) -> StreamSession:
     student = load_role(tiny_weights.model_cfg, "student").eval().requires_grad_(False).to(device)
-    time = np.arange(33, dtype=np.float32)[:, None]
-    points = np.stack([2 + 0.3 * time, 3 + 0 * time], axis=-1)
-    return StreamSession(
-        student, Codecs.load(tiny_weights.model_cfg, device=device), prompt="a red striped disc on a blue background",
-        first_frame=np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8),
-        tracks=Tracks.from_arrays(points, np.ones((33, 1), bool), SIZE, SIZE), **options,
-    )  # fmt: skip
-
-
-def advance(session: StreamSession, chunks: int) -> np.ndarray:
-    return np.concatenate([session.next_chunk() for _ in range(chunks)])
-
-
-def leftwards() -> Drag:
-    mask = np.zeros((SIZE, SIZE), bool)
-    mask[4:10, 4:10] = True
-    return Drag("edit", (Handle(mask, (7.0, 7.0), (Pose(dx=-4.0),), (7.0, 7.0)),))
+    return tracked_session((student, Codecs.load(tiny_weights.model_cfg, device=device)))
 
 
 def test_a_stream_is_that_of_the_cpu(tiny_weights, gpu) -> None:
-    here, there = (advance(open_session(tiny_weights, device), 6) for device in (torch.device("cpu"), gpu))
+    devices = (torch.device("cpu"), gpu)
+    here, there = (np.concatenate(advance(open_on(tiny_weights, device), 6)) for device in devices)
     assert here.std() > 5
     assert np.abs(here.astype(int) - there.astype(int)).max() <= 1  # rounding of float differences
 
 
 def test_undo_after_a_drag_repeats_the_stream_bit_for_bit(tiny_weights, gpu) -> None:
-    plain = advance(open_session(tiny_weights, gpu), 4)
-    session = open_session(tiny_weights, gpu, undo_chunks=2, drag=DragConfig(iterations=4))
+    plain, session = advance(open_on(tiny_weights, gpu), 4), open_on(tiny_weights, gpu)
     advance(session, 3)
-    dragged = session.drag(leftwards()).frames
-    assert (dragged != plain[21:33]).any()
+    assert (session.drag(drag("edit", LEFT)).frames != plain[2]).any()
     session.undo()
-    np.testing.assert_array_equal(advance(session, 2), plain[21:])
+    np.testing.assert_array_equal(advance(session, 2), plain[2:])
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "matmul", "flex"])
