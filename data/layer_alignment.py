@@ -118,7 +118,7 @@ def sample(image: np.ndarray, z: np.ndarray) -> np.ndarray:
     import cv2
 
     rows = -(-z.size // REMAP_COLUMNS)
-    flat = np.pad(z.reshape(-1), (0, -z.size % REMAP_COLUMNS if rows > 1 else 0)).reshape(rows, -1)
+    flat = z.reshape(1, -1) if rows == 1 else np.pad(z.reshape(-1), (0, -z.size % REMAP_COLUMNS)).reshape(rows, -1)
     x, y = flat.real.astype(np.float32), flat.imag.astype(np.float32)
     values = cv2.remap(image, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
     values = values.reshape(-1, *image.shape[2:])[: z.size].reshape(*z.shape, *image.shape[2:])
@@ -239,6 +239,8 @@ def _aligned(
 
 def _seen_median(values: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """Median over the seen pixels: [G, P] -> [G, 1]; 0 where none is seen."""
+    if seen.all():
+        return np.median(values, axis=1, keepdims=True)
     return np.array([[np.median(row[shown]) if shown.any() else 0.0] for row, shown in zip(values, seen)])
 
 
