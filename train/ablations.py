@@ -110,8 +110,9 @@ TRAININGS = [
 BY_NAME = {training.name: training for training in TRAININGS}
 SHORT = ("model.clip.num_frames=9",)  # as long as these teachers' clips
 RELEASED = ("bench.release_frame=17", "bench.registration.first_frame=17")
+# One grid of tracks for the whole stream, as the paper's; its points would leave with their sprites if these could.
 STAYING = ("bench.world.leave_margin=-0.2", "bench.requery_frames=0", "bench.num_floor_clips=1")
-LONG = (*STAYING, "bench.num_clips=24")  # 241 frames from one grid of tracks, as the paper's
+LONG = (*STAYING, "bench.num_clips=24")  # of 241 frames
 LONGER = (*LONG, "bench.num_frames=481")  # fifteen times as long as a clip
 VERY_LONG = (*STAYING, "bench.num_clips=12", "bench.num_frames=1001")
 TIMED = ("bench.num_chunks=60",)
