@@ -16,12 +16,14 @@ from eval.benchmarks.latency import SPAN
 
 TEACHER, STUDENT = {"roles": ["teacher"]}, {"roles": ["student"]}
 PAPER_TEACHER = {**TEACHER, "num_inference_steps": 50, "num_clips": 4, "batch_size": 1}  # as table 1 times it
+PAPER_WEIGHTS = {"text": 3.0, "motion": 1.5}  # its setting; the zoo's own is model.guidance
 
 RUNS = {
     "joint": Run("motion_transfer", TEACHER),
     "paper_teacher": Run("motion_transfer", PAPER_TEACHER),
-    "text_only": Run("motion_transfer", TEACHER, guidance={"motion": 0.0}),
-    "motion_only": Run("motion_transfer", TEACHER, guidance={"text": 0.0}),
+    "both_weights": Run("motion_transfer", TEACHER, guidance=PAPER_WEIGHTS),
+    "text_only": Run("motion_transfer", TEACHER, guidance={**PAPER_WEIGHTS, "motion": 0.0}),
+    "motion_only": Run("motion_transfer", TEACHER, guidance={**PAPER_WEIGHTS, "text": 0.0}),
     "student": Run("motion_transfer", {**STUDENT, "withhold_tracks": True}),
     "steps_1": Run("motion_transfer", STUDENT, rollout={"step_indices": [0]}),
     "steps_2": Run("motion_transfer", STUDENT, rollout={"step_indices": [0, 12]}),
@@ -53,9 +55,11 @@ class Row:
 
 
 def _guidance(seen: Observations) -> list[Effect]:
+    """At the paper's weights: at the zoo's, whose text weight was chosen by its error, neither has much to correct."""
+    accuracy = "text accuracy, joint minus motion guidance alone"
     return [
-        seen.less("EPE without motion guidance minus joint (px)", "joint", "text_only", "teacher.epe_px"),
-        seen.more("text accuracy, joint minus motion guidance alone", "joint", "motion_only", "teacher.text_accuracy"),
+        seen.less("EPE without motion guidance minus joint (px)", "both_weights", "text_only", "teacher.epe_px"),
+        seen.more(accuracy, "both_weights", "motion_only", "teacher.text_accuracy"),
     ]
 
 
