@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data.progress import clip_stamp, done_keys, forget_others, mark, marker, stamp, unmark
 from data.shards import trim_text
 from data.video import read_video
-from models.device import DTYPES
+from models.device import DTYPES, fast_dtype, pick_device
 from models.files import replace_file, write_json
 
 if TYPE_CHECKING:
@@ -41,13 +41,15 @@ TEXT_PARTS = ("text_encoder", "tokenizer")  # what UMT5 reads of a whole reposit
 class EncodeConfig:
     batch_size: int = 8  # clips per forward pass
     device: str = "cpu"  # auto | cpu | cuda
-    dtype: str = "float32"  # float32 | bfloat16: weights of VAE, text encoder and CLIP
+    dtype: str = "float32"  # of VAE, text encoder and CLIP: float32 | bfloat16 | auto, the faster on the device
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"encode.batch_size={self.batch_size} must be >= 1")
+        if self.dtype == "auto":  # settled here: latents know the dtype that made them
+            self.dtype = fast_dtype(pick_device(self.device, "encode.device"))
         if self.dtype not in DTYPES:
-            raise ValueError(f"encode.dtype={self.dtype!r} must be one of {sorted(DTYPES)}")
+            raise ValueError(f"encode.dtype={self.dtype!r} must be one of {', '.join(DTYPES)}, auto")
 
 
 @dataclass

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.device import pick_device
+from models.device import DTYPES, fast_dtype, pick_device
 from train.state import fill_state, full_state
 
 if TYPE_CHECKING:
@@ -45,13 +45,13 @@ WAIT = timedelta(hours=1)  # of one process for another: the main one writes, or
 class Parallel:
     """This process among the others."""
 
-    def __init__(self, *, device: str = "auto", precision: str = "bf16") -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision} must be one of {', '.join(PRECISIONS)}")
-        self.dtype = PRECISIONS[precision]
+    def __init__(self, *, device: str = "auto", precision: str = "auto") -> None:
+        if precision not in (*PRECISIONS, "auto"):
+            raise ValueError(f"precision={precision} must be one of {', '.join(PRECISIONS)}, auto")
         self.mode = _launch_mode()
         self.accelerator = _build_accelerator(device, self.mode)
         self.device: torch.device = self.accelerator.device
+        self.dtype = DTYPES[fast_dtype(self.device)] if precision == "auto" else PRECISIONS[precision]
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process

@@ -178,9 +178,10 @@ def spread(total: int, count: int) -> list[int]:
 def plan(settings: Settings, trainer: Trainer) -> list[str]:
     """What is about to happen, one line each: the effective recipe, so that no default is silent."""
     cfg, parallel = settings.train, trainer.parallel
+    dtype = str(parallel.dtype).removeprefix("torch.")
     lines = [
         f"{settings.stage_target} on {settings.model.name}, seed {cfg.seed}, output {cfg.output_dir}",
-        f"launch: {parallel.mode}, {parallel.world} process(es), {parallel.device}, autocast {cfg.precision}",
+        f"launch: {parallel.mode}, {parallel.world} process(es), {parallel.device}, autocast {dtype}",
         f"batch: {cfg.global_batch} clips per update = {parallel.world} process(es) x {cfg.micro_batch} x "
         f"{trainer.accumulation} accumulated",
         f"steps: {cfg.steps}; checkpoint every {cfg.checkpoint_every}; validation {_validation(settings)}",

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.device import DTYPES, fast_dtype
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that drives singular values into about [0.7, 1.2]
 NEWTON_SCHULZ_STEPS = 5
 
@@ -27,7 +29,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     """
     first, third, fifth = NEWTON_SCHULZ
     is_tall = matrix.shape[0] > matrix.shape[1]
-    wide = (matrix.T if is_tall else matrix).to(torch.bfloat16)  # the smaller Gram matrix
+    wide = (matrix.T if is_tall else matrix).to(DTYPES[fast_dtype(matrix.device)])  # the smaller Gram matrix
     wide = wide / wide.norm().clamp_min(1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = wide @ wide.T

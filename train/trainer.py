@@ -56,7 +56,7 @@ class TrainConfig:
     steps: int = 1000
     global_batch: int = 8  # clips per update, over all processes
     micro_batch: int = 8  # clips per process and backward pass
-    precision: str = "bf16"  # of the autocast: bf16 | fp32; weights are always float32
+    precision: str = "auto"  # of the autocast: bf16 | fp32 | auto, the faster on the device; weights are always float32
     device: str = "auto"  # auto | cpu | cuda
     log_every: int = 10  # steps
     validate_every: int = 0  # steps; 0 = at the end only, negative = never

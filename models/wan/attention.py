@@ -7,16 +7,17 @@ positions (rope.py) and what is cached between chunks (cache.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from models.device import cpu_features
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 SCORE_BYTES = 8 << 20  # scores kept at once by "matmul": about what stays in a core's cache
@@ -120,13 +121,8 @@ def _products_beat_fused(q: Tensor) -> bool:
     """Whether this CPU has fast bfloat16 products that torch's fused kernel does not use: it does with AMX only."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return False
-    features = _cpu_features()
+    features = cpu_features()
     return bool(features.get("avx512_bf16")) and not features.get("amx_bf16")
-
-
-def _cpu_features() -> Mapping[str, Any]:
-    """What torch knows of this CPU; empty where it is too old to say."""
-    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None = None) -> Tensor:

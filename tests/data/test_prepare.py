@@ -282,6 +282,14 @@ def test_latents_in_another_dtype_are_not_mixed(monkeypatch, encoded_clips):
     assert len(ShardDataset(out / "shards", ["latents"])) == 2
 
 
+@pytest.mark.parametrize("faster", ["float32", "bfloat16"])
+def test_latents_know_the_dtype_that_auto_stood_for(monkeypatch, faster, encoded_clips):
+    common, vae, out = encoded_clips
+    monkeypatch.setattr(encode, "fast_dtype", lambda device: faster)
+    run(*common, vae, "step=encode", "encode.dtype=auto")
+    assert json.loads((out / "encoded/about.json").read_text())["dtype"] == faster
+
+
 def test_latents_of_a_version_that_noted_no_dtype_are_packed(encoded_clips):
     common, _, out = encoded_clips
     about = json.loads((out / "encoded/about.json").read_text())
@@ -515,7 +523,7 @@ def test_real_clips_with_a_50x50_grid(tmp_path):
         (["previews=some"], "previews='some'"),
         (["tracker.name=kalman"], "tracker.name='kalman'"),
         (["tracker.upsample=9"], r"tracker\.upsample=9 must be in 1\.\.4"),
-        (["encode.dtype=float8"], "encode.dtype='float8'"),
+        (["encode.dtype=float8"], "encode.dtype='float8' must be one of float32, bfloat16, auto"),
         (["encode.device=gpu"], "encode.device=gpu must be auto, cpu or cuda"),
         (["num_workers=-1"], "num_workers=-1 must be at least 0"),
     ],

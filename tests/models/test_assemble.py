@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 
+from models import assemble
 from models.assemble import (
     ModelConfig,
     TextConfig,
@@ -52,6 +53,14 @@ def test_every_config_fits(name):
     cfg = load(name)
     assert cfg.name == name and isinstance(cfg.dit, WanConfig) and isinstance(cfg.clip, ClipGeometry)
     validate(cfg)
+
+
+@pytest.mark.parametrize("faster", ["float32", "bfloat16"])
+def test_auto_is_settled_as_the_faster_dtype(monkeypatch, faster):
+    monkeypatch.setattr(assemble, "fast_dtype", lambda device: faster)
+    cfg = load("sprites", "dtype=auto")
+    assert cfg.dtype == faster and cfg.torch_dtype == getattr(torch, faster)
+    assert load("sprites", "dtype=bfloat16").dtype == "bfloat16", "what is named is taken"
 
 
 def test_shipped_weights_are_found_from_any_working_directory(tmp_path, monkeypatch, caplog):
@@ -127,7 +136,7 @@ def test_an_unknown_key_is_refused(unknown):
         ("dit.text_len=31", "model.dit.text_dim=288 must be 287"),
         ("dit.clip_dim=1280", "model.dit.clip_dim=1280 and model.clip_encoder=None must both be set"),
         ("text.kind=t5", "model.text.kind='t5' must be vocabulary or hashed or umt5"),
-        ("dtype=float16", "model.dtype='float16' must be float32 or bfloat16"),
+        ("dtype=float16", "model.dtype='float16' must be float32 or bfloat16 or auto"),
         ("guidance.txt=3", "guidance 'txt' must be one of text, motion"),
         ("dit.track_channels=0", "model.guidance.motion=1.5 needs a model that sees tracks"),
         ("vae.temporal_downsample=[true,false]", "true exactly twice"),

@@ -1,11 +1,12 @@
-"""Devices are refused by name and field before anything is loaded onto them."""
+"""Devices are refused by name and field before anything is loaded onto them; the dtype is the faster one there."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from models.device import pick_device
+from models import device
+from models.device import fast_dtype, pick_device
 
 NO_GPU, ONE_GPU = (False, 0), (True, 1)
 
@@ -49,3 +50,26 @@ def test_what_is_not(gpus, machine, name, message):
     gpus(*machine)
     with pytest.raises(ValueError, match=message):
         pick_device(name, "encode.device")
+
+
+@pytest.mark.parametrize(
+    ("features", "name"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, "float32"),
+        ({"avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
+        ({"avx512_bf16": True, "amx_bf16": True}, "bfloat16"),
+        ({}, "float32"),  # a torch that does not tell
+    ],
+)
+def test_the_faster_dtype_of_a_processor(monkeypatch, features, name):
+    monkeypatch.setattr(device, "cpu_features", lambda: features)
+    assert fast_dtype(torch.device("cpu")) == name
+
+
+@pytest.mark.parametrize(("has_products", "name"), [(True, "bfloat16"), (False, "float32")])
+def test_the_faster_dtype_of_a_gpu(monkeypatch, has_products, name):
+    def is_supported(including_emulation: bool = True) -> bool:
+        return has_products or including_emulation  # cards before Ampere emulate it, slowly
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert fast_dtype(torch.device("cuda")) == name

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from train import muon
 from train.muon import Muon, is_hidden_matrix, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
-def test_orthogonalise_brings_singular_values_near_one(shape):
+@pytest.mark.parametrize("faster", ["float32", "bfloat16"])
+def test_orthogonalise_brings_singular_values_near_one(monkeypatch, shape, faster):
+    monkeypatch.setattr(muon, "fast_dtype", lambda device: faster)
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalise(matrix))
     assert values.min() > 0.4 and values.max() < 1.4, values

@@ -23,6 +23,7 @@ from models.assemble import build_dit, build_vae
 from models.condition import Condition
 from models.wan.cache import CacheSpec, KVCache
 from models.wan.checkpoint import load_dit
+from train import accelerator
 from train import state as train_state
 from train.accelerator import Parallel, entry_points
 from train.build import build_trainer, read_settings
@@ -285,13 +286,22 @@ def test_entry_points_are_read_from_the_class():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"precision": "fp16"}, "precision=fp16 must be one of bf16, fp32"),
+        ({"precision": "fp16"}, "precision=fp16 must be one of bf16, fp32, auto"),
         ({"device": "tpu"}, "device=tpu must be auto, cpu or cuda"),
     ],
 )
 def test_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Parallel(**settings)
+
+
+@pytest.mark.parametrize("faster", ["float32", "bfloat16"])
+def test_auto_is_the_faster_precision_of_the_device(monkeypatch, faster):
+    monkeypatch.setattr(accelerator, "fast_dtype", lambda device: faster)
+    product = torch.ones(1, 1)
+    with Parallel(device="cpu").autocast():
+        product = product @ product
+    assert product.dtype == getattr(torch, faster)
 
 
 def test_the_launcher_not_the_device_says_which_gpu_a_process_gets(monkeypatch):

@@ -96,7 +96,7 @@ def test_matmul_in_bfloat16_is_as_exact_as_sdpa_in_bfloat16():
 @torch.no_grad()
 def test_without_gradients_matmul_takes_the_faster_kernel_of_the_cpu(has_amx: bool, monkeypatch: pytest.MonkeyPatch):
     features = {"avx512_bf16": True, "amx_bf16": has_amx}
-    monkeypatch.setattr(attention, "_cpu_features", lambda: features)
+    monkeypatch.setattr(attention, "cpu_features", lambda: features)
     fused_calls, fused = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: fused_calls.append(qkv) or fused(*qkv))
     exact, halves = qkv(24, batch=5, key_tokens=40), [x.bfloat16() for x in qkv(24, batch=5, key_tokens=40)]
