@@ -25,7 +25,7 @@ CELL_PX = 4.0
 @pytest.fixture(scope="module")
 def parts(monkeypatch_module):
     monkeypatch_module.chdir(ROOT)  # the weights' paths are relative to the repository
-    model_cfg = build_config(compose_config("stream", ["image=unused", "model=sprites", "model.dtype=bfloat16"]).model)
+    model_cfg = build_config(compose_config("stream", ["image=unused", "model=sprites"]).model)
     student = load_role(model_cfg, "student").eval().requires_grad_(False)
     return student.to(model_cfg.torch_dtype), Codecs.load(model_cfg)
 
