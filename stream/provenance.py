@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from models.device import fast_dtype, pick_device
+
 REPO_DIR = Path(__file__).resolve().parent.parent
 
 
@@ -37,7 +39,7 @@ def git_commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What ran: host, processor, torch, threads and the accelerator if there is one."""
+    """What ran: host, processor, torch, threads, the accelerator if there is one, and the dtype that suits them."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "platform": platform.platform(),
@@ -47,6 +49,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "gpu": gpu,
+        "auto_dtype": fast_dtype(pick_device("auto")),  # what dtype=auto stood for
     }
 
 

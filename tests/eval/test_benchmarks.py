@@ -23,6 +23,7 @@ from eval.metrics.registration import RegistrationConfig
 from eval.roles import SamplingConfig, generate
 from eval.run import EvalConfig, main
 from models.assemble import load_for_inference
+from models.device import DTYPES
 from models.diffusion.noise import KeyedNoise
 from stream.codecs import Codecs
 from stream.session_state import ChunkTiming
@@ -65,6 +66,7 @@ def test_motion_transfer_writes_every_figure(tiny_weights, tmp_path: Path, capsy
     assert metrics["noise_floor.epe_px"] < metrics["student.epe_px"]
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert meta["config"]["bench"]["num_inference_steps"] == 2 and meta["machine"]["torch"]
+    assert meta["machine"]["auto_dtype"] in DTYPES
     report = (tmp_path / "report.html").read_text()
     assert report.count("<video") == 1 and "plain CFG scale 4.5" in report
     assert "epe_gain_from_tracks_px" in capsys.readouterr().out
