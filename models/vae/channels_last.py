@@ -54,6 +54,10 @@ class CausalConv(WanCausalConv3d):
         columns, _, rows, _, _, _ = self._padding
         if torch.is_grad_enabled() and self.stride == (1, 1, 1) and x.shape[2] < self.kernel_size[0] + FEW_FRAMES:
             return self._by_frames(x, (rows, columns))
+        if _is_left_to_a_slow_kernel(x):
+            return torch.mkldnn_convolution(
+                x, self.weight, self.bias, padding=(0, rows, columns), stride=self.stride, dilation=(1, 1, 1), groups=1
+            )
         return F.conv3d(x, self.weight, self.bias, self.stride, (0, rows, columns))
 
     def _by_frames(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
@@ -234,6 +238,21 @@ def _activate_and_convolve(
     norm.write(frames, seen[:, KEPT_FRAMES:], activate=True)
     feat_cache[slot] = _channels_second(seen[:, -KEPT_FRAMES:].clone())
     return conv.of_padded(_channels_second(seen))
+
+
+def _is_left_to_a_slow_kernel(x: Tensor) -> bool:
+    """Whether this is one clip in float32 on a CPU: torch gives few features of it to a kernel that unfolds them.
+
+    That takes about twice as long as oneDNN's, which torch takes for batches, and reorders channels.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.shape[0] == 1
+        and x.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _last_frames(x: Tensor, before: Tensor | None) -> Tensor:

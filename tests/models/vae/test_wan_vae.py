@@ -205,6 +205,21 @@ def test_channels_last_stays_from_one_convolution_to_the_next(name, monkeypatch)
     assert [shape for shape, as_it_reads in seen if not as_it_reads] == []
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
+@pytest.mark.parametrize("name", ["wan_2_2", "sprites"])
+def test_one_float32_clip_is_decoded_as_in_a_batch_and_not_by_the_slow_kernel(name):
+    vae, _ = make(name, latents_per_call=None)
+    vae.use_channels_last()
+    latents = torch.randn(2, vae.latent_channels, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    expected = vae.decode(latents)[:1]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        found = vae.decode(latents[:1])
+    kernels = {event.key for event in profiled.key_averages()}
+    assert not [kernel for kernel in kernels if "slow_conv3d" in kernel]
+    assert "aten::mkldnn_convolution" in kernels
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
 def test_measured_normalisation_gives_unit_statistics_and_survives_the_file(tmp_path):
     vae, pixels = make("sprites", SPRITES.latents_per_call)
     vae.measure_normalisation([pixels, pixels.flip(-1)])
