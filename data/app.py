@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 REPO_DIR = CONF_DIR.parent
+REFUSALS = (HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)  # while a configuration is composed
 EXIT_CONFIG = 2  # exit code of a refused configuration
 EXIT_INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 _ADDED_FIELDS = ("_target_", "name")
@@ -71,7 +72,7 @@ def register_schemas(conf_dir: Path | None = None) -> list[str]:
     """Put `<name>_schema` into Hydra's ConfigStore for each YAML under `conf_dir` with a `_target_`.
 
     Returns the registered names ("stage/teacher_schema"). A target that cannot be imported is remembered, and
-    reported when a configuration that needs it is composed.
+    reported when a configuration that needs it is composed. Raises MarkedYAMLError for a file that is no YAML.
     """
     conf_dir = conf_dir or CONF_DIR
     registered = []
@@ -81,7 +82,8 @@ def register_schemas(conf_dir: Path | None = None) -> list[str]:
         if _schema_files.get(schema) == version:
             registered.append(schema)
             continue
-        content = yaml.safe_load(path.read_text())
+        with path.open(encoding="utf-8") as file:
+            content = yaml.safe_load(file)
         if not isinstance(content, dict) or "_target_" not in content:
             continue
         try:
@@ -124,14 +126,14 @@ def _unchecked(self: Any) -> None:
 # --------------------------------------------------------------------------------------------- composing
 def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Compose conf/<config_name>.yaml as the command line would. Raises ConfigError (one line)."""
-    register_schemas()
     GlobalHydra.instance().clear()
     try:
+        register_schemas()
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
             cfg = hydra.compose(config_name, overrides=list(overrides))
         refuse_added_keys(cfg)
         return cfg
-    except (HydraException, OmegaConfBaseException) as error:
+    except REFUSALS as error:
         raise explain(error, CONF_DIR, _schema_failures, lambda: _known_keys(config_name, overrides)) from error
 
 
@@ -207,7 +209,7 @@ def run_app(config_name: str, main: Callable[[DictConfig], int | None], kept: st
     except KeyboardInterrupt as stop:
         print(f"\ninterrupted: {str(stop) or kept}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except (HydraException, OmegaConfBaseException, ConfigError) as error:
+    except (*REFUSALS, ConfigError) as error:
         if _debug():
             raise
         line = explain(error, CONF_DIR, _schema_failures, lambda: _known_keys(config_name, overrides))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -21,6 +22,8 @@ from omegaconf.errors import (
     InterpolationKeyError,
     OmegaConfBaseException,
 )
+
+YAML_FIX = "a field stands once, as `name: value`, indented by spaces"
 
 
 class ConfigError(ValueError):
@@ -82,6 +85,10 @@ def explain(
     for cause in _causes(error):
         if isinstance(cause, ConfigError):
             return cause
+        if isinstance(cause, yaml.MarkedYAMLError):
+            mark = cause.problem_mark
+            where = f"{mark.name}, line {mark.line + 1}: " if mark is not None else ""
+            return ConfigError(f"{where}{cause.problem or cause}; {YAML_FIX}")
         if isinstance(cause, InterpolationKeyError):
             return ConfigError(f"{prefix}{cause.full_key}: {_first_line(cause)}")
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):

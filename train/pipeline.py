@@ -2,10 +2,9 @@
 
 A step is a command that a user could type; it runs in a process of its own (or several, under torchrun), with one
 progress line, its output in a log and a record of what it took. A finished step is not run again, and an interrupted
-one resumes, because every command does; where arguments have changed, that step and all after it are made anew. A
-chain that is told to stop waits for its command, which may be saving.
-Left out: which steps there are (quickstart.py, zoo.py, ablations.py) and every setting (conf/experiment): a changed
-file there is not noticed.
+one resumes, because every command does; where its arguments or the configuration that they compose have changed, that
+step and all after it are made anew. A chain that is told to stop waits for its command, which may be saving.
+Left out: which steps there are (quickstart.py, zoo.py, ablations.py) and every setting (conf/experiment).
 """
 
 from __future__ import annotations
@@ -21,14 +20,19 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
-from data.app import EXIT_INTERRUPTED
+from data.app import CONF_DIR, EXIT_CONFIG, EXIT_INTERRUPTED, compose_config
+from data.config_errors import ConfigError
 from models.files import write_json
 from stream.provenance import git_commit
+from train.checkpoint import changed_fields
 
 ROOT = Path(__file__).resolve().parents[1]
 REFRESH_SECONDS = 0.5
@@ -68,6 +72,21 @@ class Step:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
         return ["-m", *launcher, "-m", *self.arguments]
 
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        """What the arguments compose, interpolations unresolved; None for a command without a configuration.
+
+        Raises ConfigError.
+        """
+        app, *overrides = self.arguments
+        if not (CONF_DIR / f"{app}.yaml").is_file():
+            return None
+        try:
+            composed = OmegaConf.to_container(compose_config(app, overrides))
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}: {error}") from error
+        return json.loads(_in_checkout([json.dumps(composed)])[0])
+
     @property
     def environment(self) -> dict[str, str]:
         """The cores are shared among the processes, which get the time to save; what the user has set of that stays."""
@@ -94,10 +113,13 @@ class Record:
     arguments: list[str]  # paths below the checkout are relative to it
     seconds: float  # wall time of all its starts, with what was done again after a kill
     git_commits: list[str] = field(default_factory=lambda: ["unknown"])  # checked out at its starts, each once
+    config: dict[str, Any] | None = None  # composed of the arguments; None where that is not known
 
-    def is_of(self, step: Step) -> bool:
-        """Whether the step has these arguments."""
-        return _in_checkout(self.arguments) == _in_checkout(step.arguments)
+    def changes(self, step: Step) -> list[str]:
+        """What of the step's arguments or configuration is different; empty where it is the step of this record."""
+        if self.config is not None and step.config is not None:
+            return changed_fields(self.config, step.config)
+        return [] if _in_checkout(self.arguments) == _in_checkout(step.arguments) else ["other arguments"]
 
 
 def _in_checkout(arguments: Iterable[str]) -> list[str]:
@@ -114,7 +136,9 @@ def record_of(step: Step, out: Path) -> Record | None:
 
 # ------------------------------------------------------------------------------------------ running
 def run_chain(main: Callable[[], None]) -> None:
-    """Run the ``main`` of a chain. After Ctrl-C and TERM exit with 130 and 143, and one line that says where it was."""
+    """Run the ``main`` of a chain. After Ctrl-C and TERM exit with 130 and 143, and one line that says where it was;
+    with 2 and one line for a configuration that does not compose.
+    """
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated
@@ -128,6 +152,9 @@ def run_chain(main: Callable[[], None]) -> None:
         word = "interrupted" if is_user else "terminated"
         print(f"\n{word}{where}: the same command goes on from there", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED if is_user else EXIT_TERMINATED) from None
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_CONFIG) from None
 
 
 def run_all(
@@ -144,18 +171,21 @@ def run_all(
 
 
 def forget_outdated(steps: Sequence[Step], out: Path) -> None:
-    """Where a step was begun or finished with other arguments, forget it and all after it, which may depend on it.
+    """Where a step was begun or finished with other settings, forget it and all after it, which may depend on it.
 
     Their training runs get another name: the commands would go on from the checkpoints.
     """
     records = [record_of(step, out) for step in steps]
-    changed = [n for n, record in enumerate(records) if record is not None and not record.is_of(steps[n])]
-    for step in reversed(steps[changed[0] :] if changed else []):  # backwards: what is forgotten last tells of the rest
+    changes = [[] if record is None else record.changes(step) for record, step in zip(records, steps, strict=True)]
+    first = next((number for number, found in enumerate(changes) if found), len(steps))
+    if first < len(steps):
+        print(f"made anew from {steps[first].name} on, where settings differ: {'; '.join(changes[first])}", flush=True)
+    for step in reversed(steps[first:]):  # backwards: what is forgotten last tells of the rest
         folder = step.training_run
         if folder is not None and folder.exists():
             aside = folder.with_name(f"{folder.name}_until_{datetime.now():%Y%m%d_%H%M%S}")
             folder.rename(aside)
-            print(f"{step.name} is made anew, as arguments have changed; what was there is in {aside}", flush=True)
+            print(f"what {step.name} had made is in {aside}", flush=True)
         for file in step.record_files(out):
             file.unlink(missing_ok=True)
 
@@ -168,8 +198,8 @@ def run(step: Step, number: int, total: int, out: Path) -> Record:
     """
     done, spent = step.record_files(out)
     record = record_of(step, out)
-    if record is None or not record.is_of(step):
-        record = Record(_in_checkout(step.arguments), 0.0, [])
+    if record is None or record.changes(step):
+        record = Record(_in_checkout(step.arguments), 0.0, [], step.config)
     elif done.exists():
         _say(number, total, step.name, record.seconds, "done before\n")
         return record

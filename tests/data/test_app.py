@@ -117,6 +117,23 @@ def test_refused_in_one_line(small_app, override, message):
     assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("init_from: a\ninit_from: b\n", "line 2: found duplicate key init_from"),
+        ("init_from: a\n\tdecay: 0.1\n", "line 2: found character '\\t' that cannot start any token"),
+        ("sizes: [1, 2\n", "line 2: expected ',' or ']'"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_told_with_its_line(small_app, text, problem):
+    (small_app / "conf/stage/causal.yaml").write_text(text)
+    with pytest.raises(ConfigError) as info:
+        app.compose_config("top")
+    assert f"conf/stage/causal.yaml, {problem}" in str(info.value) and "\n" not in str(info.value)
+    done = _run(small_app)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 def test_group_choice_gives_typed_values_and_the_dataclass(small_app):
     cfg = app.compose_config("top", ["stage=rl", "stage.sizes=[3]", "stage.decay=0.5"])
     assert (cfg.output_dir, cfg.width, cfg.inner.depth) == ("outputs/rl", 16, 2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from dataclasses import asdict
 
 import pytest
 
+from data import app
+from data.app import CONF_DIR
 from models.files import write_json
 from stream.provenance import git_commit
 from train import pipeline
@@ -117,7 +121,36 @@ def test_a_step_with_other_arguments_and_all_after_it_are_made_anew(tmp_path, ca
     names = sorted(folder.name.split("_until_")[0] for folder in tmp_path.iterdir())
     assert names == ["done", "render", "spent", "teacher", "vae"] and (tmp_path / "render").exists()
     assert not (tmp_path / "vae").exists() and not (tmp_path / "teacher").exists()
-    assert "vae is made anew, as arguments have changed; what was there is in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "made anew from vae on, where settings differ: other arguments" in said and "what vae had made is in" in said
+
+
+def test_a_step_is_made_anew_where_a_file_of_its_configuration_has_changed(tmp_path, monkeypatch, capsys):
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF_DIR, conf)
+    for module in (app, pipeline):
+        monkeypatch.setattr(module, "CONF_DIR", conf)
+    arguments = ("data", "experiment=quickstart_zoo/data", f"out={ROOT}/outputs/there")
+    write_record(Step("render", arguments), tmp_path, "done", config=Step("render", arguments).config)
+    assert run(Step("render", arguments), 1, 1, tmp_path).seconds == 100
+    experiment = conf / "experiment/quickstart_zoo/data.yaml"
+    experiment.write_text(experiment.read_text().replace("num_workers: 2", "num_workers: 13"))
+    forget_outdated([Step("render", arguments)], tmp_path)
+    assert re.search(r"made anew from render on.*num_workers: 2 there, 13 here", capsys.readouterr().out)
+    assert not (tmp_path / "done/render.json").exists()
+
+
+def test_records_of_paths_in_the_checkout_hold_where_it_is_moved():
+    step = Step("render", ("data", "experiment=quickstart_zoo/data", f"out={ROOT}/outputs/there"))
+    assert step.config["out"] == "outputs/there"
+
+
+def test_a_configuration_that_does_not_compose_is_told_in_a_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_chain(lambda: run_all([Step("render", ("data", "num_wokers=1"))], tmp_path))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: render: ") and "num_workers" in said
 
 
 def test_a_record_holds_where_the_checkout_is_moved(tmp_path):
