@@ -29,6 +29,9 @@ from eval.metrics.image import frame_psnr, frame_ssim
 from eval.metrics.lpips import Lpips
 from eval.metrics.registration import Registration, RegistrationConfig, register_sprites
 from eval.results import Results
+from models.device import usable_cores
+
+MAX_WORKERS = 16  # a quarter of a minute and a gigabyte of memory each to start
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,12 @@ def check_tracker(cfg: TrackerConfig) -> None:
         )
 
 
-def check_workers(num_workers: int) -> None:
+def check_workers(num_workers: int | None) -> None:
     """Raises ValueError for a number of judging processes that cannot be."""
-    if num_workers < 0:
-        raise ValueError(f"bench.num_workers={num_workers} must be at least 0; 0 judges in this process")
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(
+            f"bench.num_workers={num_workers} must be at least 0; 0 judges in this process, null on every core"
+        )
 
 
 def judge_clip(
@@ -110,8 +115,14 @@ def judge_clip(
     )
 
 
-def worker_pool(num_workers: int) -> ProcessPoolExecutor | None:
-    """Processes that share the judging; None: this one does it."""
+def worker_pool(num_workers: int | None, num_clips: int, tracker: TrackerConfig) -> ProcessPoolExecutor | None:
+    """Processes that share the judging of some clips; None where this one does it.
+
+    num_workers None: one a core, at most MAX_WORKERS and one a clip; CoTracker3 uses all cores, or the GPU, by itself.
+    """
+    if num_workers is None:
+        cores = min(usable_cores(), MAX_WORKERS, num_clips)
+        num_workers = cores if cores > 1 and tracker.name == "lucas_kanade" else 0
     return ProcessPoolExecutor(num_workers, get_context("spawn"), _one_thread) if num_workers else None
 
 
@@ -123,7 +134,7 @@ def _one_thread() -> None:
 
 
 class Judge:
-    """Judges videos of a fixed list of clips; ``num_workers`` processes share the clips (0: this one)."""
+    """Judges videos of a fixed list of clips; ``num_workers`` processes share them (`worker_pool`)."""
 
     def __init__(
         self,
@@ -131,14 +142,14 @@ class Judge:
         tracker: TrackerConfig,
         registration: RegistrationConfig,
         lpips: Lpips | str,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
     ) -> None:
         check_tracker(tracker)
         self.clips = clips
         self.tracker = tracker
         self.registration = registration
         self.lpips = lpips
-        self.pool = worker_pool(num_workers)
+        self.pool = worker_pool(num_workers, len(clips), tracker)
 
     def first(self, count: int) -> Judge:
         """The same judge, for the first ``count`` clips."""

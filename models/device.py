@@ -1,7 +1,8 @@
-"""The device and the dtype that a configuration names; a device is checked before anything is loaded onto it."""
+"""The device and the dtype that a configuration names, checked before anything is loaded, and the cores there are."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -40,6 +41,11 @@ def fast_dtype(device: torch.device) -> str:
     else:
         has_products = any(cpu_features().get(name) for name in ("avx512_bf16", "amx_bf16"))
     return "bfloat16" if has_products else "float32"
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on: under Slurm its share of the node's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_features() -> Mapping[str, Any]:

@@ -30,6 +30,7 @@ from omegaconf import OmegaConf
 
 from data.app import CONF_DIR, EXIT_CONFIG, EXIT_INTERRUPTED, compose_config
 from data.config_errors import ConfigError
+from models.device import usable_cores
 from models.files import write_json
 from stream.provenance import git_commit
 from train.checkpoint import changed_fields
@@ -49,7 +50,7 @@ def processes_of(gpus: int, cores: int) -> int:
     return min(2, gpus or cores)
 
 
-PROCESSES = processes_of(torch.cuda.device_count(), os.cpu_count() or 1)
+PROCESSES = processes_of(torch.cuda.device_count(), usable_cores())
 
 
 class Terminated(BaseException):
@@ -90,7 +91,7 @@ class Step:
     @property
     def environment(self) -> dict[str, str]:
         """The cores are shared among the processes, which get the time to save; what the user has set of that stays."""
-        threads = max(1, (os.cpu_count() or 1) // self.processes)
+        threads = max(1, usable_cores() // self.processes)
         own = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **os.environ, **own}
 

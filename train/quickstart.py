@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from data.video import read_video
 from eval.report import Figure, Section, Table, Video, curves_from_log, video_side_by_side, write_report
+from models.device import usable_cores
 from train.pipeline import PROCESSES, ROOT, Record, Step, run_all, run_chain
 from train.zoo import ZOO
 
@@ -83,7 +83,7 @@ def report(out: Path, records: Mapping[str, Record]) -> Path:
         Section("Where the time went", table=Table(["stage", "seconds"], rows)),
     ]
     start = "from nothing" if (out / "vae_whole").exists() else "on from the shipped weights"
-    note = f"make quickstart: trained {start} in {total / 60:.1f} minutes on {os.cpu_count()} CPU cores"
+    note = f"make quickstart: trained {start} in {total / 60:.1f} minutes on {usable_cores()} CPU cores"
     return write_report(out / "report.html", sections, title="Marionette quickstart", note=note)
 
 

@@ -54,7 +54,7 @@ class ClaimsConfig:
     batch_size: int = 16
     num_inference_steps: int = 25  # of the teacher
     num_chunks: int = 80  # of a timed stream
-    num_workers: int = 0  # processes that judge
+    num_workers: int | None = None  # processes that judge; null: one a core, at most 16; 0: this one
     features: str | None = None  # folder of the sprites feature network: text accuracy; null: unavailable
     world: SpritesConfig = field(default_factory=SpritesConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

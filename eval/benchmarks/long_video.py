@@ -46,7 +46,7 @@ class LongVideoConfig:
     num_frames: int = 241  # frames streamed; any length
     num_clips: int = 4
     num_floor_clips: int = 4  # clips on which the tracker's own error is measured, at most num_clips
-    num_workers: int = 0  # processes that judge; 0: this one
+    num_workers: int | None = None  # processes that judge; null: one a core, at most 16; 0: this one
     split: str = "test"  # which seeds of the sprites world
     requery_frames: int = 48  # a fresh grid of tracks every so many frames; 0: one grid at frame 0
     window_frames: int = 48  # span of one figure over time
@@ -170,7 +170,7 @@ class LongVideo:
         self, tracks: list[list[Tracks]], videos: list[np.ndarray], progress: Callable[[int], None]
     ) -> list[_Course]:
         follow, found = partial(_course, self.cfg), []
-        with worker_pool(self.cfg.num_workers) or nullcontext() as pool:
+        with worker_pool(self.cfg.num_workers, len(tracks), self.cfg.tracker) or nullcontext() as pool:
             for course in (map if pool is None else pool.map)(follow, tracks, videos):
                 found.append(course)
                 progress(1)

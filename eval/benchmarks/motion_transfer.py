@@ -59,7 +59,7 @@ class MotionTransferConfig(SamplingConfig):
     lpips_weights: str | None = None  # folder with the two LPIPS files; null: reported as unavailable
     features: str | None = None  # folder of the sprites feature network: text accuracy, lpips_sprites; null: without
     num_floor_clips: int = 32  # clips on which the tracker's own error is measured, at most num_clips
-    num_workers: int = 0  # processes that judge; 0: this one
+    num_workers: int | None = None  # processes that judge; null: one a core, at most 16; 0: this one
     num_shown: int = 4  # clips shown in the report
 
     def __post_init__(self) -> None:

@@ -29,7 +29,13 @@ from stream.codecs import Codecs
 from stream.session_state import ChunkTiming
 from stream.track_source import query_grid
 
-QUICK = ["bench.num_clips=3", "bench.tracker.rows=4", "bench.tracker.cols=4", "bench.num_shown=1"]
+QUICK = [
+    "bench.num_clips=3",
+    "bench.tracker.rows=4",
+    "bench.tracker.cols=4",
+    "bench.num_shown=1",
+    "bench.num_workers=0",
+]
 
 
 def _run(tiny_weights, out: Path, *overrides: str) -> dict[str, float]:
@@ -116,6 +122,21 @@ def test_the_judge_prefers_the_truth(clips) -> None:
     assert truth.endpoint.mean_px < backwards.endpoint.mean_px
     assert min(truth.psnr_db) == 100 and max(backwards.psnr_db) < 40
     assert still_error(clips).mean_px > 0.5
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_clips", "tracker", "processes"),
+    [(None, 100, "lucas_kanade", 8), (None, 3, "lucas_kanade", 3), (None, 1, "lucas_kanade", None),
+     (None, 100, "cotracker3", None), (0, 100, "lucas_kanade", None), (2, 100, "lucas_kanade", 2)],
+)  # fmt: skip
+def test_every_core_judges_unless_the_tracker_uses_them_by_itself(
+    monkeypatch, num_workers, num_clips, tracker, processes
+) -> None:
+    monkeypatch.setattr("eval.judge.usable_cores", lambda: 8)
+    started = []
+    monkeypatch.setattr("eval.judge.ProcessPoolExecutor", lambda count, *given: started.append(count))
+    worker_pool(num_workers, num_clips, TrackerConfig(name=tracker))
+    assert started == ([] if processes is None else [processes])
 
 
 def test_long_video_follows_error_and_drift(tiny_weights, tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def test_absent_ablations_are_said(tmp_path):
 def test_claims_of_a_tiny_model(tiny_weights, tmp_path):
     small = [
         "bench=claims", "bench.rows=[11,14]", "bench.num_clips=2", "bench.ablations=none.json", "bench.features=null",
-        "bench.tracker.rows=4", "bench.tracker.cols=4", f"out={tmp_path}",
+        "bench.tracker.rows=4", "bench.tracker.cols=4", "bench.num_workers=0", f"out={tmp_path}",
     ]  # fmt: skip
     assert main(compose_config("eval", [*tiny_weights.overrides, *small])) == 0
     lines = json.loads((tmp_path / "claims.json").read_text())

@@ -23,7 +23,7 @@ from train.pipeline import ROOT, Record, Step, forget_outdated, last_line, proce
 
 
 def test_training_stages_share_the_cores_among_processes(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(pipeline, "usable_cores", lambda: 4)
     step = Step("teacher", ("train", "steps=1"), processes=2)
     assert step.environment["OMP_NUM_THREADS"] == "2"
     assert step.command[:2] == ["-m", "torch.distributed.run"] and "--nproc_per_node=2" in step.command
