@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -226,11 +226,18 @@ def _is_made_with(entry: Mapping[str, Any] | None, judged: Judged) -> bool:
     return entry is not None and all(entry.get(key) == settings[key] for key in settings)
 
 
-def schedule(plan: Plan, stored: Mapping[str, Any], seed: int) -> list[tuple[Step, Judged | None]]:
-    """What is still to be done for a seed: each run when it is first needed, each observation after its run."""
+def schedule(
+    plan: Plan, stored: Mapping[str, Any], seed: int, only: Collection[str] = ()
+) -> list[tuple[Step, Judged | None]]:
+    """What is still to be done for a seed: each run when it is first needed, each observation after its run.
+
+    only: names of the observations wanted; empty: all.
+    """
     steps: list[tuple[Step, Judged | None]] = []
     trained: set[str] = set()
     for judged in missing(stored, seed):
+        if only and judged.name not in only:
+            continue
         if not steps:
             steps = [(step, None) for step in plan.prepare()]
         for training in needed(BY_NAME[judged.training]):
@@ -242,9 +249,13 @@ def schedule(plan: Plan, stored: Mapping[str, Any], seed: int) -> list[tuple[Ste
 
 
 def store(result: Path, judged: Judged, seed: int, folder: Path) -> None:
-    """Add an observation of a seed to the results; those of other settings or names make way."""
-    names = {each.name for each in JUDGED}
-    stored = {name: entry for name, entry in read_results(result).items() if name in names}
+    """Add an observation of a seed to the results; all that were made with other settings make way, as rows compare."""
+    current = {each.name: each for each in JUDGED}
+    stored = {
+        name: entry
+        for name, entry in read_results(result).items()
+        if name in current and _is_made_with(entry, current[name])
+    }
     per_clip = json.loads((folder / "per_clip.json").read_text())
     seen = {
         "git_commit": json.loads((folder / "meta.json").read_text())["git_commit"],
@@ -254,8 +265,7 @@ def store(result: Path, judged: Judged, seed: int, folder: Path) -> None:
             if key.split(".")[0] in ("teacher", "student") and key.split(".")[-1] in KEPT_METRICS
         },
     }
-    entry = stored.get(judged.name)
-    seeds = entry["seeds"] if entry is not None and _is_made_with(entry, judged) else {}
+    seeds = stored[judged.name]["seeds"] if judged.name in stored else {}
     stored[judged.name] = {**judged.described(), "seeds": {**seeds, str(seed): seen}}
     result.parent.mkdir(parents=True, exist_ok=True)
     write_json(result, stored)
@@ -276,11 +286,19 @@ def main() -> None:
         default=ZOO / "ablations.json",
         help="file that the claims read; what it has of these weights and settings is not made again",
     )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        choices=[judged.name for judged in JUDGED],
+        metavar="OBSERVATION",
+        help=f"make these alone, with the runs that they need: {', '.join(judged.name for judged in JUDGED)}",
+    )
     arguments = parser.parse_args()
     plan = Plan(arguments.out.resolve() / shipped_weights())
     for seed in arguments.seeds:
-        steps = schedule(plan, read_results(arguments.result), seed)
-        print(f"seed {seed}: {len(steps)} steps" if steps else f"seed {seed}: {arguments.result} has everything")
+        steps = schedule(plan, read_results(arguments.result), seed, arguments.only)
+        print(f"seed {seed}: {len(steps)} steps" if steps else f"seed {seed}: {arguments.result} has what is wanted")
         for number, (step, judged) in enumerate(steps, start=1):
             is_shared = judged is None and (step.name not in BY_NAME or BY_NAME[step.name].shared)
             run(step, number, len(steps), plan.out / ("shared" if is_shared else f"seed_{seed}"))
