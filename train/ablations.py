@@ -102,6 +102,8 @@ TRAININGS = [
     Training("random_context", "self_forcing", 40, START, ("stage.sink_chunks=[0,1]", "stage.window_chunks=[1,2]")),
     Training("causal_teacher", "causal_teacher", 100, "shipped teacher"),
     Training("causal_teacher_student", "self_forcing", 40, "causal_teacher"),
+    Training("chunk_3_init", "causal_init", 100, START),  # as many steps as chunk 1 gets
+    Training("chunk_3", "self_forcing", 40, "chunk_3_init"),
     Training("chunk_1_init", "causal_init", 100, START, CHUNK_1),
     Training("chunk_1", "self_forcing", 40, "chunk_1_init", CHUNK_1),
     Training("chunk_1_init_all_the_past", "causal_init", 100, START, (*CHUNK_1, *ALL_THE_PAST)),
@@ -126,7 +128,7 @@ JUDGED = [
     Judged("no_ode", "no_ode"),
     Judged("mid_mask", "mid_mask", RELEASED),
     Judged("no_mid_mask", "no_mid_mask", RELEASED),
-    Judged("base_long", "base_student", LONG, "long_video"),
+    Judged("chunk_3_long", "chunk_3", LONG, "long_video"),
     Judged("chunk_1_latency", "chunk_1", (*CHUNK_1, *TIMED), "latency"),
     Judged("chunk_1_long", "chunk_1", (*LONG, *CHUNK_1), "long_video"),  # three chunks of three never roll
     Judged("chunk_1_all_the_past_long", "chunk_1_all_the_past", (*LONG, *CHUNK_1), "long_video"),
