@@ -115,9 +115,9 @@ RELEASED = ("bench.release_frame=17", "bench.registration.first_frame=17")
 # One grid of tracks for the whole stream, as the paper's. Its points would leave with their sprite if that could, and
 # of two sprites that stay in so small a frame one is often covered: the tracker loses it, the student forgets it.
 STAYING = ("bench.world.max_sprites=1", "bench.tracker.max_layers=2", "bench.world.leave_margin=-0.2",
-           "bench.requery_frames=0", "bench.num_floor_clips=1")  # fmt: skip
-LONG = (*STAYING, "bench.num_clips=24")  # of 241 frames
-LONGER = (*LONG, "bench.num_frames=481")  # fifteen times as long as a clip
+           "bench.requery_frames=0", "bench.frame_stride=2", "bench.num_floor_clips=1")  # fmt: skip
+LONG = (*STAYING, "bench.num_clips=32")  # of 241 frames
+LONGER = (*STAYING, "bench.num_clips=16", "bench.num_frames=481")  # fifteen times as long as a clip
 VERY_LONG = (*STAYING, "bench.num_clips=8", "bench.num_frames=1001")
 TIMED = ("bench.num_chunks=60",)
 WINDOW_2, WINDOW_3, WINDOW_6 = (f"model.rollout.window_chunks={chunks}" for chunks in (2, 3, 6))

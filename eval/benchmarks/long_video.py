@@ -50,6 +50,7 @@ class LongVideoConfig:
     split: str = "test"  # which seeds of the sprites world
     requery_frames: int = 48  # a fresh grid of tracks every so many frames; 0: one grid at frame 0
     window_frames: int = 48  # span of one figure over time
+    frame_stride: int = 1  # the tracker sees every n-th frame
     world: SpritesConfig = field(default_factory=SpritesConfig)  # the sprites world; frame size comes from model.clip
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     registration: RegistrationConfig = field(default_factory=RegistrationConfig)
@@ -60,11 +61,16 @@ class LongVideoConfig:
         check_workers(self.num_workers)
         if self.num_frames < 2:
             raise ValueError(f"bench.num_frames={self.num_frames} must be at least 2")
-        for name in ("num_clips", "num_floor_clips", "window_frames"):
+        for name in ("num_clips", "num_floor_clips", "window_frames", "frame_stride"):
             if vars(self)[name] < 1:
                 raise ValueError(f"bench.{name}={vars(self)[name]} must be at least 1")
         if self.requery_frames < 0 or self.requery_frames == 1:
             raise ValueError(f"bench.requery_frames={self.requery_frames} must be 0 (one grid) or at least 2")
+        if self.frame_stride >= (shortest := min(span.stop - span.start for span in self.segments())):
+            raise ValueError(
+                f"bench.frame_stride={self.frame_stride} must be below {shortest}, the fewest frames that share a grid "
+                "of tracks (bench.requery_frames, bench.num_frames)"
+            )
 
     def segments(self) -> list[slice]:
         """The stretches of frames that share one grid of tracks; the last holds at least two frames."""
@@ -75,19 +81,23 @@ class LongVideoConfig:
 
 @dataclass(frozen=True)
 class _Course:
-    """One video over time; error is nan where nothing is visible and at the first frame of each segment."""
+    """One video over time; error is nan where nothing is visible, at the first frame of each segment and where the
+    tracker does not look.
+    """
 
     error_px: Tensor  # [T]
     saturation: Tensor  # [T]
 
 
 def _course(cfg: LongVideoConfig, segments: list[Tracks], frames: np.ndarray) -> _Course:
-    errors = []
+    errors = torch.full((cfg.num_frames,), math.nan)
     for span, tracks in zip(cfg.segments(), segments, strict=True):
-        found, _ = build_tracker(cfg.tracker).track(frames[span], tracks.points[0, 0].numpy())
+        seen = slice(None, None, cfg.frame_stride)
+        found, _ = build_tracker(cfg.tracker).track(frames[span][seen], tracks.points[0, 0].numpy())
         predicted = torch.from_numpy(np.asarray(found, dtype=np.float32))[None]
-        errors.append(endpoint_error(predicted, tracks.points, tracks.visibility).per_frame_px[0])
-    return _Course(torch.cat(errors), frame_saturation(torch.from_numpy(frames[: cfg.num_frames])))
+        error = endpoint_error(predicted, tracks.points[:, seen], tracks.visibility[:, seen])
+        errors[span][seen] = error.per_frame_px[0]
+    return _Course(errors, frame_saturation(torch.from_numpy(frames[: cfg.num_frames])))
 
 
 class LongVideo:
@@ -211,10 +221,11 @@ class LongVideo:
     ) -> list[Section]:
         cfg, rollout = self.cfg, context.model_cfg.rollout
         frames = list(range(cfg.num_frames))
-        error = {
-            name: (frames, torch.stack([one.error_px for one in found]).nanmean(0).tolist())
-            for name, found in courses.items()
-        }
+        error = {}
+        for name, found in courses.items():
+            course = torch.stack([one.error_px for one in found]).nanmean(0)
+            judged = course.isfinite()  # a line would break at the others
+            error[name] = (judged.nonzero().flatten().tolist(), course[judged].tolist())
         colour = {
             name: (frames, torch.stack([one.saturation for one in found]).mean(0).tolist())
             for name, found in courses.items()

@@ -16,7 +16,7 @@ from data.trackers import TrackerConfig
 from data.video import write_video
 from eval.benchmarks.context import EvalContext, progress_bar
 from eval.benchmarks.latency import Latency, LatencyConfig, growth
-from eval.benchmarks.long_video import LongVideoConfig
+from eval.benchmarks.long_video import LongVideoConfig, _course
 from eval.clips import sprites_clips
 from eval.judge import Judge, still_error, worker_pool
 from eval.metrics.registration import RegistrationConfig
@@ -174,6 +174,25 @@ def test_segments_cover_every_frame_once() -> None:
         spans = LongVideoConfig(num_frames=num_frames, requery_frames=requery).segments()
         assert [t for span in spans for t in range(span.start, span.stop)] == list(range(num_frames))
         assert min(span.stop - span.start for span in spans) >= 2
+
+
+def test_a_stride_leaves_frames_out_of_the_error_and_of_nothing_else(clips) -> None:
+    clip, T = clips[0], clips[0].tracks.num_frames
+    whole, every_third = (
+        _course(LongVideoConfig(num_frames=T, requery_frames=0, frame_stride=stride), [clip.tracks], clip.frames)
+        for stride in (1, 3)
+    )
+    assert whole.error_px.isfinite().nonzero().flatten().tolist() == list(range(1, T))
+    assert every_third.error_px.isfinite().nonzero().flatten().tolist() == list(range(3, T, 3))
+    assert torch.equal(whole.saturation, every_third.saturation)
+
+
+def test_strides_that_leave_a_grid_without_a_judged_frame_are_refused() -> None:
+    LongVideoConfig(num_frames=40, requery_frames=13, frame_stride=12)
+    with pytest.raises(ValueError, match=r"bench.frame_stride=13 must be below 13"):
+        LongVideoConfig(num_frames=39, requery_frames=13, frame_stride=13)
+    with pytest.raises(ValueError, match=r"bench.frame_stride=0 must be at least 1"):
+        LongVideoConfig(frame_stride=0)
 
 
 def test_latency_of_a_growing_window(tiny_weights, tmp_path: Path) -> None:
