@@ -278,7 +278,7 @@ def test_an_out_below_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
 
 
 def test_interrupted_judges_end_without_a_word() -> None:
-    with worker_pool(1) as pool:
+    with worker_pool(1, 1, TrackerConfig()) as pool:
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_DFL
 
 
