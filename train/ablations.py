@@ -228,6 +228,12 @@ def _is_made_with(entry: Mapping[str, Any] | None, judged: Judged) -> bool:
     return entry is not None and all(entry.get(key) == settings[key] for key in settings)
 
 
+def outdated(stored: Mapping[str, Any]) -> list[str]:
+    """Names of what was made with other settings or is judged no more; rows would compare it with what is new."""
+    current = {judged.name: judged for judged in JUDGED}
+    return [name for name, entry in stored.items() if name not in current or not _is_made_with(entry, current[name])]
+
+
 def schedule(
     plan: Plan, stored: Mapping[str, Any], seed: int, only: Collection[str] = ()
 ) -> list[tuple[Step, Judged | None]]:
@@ -251,13 +257,10 @@ def schedule(
 
 
 def store(result: Path, judged: Judged, seed: int, folder: Path) -> None:
-    """Add an observation of a seed to the results; all that were made with other settings make way, as rows compare."""
-    current = {each.name: each for each in JUDGED}
-    stored = {
-        name: entry
-        for name, entry in read_results(result).items()
-        if name in current and _is_made_with(entry, current[name])
-    }
+    """Add an observation of a seed to the results; what is `outdated` makes way."""
+    stored = read_results(result)
+    for name in outdated(stored):
+        del stored[name]
     per_clip = json.loads((folder / "per_clip.json").read_text())
     seen = {
         "git_commit": json.loads((folder / "meta.json").read_text())["git_commit"],
@@ -298,6 +301,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     plan = Plan(arguments.out.resolve() / shipped_weights())
+    if names := outdated(read_results(arguments.result)):
+        print(f"made with other settings, leaves {arguments.result} with the first new observation: {', '.join(names)}")
     for seed in arguments.seeds:
         steps = schedule(plan, read_results(arguments.result), seed, arguments.only)
         print(f"seed {seed}: {len(steps)} steps" if steps else f"seed {seed}: {arguments.result} has what is wanted")

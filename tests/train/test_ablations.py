@@ -13,7 +13,7 @@ from eval.benchmarks.claim_rows import ROWS, RUNS
 from eval.benchmarks.claims import Observations
 from eval.benchmarks.context import EvalContext
 from train import ablations
-from train.ablations import JUDGED, TRAININGS, Plan, read_results, schedule, store
+from train.ablations import JUDGED, TRAININGS, Plan, outdated, read_results, schedule, store
 from train.zoo import ZOO
 
 
@@ -117,6 +117,7 @@ def test_what_is_stored_under_the_same_settings_is_not_made_again(tmp_path):
     ]  # fmt: skip
     found["offsets"]["evaluation"]["overrides"] = []  # judged otherwise: it cannot be compared with the others any more
     result.write_text(json.dumps({**found, "of_old": found["no_ode"]}))  # an observation that there is no more
+    assert set(outdated(read_results(result))) == {"merged_cache", "offsets", "of_old"}
     store(result, by_name["merged_cache"], 1, _judge(tmp_path / "merged_cache", 3.0))
     kept = read_results(result)
     assert list(kept["merged_cache"]["seeds"]) == ["1"]
