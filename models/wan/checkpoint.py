@@ -109,7 +109,8 @@ def load_pretrained(model: WanDiT, path: str | Path) -> list[str]:
     values.
 
     The columns of patch_embedding go to the channels that mean the same, and those of new channels are zero, so
-    that the model starts as the old one. Only track_head.* may be absent. Raises
+    that the model starts as the old one; those that read a new track head, itself the zero map, keep their
+    initial values, for behind two zeros no gradient would ever reach it. Only track_head.* may be absent. Raises
     ValueError naming the fields where the checkpoint is of another architecture.
     """
     state, saved = to_official(read_state(path)), _saved_config(Path(path))
@@ -117,7 +118,7 @@ def load_pretrained(model: WanDiT, path: str | Path) -> list[str]:
     weight = "patch_embedding.weight"
     layout = _input_layout(state[weight].shape[1], model.config) if saved is None else saved.input_layout
     if layout != model.config.input_layout:
-        state[weight] = _grown_inputs(state[weight], layout, model.config)
+        state[weight] = _grown_inputs(state[weight], layout, model)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or [name for name in missing if not name.startswith(TRACK_HEAD)]:
         raise ValueError(f"{path} does not fit the model: missing {missing}, unexpected {unexpected}")
@@ -327,22 +328,33 @@ def _input_layout(in_channels: int, config: WanConfig) -> InputLayout:
     return found[0]
 
 
-def _grown_inputs(weight: Tensor, layout: InputLayout, config: WanConfig) -> Tensor:
+def _grown_inputs(weight: Tensor, layout: InputLayout, model: WanDiT) -> Tensor:
     """patch_embedding.weight [D, old channels, ...] -> [D, in_channels, ...], by what the channels mean."""
-    names, widths = zip(*layout)
-    old_columns = dict(zip(names, weight.split(widths, dim=1)))
+    config = model.config
+    old_columns = dict(_columns(weight, layout))
     columns = []
-    for part, width in config.input_layout:
+    for part, initial in _columns(model.patch_embedding.weight.detach(), config.input_layout):
         old = old_columns.pop(part, None)
-        if old is not None and old.shape[1] != width:
-            raise ValueError(f"the checkpoint has {old.shape[1]} {part} channels, the model {width}; make them equal")
-        columns.append(weight.new_zeros(weight.shape[0], width, *weight.shape[2:]) if old is None else old)
+        if old is not None and old.shape[1] != initial.shape[1]:
+            raise ValueError(
+                f"the checkpoint has {old.shape[1]} {part} channels, the model {initial.shape[1]}; make them equal"
+            )
+        if old is None:
+            reads_head = part == "track" and config.has_track_head
+            old = (initial if reads_head else torch.zeros_like(initial)).to(weight)
+        columns.append(old)
     if old_columns:
         raise ValueError(
             f"the checkpoint's {', '.join(old_columns)} channels have no place in image_conditioning="
             f"'{config.image_conditioning}' with track_channels={config.track_channels}; change one of these"
         )
     return torch.cat(columns, dim=1)
+
+
+def _columns(weight: Tensor, layout: InputLayout) -> Iterable[tuple[str, Tensor]]:
+    """The columns of patch_embedding.weight by the part that they read."""
+    names, widths = zip(*layout)
+    return zip(names, weight.split(widths, dim=1))
 
 
 def _shortened(names: Iterable[str], limit: int = 5) -> str:
