@@ -20,10 +20,12 @@ from typing import Any
 from data.encode import fingerprint
 from data.progress import stamp
 from models.files import write_json
+from models.wan.checkpoint import load_dit, save_dit, without_tracks
 from train.pipeline import PROCESSES, ROOT, Step, run, run_chain
 from train.zoo import ZOO
 
 VAE, TEACHER = ZOO / "vae", ZOO / "teacher"  # shipped: what every run starts from, sees the clips through or follows
+SHIPPED_TEACHER, VIDEO_MODEL = "shipped teacher", "shipped teacher without its tracks"  # that a run may start from
 NUM_CLIPS = 3000  # rendered and encoded for all variants
 KEPT_METRICS = ("epe_px", "psnr_db", "registration_correlation", "registration_position_px", "seconds_per_frame",
                 "chunk_seconds", "denoise_seconds")  # fmt: skip
@@ -36,7 +38,7 @@ class Training:
     name: str
     stage: str  # experiment=sprites/<stage>
     steps: int
-    init_from: str | None = None  # name of a run, or "shipped teacher"; null: new weights, or the shipped teacher's
+    init_from: str | None = None  # name of a run, SHIPPED_TEACHER or VIDEO_MODEL; null: the stage's own start
     overrides: tuple[str, ...] = ()
     shared: bool = False  # by all seeds
 
@@ -82,6 +84,9 @@ def shipped_weights() -> str:
 AS_PUBLISHED = ("model.rollout.merged_cache=false",)  # of every run: a cache pass of its own
 FLOORED = ("model.dit.track_offsets=false",)  # as the paper has it
 RGB = ("model.dit.track_encoding=rgb", *FLOORED)
+NO_MID_MASK = ("stage.mid_mask_probability=0.0",)
+# Half a clip: the VAE, which RGB tracks go through in every step, is most of their time.
+ADAPTED = (*NO_MID_MASK, "stage.freeze_track_head=false", "stage.num_frames=17")
 ABSOLUTE = ("model.rollout.positions=absolute",)
 CHUNK_1 = ("model.rollout.chunk_frames=1",)
 ALL_THE_PAST = ("stage.sink_chunks=[0]", "stage.window_chunks=[null]")
@@ -91,16 +96,16 @@ PAIRS = Training("ode_pairs", "ode_pairs", 10, shared=True)  # what every causal
 TRAININGS = [
     PAIRS,
     Training(START, "causal_init", 150, shared=True),
-    Training("base_teacher", "teacher_short", 300, overrides=FLOORED),
-    Training("offsets", "teacher_short", 300),
-    Training("rgb_tracks", "teacher_short", 300, overrides=RGB),
-    Training("mid_mask", "teacher_stage2", 100, "shipped teacher"),
-    Training("no_mid_mask", "teacher_stage2", 100, "shipped teacher", ("stage.mid_mask_probability=0.0",)),
+    Training("base_teacher", "teacher_stage2", 200, VIDEO_MODEL, (*ADAPTED, *FLOORED)),
+    Training("offsets", "teacher_stage2", 200, VIDEO_MODEL, ADAPTED),
+    Training("rgb_tracks", "teacher_stage2", 200, VIDEO_MODEL, (*ADAPTED, *RGB)),
+    Training("mid_mask", "teacher_stage2", 100, SHIPPED_TEACHER),
+    Training("no_mid_mask", "teacher_stage2", 100, SHIPPED_TEACHER, NO_MID_MASK),
     Training("base_student", "self_forcing", 40, START),
     Training("no_ode", "self_forcing", 40),
     Training("merged_cache", "self_forcing", 40, START, MERGED),
     Training("random_context", "self_forcing", 40, START, ("stage.sink_chunks=[0,1]", "stage.window_chunks=[1,2]")),
-    Training("causal_teacher", "causal_teacher", 100, "shipped teacher"),
+    Training("causal_teacher", "causal_teacher", 100, SHIPPED_TEACHER),
     Training("causal_teacher_student", "self_forcing", 40, "causal_teacher"),
     Training("chunk_3_init", "causal_init", 100, START),  # as many steps as chunk 1 gets
     Training("chunk_3", "self_forcing", 40, "chunk_3_init"),
@@ -110,7 +115,7 @@ TRAININGS = [
     Training("chunk_1_all_the_past", "self_forcing", 40, "chunk_1_init_all_the_past", (*CHUNK_1, *ALL_THE_PAST)),
 ]  # fmt: skip
 BY_NAME = {training.name: training for training in TRAININGS}
-SHORT = ("model.clip.num_frames=9",)  # as long as these teachers' clips
+SHORT = ("model.clip.num_frames=17",)  # as long as these teachers' clips
 RELEASED = ("bench.release_frame=17", "bench.registration.first_frame=17")
 # One grid of tracks for the whole stream, as the paper's. Its points would leave with their sprite if that could, and
 # of two sprites that stay in so small a frame one is often covered: the tracker loses it, the student forgets it.
@@ -170,13 +175,20 @@ class Plan:
             Step("pack", ("data", "step=pack", *where, clips, vae)),
         ]
 
+    def make_video_model(self) -> None:
+        """The shipped teacher without its tracks: what motion control is added to in the paper."""
+        if not (folder := self.weights(VIDEO_MODEL, 0)).exists():
+            save_dit(without_tracks(load_dit(TEACHER)), folder, stage="teacher", made_from=shipped_weights())
+
     def folder(self, training: Training, seed: int) -> Path:
         """Where the run of a seed is: one of other settings would go on from the checkpoints in the same place."""
         place = self.out / ("shared" if training.shared else f"seed_{seed}")
         return place / f"{training.name}_{stamp(training.described())}"
 
     def weights(self, name: str, seed: int) -> Path:
-        """What the run exported, or the shipped teacher."""
+        """What the run exported, or what is shipped."""
+        if name == VIDEO_MODEL:
+            return self.out / "shared" / "video_model"
         if name not in BY_NAME:
             return TEACHER
         return self.folder(BY_NAME[name], seed) / "export" / BY_NAME[name].exported
@@ -301,6 +313,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     plan = Plan(arguments.out.resolve() / shipped_weights())
+    plan.make_video_model()
     if names := outdated(read_results(arguments.result)):
         print(f"made with other settings, leaves {arguments.result} with the first new observation: {', '.join(names)}")
     for seed in arguments.seeds:

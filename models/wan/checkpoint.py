@@ -13,6 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,25 @@ def save_dit(model: WanDiT, folder: str | Path, **provenance: Any) -> None:
     with replace_file(folder / CONFIG_NAME) as description, replace_file(folder / WEIGHTS_NAME) as weights:
         save_file(state, weights, metadata={"format": "pt", "config": json.dumps(config, sort_keys=True)})
         description.write_text(json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n")
+
+
+@torch.no_grad()
+def without_tracks(model: WanDiT) -> WanDiT:
+    """A video model without track channels that predicts what ``model`` does with its motion withheld; new weights.
+
+    What a track head makes of no tracks is the same everywhere, a part of the patch embedding's bias.
+    """
+    config = replace(model.config, track_channels=0)
+    state = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith(TRACK_HEAD)}
+    columns = dict(_columns(state["patch_embedding.weight"], model.config.input_layout))
+    track = columns.pop("track", None)
+    state["patch_embedding.weight"] = torch.cat(list(columns.values()), dim=1)
+    if track is not None and model.config.has_track_head:
+        nothing = track.new_zeros(1, model.config.track_map_dim, 1, 1, 1)
+        state["patch_embedding.bias"] += torch.einsum("dcfpq,c->d", track, model.track_head(nothing).flatten())
+    bare = WanDiT(config)
+    bare.load_state_dict(state)
+    return bare
 
 
 def read_dit_config(folder: str | Path) -> WanConfig:

@@ -12,8 +12,9 @@ from data.app import compose_config
 from eval.benchmarks.claim_rows import ROWS, RUNS
 from eval.benchmarks.claims import Observations
 from eval.benchmarks.context import EvalContext
+from models.wan.checkpoint import read_dit_config
 from train import ablations
-from train.ablations import JUDGED, TRAININGS, Plan, outdated, read_results, schedule, store
+from train.ablations import JUDGED, TRAININGS, VIDEO_MODEL, Plan, outdated, read_results, schedule, store
 from train.zoo import ZOO
 
 
@@ -27,7 +28,7 @@ def test_runs_use_weights_of_runs_before_them():
     steps = schedule(Plan(Path("out")), {}, seed=3)
     commands = {step.name: " ".join(step.arguments) for step, _ in steps}
     assert len(commands) == len(steps) == 3 + len(TRAININGS) + len(JUDGED)
-    written: list[str] = []
+    written = [str(Plan(Path("out")).weights(VIDEO_MODEL, 3))]  # made before the steps
     for step, _ in steps:
         for read in (part.split("=", 1)[1] for part in step.arguments if "init_from=" in part or "pairs=" in part):
             assert str(ZOO) in read or any(read.startswith(folder) for folder in written), step.name
@@ -131,3 +132,13 @@ def test_other_shipped_weights_make_everything_again(tmp_path, monkeypatch):
     assert schedule(plan, read_results(result), 0) == []
     monkeypatch.setattr(ablations, "shipped_weights", lambda: "others")
     assert len(schedule(plan, read_results(result), 0)) == 3 + len(TRAININGS) + len(JUDGED)
+
+
+def test_the_video_model_that_teachers_start_from_has_no_tracks_and_is_made_once(tmp_path):
+    plan = Plan(tmp_path)
+    plan.make_video_model()
+    folder = plan.weights(VIDEO_MODEL, 0)
+    assert read_dit_config(folder).track_channels == 0
+    made = (folder / "model.safetensors").stat().st_mtime_ns
+    plan.make_video_model()
+    assert (folder / "model.safetensors").stat().st_mtime_ns == made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -31,6 +32,7 @@ from models.wan.checkpoint import (
     read_provenance,
     save_dit,
     to_official,
+    without_tracks,
 )
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
@@ -172,6 +174,22 @@ def test_a_video_model_without_tracks_can_learn_them(encoding: str, tmp_path: Pa
     model(make_latents(T2V, 3), torch.tensor([400.0]), given).square().mean().backward()
     reader = model.track_head.project if encoding == "head" else model.patch_embedding
     assert reader.weight.grad[:, -C:].abs().sum() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encoding", ["head", "rgb"])
+@pytest.mark.parametrize("config", [CONTROL, I2V_TRACKS], ids=["control", "at the end"])
+def test_without_tracks_it_is_what_it_was_with_its_motion_withheld(config: WanConfig, encoding: str):
+    model = perturbed_dit(replace(config, track_encoding=encoding))
+    bare = without_tracks(model)
+    assert bare.config.track_channels == 0 and not hasattr(bare, "track_head")
+    latents, image, timestep = make_latents(config, 3), make_latents(config, 1, seed=5), torch.tensor([400.0])
+    drawn = {"track_map": torch.randn(1, C, 3, 4, 6, generator=rng(2)), "track_map_is_latent": True}
+    given = make_condition(model.config, image_latents=image, **(TRACKS if encoding == "head" else drawn))
+    expected = model(latents, timestep, given.drop("motion"))
+    ours = bare(latents, timestep, make_condition(bare.config, image_latents=image))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
+    assert not torch.allclose(model(latents, timestep, given), expected, atol=1e-4)
 
 
 def test_columns_are_never_guessed_or_dropped(tmp_path: Path):
