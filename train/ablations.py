@@ -85,8 +85,8 @@ AS_PUBLISHED = ("model.rollout.merged_cache=false",)  # of every run: a cache pa
 FLOORED = ("model.dit.track_offsets=false",)  # as the paper has it
 RGB = ("model.dit.track_encoding=rgb", *FLOORED)
 NO_MID_MASK = ("stage.mid_mask_probability=0.0",)
-# Half a clip: the VAE, which RGB tracks go through in every step, is most of their time.
-ADAPTED = (*NO_MID_MASK, "stage.freeze_track_head=false", "stage.num_frames=17")
+# Part of a clip: the VAE, which RGB tracks go through in every step, is most of their time.
+ADAPTED = (*NO_MID_MASK, "stage.freeze_track_head=false", "stage.num_frames=21")
 ABSOLUTE = ("model.rollout.positions=absolute",)
 CHUNK_1 = ("model.rollout.chunk_frames=1",)
 ALL_THE_PAST = ("stage.sink_chunks=[0]", "stage.window_chunks=[null]")
@@ -96,9 +96,9 @@ PAIRS = Training("ode_pairs", "ode_pairs", 10, shared=True)  # what every causal
 TRAININGS = [
     PAIRS,
     Training(START, "causal_init", 150, shared=True),
-    Training("base_teacher", "teacher_stage2", 200, VIDEO_MODEL, (*ADAPTED, *FLOORED)),
-    Training("offsets", "teacher_stage2", 200, VIDEO_MODEL, ADAPTED),
-    Training("rgb_tracks", "teacher_stage2", 200, VIDEO_MODEL, (*ADAPTED, *RGB)),
+    Training("base_teacher", "teacher_stage2", 300, VIDEO_MODEL, (*ADAPTED, *FLOORED)),
+    Training("offsets", "teacher_stage2", 300, VIDEO_MODEL, ADAPTED),
+    Training("rgb_tracks", "teacher_stage2", 300, VIDEO_MODEL, (*ADAPTED, *RGB)),
     Training("mid_mask", "teacher_stage2", 100, SHIPPED_TEACHER),
     Training("no_mid_mask", "teacher_stage2", 100, SHIPPED_TEACHER, NO_MID_MASK),
     Training("base_student", "self_forcing", 40, START),
@@ -115,13 +115,14 @@ TRAININGS = [
     Training("chunk_1_all_the_past", "self_forcing", 40, "chunk_1_init_all_the_past", (*CHUNK_1, *ALL_THE_PAST)),
 ]  # fmt: skip
 BY_NAME = {training.name: training for training in TRAININGS}
-SHORT = ("model.clip.num_frames=17",)  # as long as these teachers' clips
+SHORT = ("model.clip.num_frames=21",)  # as long as these teachers' clips
 RELEASED = ("bench.release_frame=17", "bench.registration.first_frame=17")
 # One grid of tracks for the whole stream, as the paper's. Its points would leave with their sprite if that could, and
 # of two sprites that stay in so small a frame one is often covered: the tracker loses it, the student forgets it.
 STAYING = ("bench.world.max_sprites=1", "bench.tracker.max_layers=2", "bench.world.leave_margin=-0.2",
            "bench.requery_frames=0", "bench.frame_stride=2", "bench.num_floor_clips=1")  # fmt: skip
 LONG = (*STAYING, "bench.num_clips=32")  # of 241 frames
+MANY_LONG = (*STAYING, "bench.num_clips=64")  # twice as many of them: what a window chunk adds is little
 LONGER = (*STAYING, "bench.num_clips=16", "bench.num_frames=481")  # fifteen times as long as a clip
 VERY_LONG = (*STAYING, "bench.num_clips=8", "bench.num_frames=1001")
 TIMED = ("bench.num_chunks=60",)
@@ -143,12 +144,12 @@ JUDGED = [
     Judged("merged_cache", "merged_cache", MERGED),
     Judged("causal_teacher", "causal_teacher_student"),
     Judged("random_context", "random_context"),
-    Judged("base_long_window_2", "base_student", (*LONG, WINDOW_2), "long_video"),
-    Judged("random_context_long", "random_context", LONG, "long_video"),
-    Judged("random_context_long_no_sink", "random_context", (*LONG, NO_SINK), "long_video"),
-    Judged("random_context_long_window_2", "random_context", (*LONG, WINDOW_2), "long_video"),
-    Judged("random_context_long_window_3", "random_context", (*LONG, WINDOW_3), "long_video"),
-    Judged("random_context_long_window_6", "random_context", (*LONG, WINDOW_6), "long_video"),
+    Judged("base_long_window_2", "base_student", (*MANY_LONG, WINDOW_2), "long_video"),
+    Judged("random_context_long", "random_context", MANY_LONG, "long_video"),
+    Judged("random_context_long_no_sink", "random_context", (*MANY_LONG, NO_SINK), "long_video"),
+    Judged("random_context_long_window_2", "random_context", (*MANY_LONG, WINDOW_2), "long_video"),
+    Judged("random_context_long_window_3", "random_context", (*MANY_LONG, WINDOW_3), "long_video"),
+    Judged("random_context_long_window_6", "random_context", (*MANY_LONG, WINDOW_6), "long_video"),
     Judged("base_longer", "base_student", LONGER, "long_video"),
     Judged("absolute_longer", "base_student", (*LONGER, *ABSOLUTE), "long_video"),  # three chunks train both alike
     Judged("random_context_very_long", "random_context", VERY_LONG, "long_video"),

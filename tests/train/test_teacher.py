@@ -22,7 +22,8 @@ from models.assemble import build_dit, build_vae
 from models.condition import num_pixel_frames
 from models.diffusion.noise import KeyedNoise
 from models.motion.tracks import Tracks
-from models.wan.checkpoint import load_dit, save_dit
+from models.wan.checkpoint import load_dit, save_dit, without_tracks
+from models.wan.config import IMAGE_CONDITIONING
 from train.build import build_trainer, fingerprints_of, read_settings
 from train.stage import SetupContext, StepContext
 from train.teacher import Teacher, TeacherConfig, bucket_means, draw_track_subset, first_frames
@@ -211,6 +212,26 @@ def test_a_text_encoder_needed_for_the_dropped_text_alone_is_not_kept(tiny_model
     )
     assert encoder._text is not None  # captions are encoded: it stays
     assert encoder.condition(batch, batch.latents, batch.tracks) is not None and encoder._text is not None
+
+
+@pytest.mark.parametrize("conditioning", IMAGE_CONDITIONING)
+@pytest.mark.parametrize("grown", [False, True], ids=["fresh", "from a video model without tracks"])
+def test_every_weight_learns(conditioning, grown, tiny_model, tiny_shards, tmp_path):
+    """Two parts that both start at zero would wait for each other for ever."""
+    model = replace(tiny_model, dit=replace(tiny_model.dit, image_conditioning=conditioning))
+    if grown:
+        save_dit(without_tracks(stage_of(model, tmp_path).dit), tmp_path / "video_model")
+    stage = Teacher(TeacherConfig(tracks_min=2, init_from=str(tmp_path / "video_model") if grown else None))
+    stage.setup(SetupContext(model, torch.device("cpu"), torch.float32, tmp_path, KeyedNoise(0), None))
+    before = {name: value.detach().clone() for name, value in stage.dit.named_parameters()}
+    optimizer = torch.optim.AdamW(stage.dit.parameters(), lr=1e-3, weight_decay=0.0)
+    for step in range(4):
+        optimizer.zero_grad()
+        stage.train_step(batch_of(tiny_shards, range(4)), at(step)).losses.backward()
+        optimizer.step()
+    changes = {name: value.detach() - before[name] for name, value in stage.dit.named_parameters()}
+    assert [name for name, change in changes.items() if not change.any()] == []
+    assert changes["patch_embedding.weight"].flatten(2).any(dim=2).any(dim=0).all(), "every input channel is read"
 
 
 def test_frozen_track_head_and_start_from_a_folder(tiny_model, tmp_path):
