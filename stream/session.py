@@ -256,11 +256,15 @@ class StreamSession:
             self._buffer.lead(led(drag, on_handles, count, opens_video=self._chunk_index == 0))
 
     def _animate(self, drag: Drag) -> DragOutcome:
-        references = self._references(drag)
+        references, earlier = self._references(drag), self._steering()
         self._end_animation()
         editor, tracks_before = self._editor(drag, self._chunk_index, references), self._buffer.snapshot()
         if not drag.is_still:
-            self._steer(drag, *self._tracks_of(drag))
+            try:
+                self._steer(drag, *self._tracks_of(drag))
+            except BaseException:  # no identities are left for its tracks: the earlier drag goes on
+                self._follow(earlier)
+                raise
             end = self._chunk_index + drag.num_frames // self.codecs.model_cfg.rollout.chunk_frames
             self._animation = Animation(editor, end, tracks_before)
         return DragOutcome(None, references, editor.logs)

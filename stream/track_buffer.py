@@ -63,6 +63,7 @@ class TrackBufferState:
     pushed: _Queue
     led: _Queue
     released: frozenset[int]
+    had: frozenset[int]
 
 
 class TrackBuffer:
@@ -81,7 +82,8 @@ class TrackBuffer:
         self._identities = sample_track_ids(1, NUM_TRACK_IDS, rng)[0]
         self._pushed = _Queue()
         self._led = _Queue()  # identities that a drag leads
-        self._released: frozenset[int] = frozenset()  # identities whose pushed motion is not followed any more
+        self._released: frozenset[int] = frozenset()  # pushed identities whose motion is not followed any more
+        self._had: frozenset[int] = frozenset()  # identities that drags gave to tracks of their own, now or earlier
 
     @property
     def num_pending(self) -> int:
@@ -107,7 +109,7 @@ class TrackBuffer:
         if tracks.num_tracks > NUM_TRACK_IDS:
             raise ValueError(f"tracks hold {tracks.num_tracks} tracks; a stream follows at most {NUM_TRACK_IDS}")
         tracks = self._identified(tracks.to("cpu"))
-        if tracks.num_tracks and self._released.issuperset(_ids_of(tracks)):
+        if tracks.num_tracks and self._with_drags.issuperset(_ids_of(tracks)):
             log.warning("none of the %d pushed tracks is followed: drags have their identities", tracks.num_tracks)
         self._pushed = self._pushed.appended(tracks)
 
@@ -118,7 +120,7 @@ class TrackBuffer:
 
     def seen_in(self, mask: np.ndarray) -> Tracks:
         """Tracks that are visible inside a mask, bool [H, W], in the latest frame read: that one frame of them."""
-        now = _joined(self._pushed.without(self._released).latest, self._led.latest)
+        now = _joined(self._pushed.without(self._with_drags).latest, self._led.latest)
         if now is None:
             return Tracks.empty(1, 1, self.height, self.width)
         x, y = now.points[0, 0].floor().long().unbind(-1)
@@ -134,22 +136,26 @@ class TrackBuffer:
         free = [identity for identity in reversed(self._identities.tolist()) if identity not in held]
         if len(free) < count:
             raise ValueError(f"{count} new tracks need identities, and {len(free)} of {NUM_TRACK_IDS} are left")
-        seen = self._pushed.seen | self._released
+        seen = self._pushed.seen | self._had
         return torch.tensor(sorted(free, key=lambda identity: identity in seen)[:count], dtype=torch.long)
 
     def release(self, ids: Iterable[int]) -> None:
         """From the next frame on these identities are unspecified, whatever is pushed."""
-        self._released |= frozenset(ids)
+        self._released |= self._pushed.seen.intersection(ids)
         self._led = self._led.without(frozenset(ids))
 
     def lead(self, tracks: Tracks) -> None:
-        """From the next frame on these identities move so, whatever is pushed; beyond the end as `ending` says."""
+        """From the next frame on these identities move so, whatever is pushed; beyond the end as `ending` says.
+
+        They are in front of those that are led already.
+        """
         self.release(_ids_of(tracks))
+        self._had |= frozenset(_ids_of(tracks)) - self._pushed.seen
         length = max(tracks.num_frames, self._led.num_pending)
         others, _ = self._led.taken(length, self.ending)
         filled = _filled(tracks, tracks, length, self.ending)
         latest = self._led.latest
-        following = filled if others is None else others.beside(filled)
+        following = filled if others is None else filled.beside(others)
         self._led = _Queue(following) if latest is None else _Queue(latest, 1).appended(following)
 
     def stop_leading(self) -> None:
@@ -159,9 +165,10 @@ class TrackBuffer:
 
     def take(self, count: int) -> Tracks:
         """The motion of the next `count` frames, filled up as `ending` says."""
+        with_drags = self._with_drags
         pushed, self._pushed = self._pushed.taken(count, self.ending)
         led, self._led = self._led.taken(count, self.ending)
-        followed = None if pushed is None else _without(pushed, self._released)
+        followed = None if pushed is None else _without(pushed, with_drags)
         found = _joined(led, followed)
         return Tracks.empty(1, count, self.height, self.width) if found is None else found
 
@@ -173,10 +180,16 @@ class TrackBuffer:
         return tracks
 
     def snapshot(self) -> TrackBufferState:
-        return TrackBufferState(self._pushed, self._led, self._released)
+        return TrackBufferState(self._pushed, self._led, self._released, self._had)
 
     def restore(self, state: TrackBufferState) -> None:
-        self._pushed, self._led, self._released = state.pushed, state.led, state.released
+        self._pushed, self._led = state.pushed, state.led
+        self._released, self._had = state.released, state.had
+
+    @property
+    def _with_drags(self) -> frozenset[int]:
+        """Identities whose pushed motion is not followed: a drag has them, or had them when they were pushed."""
+        return self._released.union(_ids_of(self._led.held))
 
     def _identified(self, tracks: Tracks) -> Tracks:
         if not tracks.ids.any():

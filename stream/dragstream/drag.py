@@ -86,6 +86,11 @@ class Handle:
         return self.reference is not None
 
     @property
+    def start(self) -> Pose:
+        """Where its way begins: where it is, but what comes back has no way to where it shall be first."""
+        return self.poses[0] if self.returns else Pose()
+
+    @property
     def is_rotation(self) -> bool:
         return any(pose.degrees for pose in self.poses)
 

@@ -123,7 +123,9 @@ class DragEditor:
         if self.drag.mode == "edit":
             target, given = [handle.poses[0] for handle in handles], int(chunk == 0)
             shares = [(frame + 1 - given) / (frames - given) for frame in range(given, frames)]
-            ramp: list[list[Pose] | None] = [[Pose().toward(pose, share) for pose in target] for share in shares]
+            ramp: list[list[Pose] | None] = [
+                [handle.start.toward(handle.poses[0], share) for handle in handles] for share in shares
+            ]
             if self.cfg.edit_frames != "ramp" and ramp:
                 ramp = [*[None] * (len(ramp) - 1), target]
             return before, [*[None] * given, *ramp]

@@ -33,7 +33,10 @@ def tracks_on(buffer: TrackBuffer, drag: Drag, grid: tuple[int, int]) -> list[Tr
 
 
 def led(drag: Drag, tracks: Sequence[Tracks], num_frames: int, opens_video: bool) -> Tracks:
-    """Tracks of each handle, of one frame or of all, taken along by the drag through the frames that it concerns."""
+    """Tracks of each handle, of one frame or of all, taken along by the drag through the frames that it concerns.
+
+    Those of later handles, which are in front, come first: of two tracks in one cell the first is seen.
+    """
     parts = []
     for index, (handle, before) in enumerate(zip(drag.handles, tracks)):
         poses = [poses[index] for poses in pixel_poses(drag, num_frames, opens_video)]
@@ -42,7 +45,8 @@ def led(drag: Drag, tracks: Sequence[Tracks], num_frames: int, opens_video: bool
         size = points.new_tensor([before.width, before.height])
         seen = before.visibility.expand(-1, num_frames, -1) & ((points >= 0) & (points < size)).all(-1)
         parts.append(Tracks(points, seen, before.ids, before.height, before.width))
-    return parts[0].beside(*parts[1:])
+    front, *behind = reversed(parts)
+    return front.beside(*behind)
 
 
 def along(paths: Tracks, tracks: Tracks) -> Tracks:
@@ -60,7 +64,7 @@ def pixel_poses(drag: Drag, num_frames: int, opens_video: bool) -> Iterator[list
     if drag.mode == "edit":
         for frame in range(num_frames):
             share = frame / max(1, num_frames - 1) if opens_video else (frame + 1) / num_frames
-            yield [Pose().toward(handle.poses[0], share) for handle in drag.handles]
+            yield [handle.start.toward(handle.poses[0], share) for handle in drag.handles]
         return
     for frame in range(num_frames):
         latent, within = divmod(frame, FRAMES_PER_LATENT)
@@ -68,7 +72,7 @@ def pixel_poses(drag: Drag, num_frames: int, opens_video: bool) -> Iterator[list
 
 
 def _between(handle: Handle, latent: int, share: float) -> Pose:
-    return (handle.poses[latent - 1] if latent else Pose()).toward(handle.poses[latent], share)
+    return (handle.poses[latent - 1] if latent else handle.start).toward(handle.poses[latent], share)
 
 
 def _one_per_cell(buffer: TrackBuffer, handle: Handle, grid: tuple[int, int], held: Collection[int]) -> Tracks:

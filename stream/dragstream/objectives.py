@@ -63,13 +63,14 @@ class Scene:
         """Share of each cell of a grid that the handle covers at a pose."""
         return moved_mask(self.mask(handle), pose, handle.center, *grid)
 
-    def kept(self, targets: FramePoses, grid: tuple[int, int]) -> Tensor:
+    def kept(self, targets: Sequence[StartPoses | None], grid: tuple[int, int]) -> Tensor:
         """Share of each cell that must stay, in any frame: 1 outside what is editable or a target: [rows, cols]."""
         free = torch.ones(self.size, device=self.before.device) if self.editable is None else self.editable.float()
         free = F.adaptive_avg_pool2d(free[None], grid)[0]
         for poses in targets:
             for handle, pose in zip(self.handles, poses or ()):
-                free = torch.maximum(free, self.coverage(handle, pose, grid))
+                if pose is not None:
+                    free = torch.maximum(free, self.coverage(handle, pose, grid))
         return 1 - free
 
     def kept_weights(self, targets: FramePoses, grid: tuple[int, int]) -> Tensor | None:

@@ -4,7 +4,8 @@ Beyond the paper, which starts from the latents before the drag and has its loss
 steps looks at its context more than at its noisy latents, and a few steps of Adam on features do not carry a region
 over. Here the student's own prediction is warped with the mask's map (geometry.py), what the handles leave is filled
 with what is beside it, and the latents follow the difference between that and what they predict, round by round: a
-forward pass each, no gradients. The optimisation goes on from there.
+forward pass each, no gradients. Latents outside of what is editable, of the handles and of their targets are left as
+they are. The optimisation goes on from there.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from stream.dragstream.objectives import FramePoses, Scene, StartPoses
 def warm_started(scene: Scene, start: StartPoses, targets: FramePoses) -> Tensor:
     """Latents from which the student predicts the handles at ``targets`` instead of ``start``: [1, C, F, h, w]."""
     latents, wanted = scene.before.clone(), None
+    gain = scene.cfg.warm_gain
+    free = 1.0 if scene.editable is None else 1 - scene.kept([start, *targets], scene.latent_size)
     for _ in range(scene.cfg.warm_rounds):
         x0 = scene.reader.x0(scene.shown, latents)
         if wanted is None:
             wanted = warped(scene, x0, start, targets)
-        latents = latents + scene.cfg.warm_gain * (wanted - x0)
+        latents = latents + gain * free * (wanted - x0)
     return latents
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from drag_sessions import LEFT, advance, drag, mask, open_session, tracked_session, ways
 
-from models.motion.tracks import Tracks
+from models.motion.tracks import NUM_TRACK_IDS, Tracks
+from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, Handle, Pose
+from stream.dragstream.led_tracks import led, pixel_poses, tracks_on
+from stream.session import StreamSession
+from stream.track_buffer import TrackBuffer
 
 
 def test_the_tracks_of_a_dragged_region_are_released_where_the_profile_says_so(parts) -> None:
@@ -109,3 +114,71 @@ def test_every_track_that_is_led_has_its_own_identity(parts) -> None:
         session.drag(replace(drag("animate", LEFT), handles=(*drag("animate", LEFT).handles, there)))
         ids = session._buffer.peek(12).ids[0]
         assert len(ids.unique()) == len(ids)
+
+
+@pytest.mark.parametrize("mode", ["animate", "edit"])
+def test_the_tracks_of_what_comes_back_begin_where_it_comes_in(parts, mode: str) -> None:
+    """They would else set out from the place that it left, towards the border that it comes from."""
+    session = open_session(parts, drag=DragConfig(iterations=1))
+    advance(session, 2)
+    (reference,) = session.drag(drag("animate", LEFT)).references
+    session.next_chunk()
+    poses = (Pose(dx=8.0),) if mode == "edit" else (Pose(dx=8.0), Pose(dx=6.0), Pose(dx=5.0))
+    back = Drag(mode, (Handle(mask(), (7.0, 7.0), poses, (7.0, 7.0), reference),))
+    way = [pose for (pose,) in pixel_poses(back, 12, opens_video=False)]
+    assert way[0] == poses[0] and way[-1] == poses[-1]
+    assert all(5.0 <= pose.dx <= 8.0 for pose in way)
+
+
+def test_a_later_handle_is_in_front_among_the_tracks_too(parts) -> None:
+    """Of two tracks in one cell the first is seen: where handles overlap that is one of the later handle."""
+    session = open_session(parts, drag=DragConfig(iterations=1))
+    advance(session, 2)
+    behind = Handle(mask(0, 6), (3.0, 7.0), (Pose(dx=1.0),) * 3, (3.0, 7.0))
+    in_front = Handle(mask(10, 16), (13.0, 7.0), (Pose(dx=-9.0),) * 3, (13.0, 7.0))
+    both = Drag("animate", (behind, in_front))
+    on_handles = tracks_on(session._buffer, both, session.codecs.model_cfg.latent_size)
+    found = led(both, on_handles, 12, opens_video=False)
+    assert found.ids[0].tolist() == [*on_handles[1].ids[0].tolist(), *on_handles[0].ids[0].tolist()]
+
+
+def test_a_new_drag_is_in_front_of_what_is_led_already(parts) -> None:
+    session = tracked_session(parts)
+    advance(session, 2)
+    (first,) = _led(session, drag("edit", LEFT))
+    there = Handle(mask(12, 16, 12, 16), (13.0, 13.0), (Pose(dx=-3.0),), (13.0, 13.0))
+    (second,) = set(_led(session, Drag("edit", (there,)))) - {first}
+    assert session._buffer.peek(1).ids[0].tolist() == [second, first]
+
+
+def _led(session: StreamSession, asked: Drag) -> list[int]:
+    """Identities that are led after a drag."""
+    session.drag(asked)
+    return session._buffer.snapshot().led.held.ids[0].tolist()
+
+
+def test_drags_give_back_the_identities_of_tracks_that_have_ended(parts) -> None:
+    """A drag without tracks on its handle takes one per cell: 10,000 would be used up within an hour."""
+    session = open_session(parts, ending="release", drag=DragConfig(iterations=0, warm_rounds=0))
+    advance(session, 2)
+    whole = Handle(mask(0, 16, 0, 16), (7.0, 7.0), (Pose(dx=0.5),) * 3, (7.0, 7.0))
+    taken: set[int] = set()
+    for _ in range(3):
+        ids = set(_led(session, Drag("animate", (whole,))))
+        assert not taken & ids, "while there are new ones, no other gets them"
+        taken |= ids
+        advance(session, 2)
+    assert len(session.unused_track_ids(NUM_TRACK_IDS)) == NUM_TRACK_IDS
+    assert not set(session.unused_track_ids(NUM_TRACK_IDS - len(taken)).tolist()) & taken
+
+
+def test_a_drag_that_finds_no_identities_leaves_the_one_before_it(parts, monkeypatch) -> None:
+    session = open_session(parts, drag=DragConfig(iterations=1))
+    advance(session, 2)
+    session.drag(drag("animate", LEFT))
+    before, animation = ways(session), session._animation
+    monkeypatch.setattr(TrackBuffer, "unused_ids", Mock(side_effect=ValueError("none are left")))
+    away = Handle(mask(10, 16), (13.0, 7.0), (Pose(dx=1.0),) * 3, (13.0, 7.0))
+    with pytest.raises(ValueError, match="none are left"):
+        session.drag(Drag("animate", (away,)))
+    assert ways(session) == before and session._animation is animation

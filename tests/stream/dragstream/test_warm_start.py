@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -116,3 +116,17 @@ def test_the_prediction_comes_closer_with_each_round_and_no_round_changes_nothin
         assert torch.equal(given.before, before) and given.reader.calls == rounds
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.15 * errors[0]
     assert torch.equal(warm_started(scene(pose, warm_rounds=0), [Pose()], [[pose], [pose]]), given.before)
+
+
+def test_what_is_not_editable_is_left_as_it_is_but_for_handle_and_target():
+    pose = Pose(dx=24.0, dy=8.0)
+    editable = torch.zeros(SIZE, dtype=torch.bool)
+    editable[:, :8] = True  # the first column of cells
+    given = scene(pose, warm_rounds=3)
+    found = warm_started(replace(given, editable=editable), [Pose()], [[pose], [pose]])
+    free = torch.zeros(CELLS, dtype=torch.bool)
+    free[:, 0] = free[ROWS, COLS] = free[3:5, 5:7] = True
+    assert torch.equal(found[..., ~free], given.before[..., ~free])
+    changed = (found != warm_started(given, [Pose()], [[pose], [pose]]))[0].any(dim=(0, 1))
+    assert not changed[free].any(), "what is editable becomes what it would without a mask"
+    assert (found != given.before)[0].any(dim=(0, 1))[3:5, 5:7].all()
