@@ -193,11 +193,16 @@ def plan(settings: Settings, trainer: Trainer) -> list[str]:
             f"{cfg.steps * cfg.global_batch / clips:.1f} epochs "
             "for each module updated in every step"
         )
+        if clips < cfg.global_batch:
+            lines.append(
+                f"an update takes its {cfg.global_batch} clips from {clips}, each again with the same noise and "
+                f"tracks: global_batch={clips} or less learns the same at less cost"
+            )
     for name, module in trainer.modules.items():
         optim = trainer.settings[name]
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         total = sum(p.numel() for p in module.parameters())
-        ema = f"EMA {optim.ema_decay:g} from update {optim.ema_start}" if optim.ema_decay else "no EMA"
+        ema = trainer.emas[name].describe(trainer.num_updates[name]) if name in trainer.emas else "no EMA"
         lines.append(
             f"{name}: {_count(trained)} of {_count(total)} parameters train; {optim.kind} lr {optim.lr:g} "
             f"{optim.schedule}, {optim.warmup_updates} warm-up, betas {list(optim.betas)}, weight decay "

@@ -119,8 +119,10 @@ class Monitor:
         return folder
 
     def close(self) -> None:
+        """A second call does nothing."""
         if self._wandb is not None:
             self._wandb.finish()
+            self._wandb = None
 
     def _alarms(self, metrics: Mapping[str, float]) -> dict[str, str]:
         raised = {}

@@ -181,7 +181,9 @@ class Trainer:
         log.warning(
             "%s: step %d is saved; the same command continues it", "interrupted" if by_user else "preempted", step
         )
-        self.parallel.barrier()  # a launcher stops the others, one of whom exports, when one has left
+        if self.monitor is not None:
+            self.monitor.close()  # may upload for a while
+        self.parallel.barrier()  # a launcher stops the others, one of whom exports and uploads, when one has left
         return EXIT_INTERRUPTED if by_user else EXIT_REQUEUE
 
     def _is_validation_due(self) -> bool:

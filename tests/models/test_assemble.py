@@ -111,6 +111,9 @@ def test_wan_configs_are_the_published_architectures():
     assert five.dit.architecture_differences(WanConfig.wan_5b(track_channels=48)) == []
     assert replace(one.vae, path=None) == VaeConfig.wan_2_1()
     assert replace(five.vae, path=None) == VaeConfig.wan_2_2()
+    assert (five.clip.num_frames - 1) / five.clip.fps <= 120 / 24, (
+        "a clip that Wan 2.2 made, 121 frames, is long enough"
+    )
 
 
 @pytest.mark.parametrize("unknown", ["dit.num_layer=3", "rollout.windo_chunks=2", "clip.frames=33", "vaee=1"])

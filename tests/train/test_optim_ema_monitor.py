@@ -108,6 +108,18 @@ def test_ema_settles_at_its_decay():
     assert float(ema.values["weight"]) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    ("start", "num_updates", "said"),
+    [
+        (40, 80, "EMA 0.99 from update 40, risen to 0.82 at the last of 80"),  # Self-Forcing, as the recipes have it
+        (0, 1000, "EMA 0.99 from update 0"),
+        (40, 40, "EMA of no effect: it starts at update 40 of 40"),
+    ],
+)
+def test_ema_says_what_it_comes_to(start, num_updates, said):
+    assert Ema(0.99, start).describe(num_updates) == said
+
+
 def test_frozen_parameters_have_no_average():
     module = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(False))
     ema = Ema(0.9)

@@ -335,6 +335,9 @@ def test_the_plan_says_what_each_process_holds_and_when_it_validates(tiny_shards
     size = 20 * sum(parameter.numel() for parameter in trainer.modules["teacher"].parameters())
     assert f"memory: {size / 1e9:.3g} GB of weights, gradients, moments and EMA per process" in caplog.text
     assert "checkpoint every 500; validation off (validate_every=-1)" in caplog.text
+    assert "an update takes" not in caplog.text
+    run(tiny_shards, tmp_path / "large", "steps=1", "global_batch=16", "micro_batch=8")
+    assert "an update takes its 16 clips from 10, each again with the same noise" in caplog.text
 
 
 @pytest.mark.parametrize(

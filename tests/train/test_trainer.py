@@ -186,6 +186,18 @@ def test_preemption_saves_at_the_step_boundary(tmp_path):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_the_logs_end_before_other_processes_may_leave(tmp_path):
+    """When one has left, the launcher stops the main process, uploading or not."""
+    trainer, calls = trainer_of(tmp_path, steps=8), []
+    barrier, close = trainer.parallel.barrier, trainer.monitor.close
+    trainer.parallel.barrier = lambda: (calls.append("barrier"), barrier())
+    trainer.monitor.close = lambda: (calls.append("logs end"), close())
+    press_ctrl_c_in(trainer, (2,))
+    assert trainer.fit() == EXIT_INTERRUPTED
+    assert calls[-2:] == ["logs end", "barrier"]
+    trainer.close()
+
+
 def press_ctrl_c_in(trainer, steps):
     train_step = trainer.stage.train_step
 
