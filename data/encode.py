@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from data.progress import clip_stamp, done_keys, forget_others, mark, marker, stamp, unmark
+from data.progress import ask_for, clip_stamp, done_keys, mark, marker, stamp, unmark
 from data.shards import trim_text
 from data.video import read_video
 from models.device import DTYPES, fast_dtype, pick_device
@@ -66,7 +66,8 @@ def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool
 
     may_skip: without VAE weights do nothing, saying so (step=all), instead of failing (step=encode).
     """
-    keys = done_keys(out, "track")
+    rendered = set(done_keys(out, "render"))  # not all that have tracks, if fewer clips were asked for since
+    keys = [key for key in done_keys(out, "track") if key in rendered]
     if may_skip and (reason := _no_vae(model)):
         log.info("encode: skipped, %s; then run step=encode and step=pack", reason)
         return len(keys)
@@ -81,7 +82,7 @@ def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool
     log.info("encode: %d of %d clips to do", len(pending), len(mine))
     (out / "encoded").mkdir(exist_ok=True)
     if rank == 0:
-        forget_others(out, "encode", set(keys))
+        ask_for(out, "encode", keys)
         text_len = encoders.text.null().shape[1]
         about = {"text_len": text_len, "fingerprints": encoders.fingerprints, "dtype": cfg.dtype}
         write_json(out / "encoded" / "about.json", about)

@@ -8,8 +8,9 @@
     <out>/rejected.jsonl                file, step and reason of every clip left out
 
 A finished item leaves a marker with a hash of the settings that made it, so a second run does only what is
-missing or was made with other settings. Files appear under their name only when complete and on disk. Tracks and
-latents of an earlier rendering, or latents of other weights than the last step=encode had, are never packed.
+missing or was made with other settings. Clips that are not asked for now keep what was made of them and are not
+packed. Files appear under their name only when complete and on disk. Tracks and latents of an earlier rendering, or
+latents of other weights than the last step=encode had, are never packed.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from data.progress import (
     Call,
     clip_stamp,
     done_keys,
-    forget_others,
+    forget,
     mark,
     marker,
     marker_path,
+    rejected_keys,
     run_items,
     stamp,
     unmark,
@@ -43,7 +45,7 @@ from data.progress import (
     write_rejected,
 )
 from data.shards import npy_bytes, write_shards
-from data.sources import Source, SourceItem, SpritesSource, scene_of
+from data.sources import Source, SourceItem, SpritesSource, require_apart, scene_of
 from data.trackers import TrackerConfig, build_tracker, grid_queries, on_own_device, require_available
 from data.video import draw_tracks_on, read_video, write_video
 from models.condition import ClipGeometry
@@ -114,6 +116,8 @@ def main(cfg: DictConfig) -> int:
     job = Job(out, ClipGeometry(**cfg.model.clip), build_target(cfg.source), settings.tracker)
     if "track" in steps:
         require_available(settings.tracker, has_scene=isinstance(job.source, SpritesSource))
+    if "render" in steps:
+        require_apart(job.source, settings.out)
     out.mkdir(parents=True, exist_ok=True)
     for step in steps:
         alive = run_step(step, settings, job, cfg)
@@ -237,7 +241,7 @@ def pack(settings: PrepareConfig, out: Path, geometry: ClipGeometry) -> int:
     tracked = [key for key in fitting if tracked_now(out, key, settings.tracker)]
     encoded = set(encoded_now(out, tracked))
     keys = [key for key in tracked if key in encoded] if encoded else tracked
-    forget_others(out, "pack", set())
+    forget(out, "pack")
     _leave_out(out, "render", sorted(set(rendered) - set(fitting)))
     _leave_out(out, "track", sorted(set(fitting) - set(tracked)))
     if encoded:
@@ -291,7 +295,8 @@ def tracked_now(out: Path, key: str, tracker: TrackerConfig) -> bool:
 
 def _leave_out(out: Path, step: str, keys: list[str]) -> None:
     """Note the clips that lack what a step makes; those that the step rejected are listed by it."""
-    keys = [key for key in keys if marker(out, step, key).get("rejected") is None]
+    listed = set(rejected_keys(out, step))
+    keys = [key for key in keys if key not in listed]
     for key in keys:
         mark(out, "pack", key, "", marker(out, "render", key)["origin"], LACKS[step])
     if keys:

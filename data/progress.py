@@ -1,6 +1,7 @@
 """Resumable work over items: markers of what is done or rejected, and running what is missing.
 
-A marker holds a hash of the settings that made the item, so an item is done again when they change. Clips
+A marker holds a hash of the settings that made the item, so an item is done again when they change. Each step notes
+which items it was last asked for: markers of others stay, and count again when they are asked for again. Clips
 that cannot be used raise VideoError and are noted with the reason; any other error is ours and ends the run.
 """
 
@@ -11,7 +12,7 @@ import json
 import logging
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -82,26 +83,53 @@ def unmark(out: Path, step: str, key: str) -> None:
 
 
 def done_keys(out: Path, step: str) -> list[str]:
-    """Keys that the step finished and did not reject, sorted."""
-    paths = sorted((out / "markers" / step).glob("*.json"))
-    return [path.stem for path in paths if json.loads(path.read_text())["rejected"] is None]
+    """Keys that the step was last asked for, finished and did not reject, sorted."""
+    return [key for key, note in _notes(out, step) if note["rejected"] is None]
 
 
-def forget_others(out: Path, step: str, keys: set[str]) -> None:
-    """Drop the markers of clips that are no longer asked for, so that they are not packed."""
+def rejected_keys(out: Path, step: str) -> list[str]:
+    """Keys that the step was last asked for and rejected, sorted."""
+    return [key for key, note in _notes(out, step) if note["rejected"] is not None]
+
+
+def ask_for(out: Path, step: str, keys: Iterable[str]) -> None:
+    """Note which items of a step are wanted now: what it made of others is neither packed nor listed as rejected."""
+    path = _asked_path(out, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, sorted(keys))
+
+
+def _asked_path(out: Path, step: str) -> Path:
+    return out / "markers" / f"{step}.json"
+
+
+def _notes(out: Path, step: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, note) of the items asked for that the step has reached, sorted. Earlier versions kept no other markers, and
+    no list of what was asked for.
+    """
+    asked = _asked_path(out, step)
+    if asked.is_file():
+        keys = json.loads(asked.read_text())
+    else:
+        keys = sorted(path.stem for path in (out / "markers" / step).glob("*.json"))
+    for key in keys:
+        if note := marker(out, step, key):
+            yield key, note
+
+
+def forget(out: Path, step: str) -> None:
+    """Drop all markers of a step."""
     for path in (out / "markers" / step).glob("*.json"):
-        if path.stem not in keys:
-            path.unlink()
+        path.unlink()
 
 
 def write_rejected(out: Path) -> None:
     """rejected.jsonl, made anew from the markers: one line {file, key, step, reason} per clip left out."""
     lines = []
     for step in STEPS:
-        for path in sorted((out / "markers" / step).glob("*.json")):
-            note = json.loads(path.read_text())
+        for key, note in _notes(out, step):
             if note["rejected"] is not None:
-                line = {"file": note["origin"], "key": path.stem, "step": step, "reason": note["rejected"]}
+                line = {"file": note["origin"], "key": key, "step": step, "reason": note["rejected"]}
                 lines.append(json.dumps(line))  # ASCII: a file name need not be Unicode
     with replace_file(out / "rejected.jsonl") as fresh:
         fresh.write_text("".join(f"{line}\n" for line in lines))
@@ -110,7 +138,7 @@ def write_rejected(out: Path) -> None:
 # ------------------------------------------------------------------------------------------ running
 def run_items(step: str, out: Path, calls: list[Call], num_workers: int) -> int:
     """Do the calls whose marker is absent or of other settings; returns how many items are usable now."""
-    forget_others(out, step, {call.key for call in calls})
+    ask_for(out, step, (call.key for call in calls))
     pending = [call for call in calls if not _is_done(out, step, call)]
     log.info("%s: %d of %d items to do", step, len(pending), len(calls))
     for call, reason in tqdm(_results(pending, num_workers), total=len(pending), desc=step, unit="clip"):

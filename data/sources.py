@@ -30,6 +30,7 @@ from models.files import replace_file
 
 log = logging.getLogger(__name__)
 
+VIDEO_FOLDERS = ("clips", "previews")  # of a data set: where the steps write videos
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 NSFW_COLUMNS = ("toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")
 
@@ -195,6 +196,23 @@ def _required_folder(path: str) -> Path:
     if not Path(path).is_dir():
         raise FileNotFoundError(f"source.path={path} is no folder (looked in {os.getcwd()})")
     return Path(path)
+
+
+def require_apart(source: Source, out: str) -> None:
+    """Raises ValueError where the source would take for new videos what is written below `out`.
+
+    A folder of videos is searched recursively; the other sources find their files in the folder itself.
+    """
+    if isinstance(source, SpritesSource) or not source.cfg.path:
+        return
+    videos = Path(source.cfg.path).resolve()
+    for written in (Path(out) / name for name in VIDEO_FOLDERS):
+        place = written.resolve()
+        if place == videos or (isinstance(source, FolderSource) and place.is_relative_to(videos)):
+            raise ValueError(
+                f"out={out} lies below source.path={source.cfg.path} or around it: a next run would take the videos in "
+                f"{written} for new ones; write somewhere else, or move what is there: it stays finished"
+            )
 
 
 def _unused(key: str, seen: set[str]) -> str:

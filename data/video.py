@@ -2,8 +2,8 @@
 
 A broken file is refused with a `VideoError` that says why. Because decoders can crash or hang on cut files,
 the box structure of an mp4 is checked in plain Python before any decoder opens it.
-Frames come as a player shows them, turned by the rotation that the file states. Left out: audio, mirroring, variable
-frame rate (frames are taken by the average rate).
+Frames come as a player shows them: with square pixels, turned by the rotation that the file states. Left out: audio,
+mirroring, variable frame rate (frames are taken by the average rate).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ Result = TypeVar("Result")
 
 ISO_SUFFIXES = (".mp4", ".m4v", ".mov")
 DECODE_FRAMES = 8  # frames decoded at a time: bounds the memory of full-resolution frames
+MAX_PIXEL_ASPECT = 8  # width / height of a pixel, or its inverse, beyond which a header must be wrong
 
 
 class VideoError(ValueError):
@@ -37,8 +38,8 @@ class VideoError(ValueError):
 class VideoInfo:
     num_frames: int
     fps: float
-    height: int  # px
-    width: int  # px
+    height: int  # px, as shown
+    width: int  # px, as shown
 
 
 def probe_video(path: str | Path) -> VideoInfo:
@@ -52,7 +53,7 @@ def read_video(source: str | Path | bytes, geometry: ClipGeometry | None = None)
     """Decode a clip -> uint8 [T, H, W, 3] RGB.
 
     With a geometry: frames nearest to 0, 1/fps, 2/fps … for geometry.num_frames, cropped about the centre to
-    its aspect, resized (area when shrinking, cubic when enlarging). Without: every frame as stored.
+    its aspect, resized (area when shrinking, cubic when enlarging). Without: every frame at the size it is shown at.
     Raises VideoError if the file is broken or too short.
     """
     name = "video bytes" if isinstance(source, bytes) else Path(source).name
@@ -74,15 +75,18 @@ def _read(reader: DecordReader | PyavReader, geometry: ClipGeometry | None, name
 
 def resize_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     """Centre crop to the aspect of height x width, then resize: uint8 [h, w, 3] -> [height, width, 3]."""
-    import cv2
-
     have_h, have_w = frame.shape[:2]
     if (have_h, have_w) == (height, width):
         return frame
     top, left, crop_h, crop_w = centre_crop((have_h, have_w), (height, width))
     crop = frame[top : top + crop_h, left : left + crop_w]
-    is_smaller = max(height / have_h, width / have_w) < 1
-    return cv2.resize(crop, (width, height), interpolation=cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC)
+    return _resize(crop, height, width, is_smaller=max(height / have_h, width / have_w) < 1)
+
+
+def _resize(frame: np.ndarray, height: int, width: int, is_smaller: bool) -> np.ndarray:
+    import cv2
+
+    return cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC)
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -93,8 +97,7 @@ class DecodeFailure(Exception):
 class DecordReader:
     """Random access by decord, with one thread; drop it after use, it decodes ahead while it lives.
 
-    It is not asked for files in which it counts other frames than are to be shown: where an edit list cuts some, decord
-    shows the last one again and again in their stead.
+    Files that it would show otherwise than a player does are refused (`_misread_by_decord`).
     """
 
     def __init__(self, source: str | Path | bytes) -> None:
@@ -109,8 +112,8 @@ class DecordReader:
             self.num_frames, self.fps = len(self._reader), float(self._reader.get_avg_fps())
         except self._errors as error:
             raise DecodeFailure(_first_line(error)) from error
-        if (shown := _num_shown(source)) not in (None, self.num_frames):
-            raise DecodeFailure(f"decord counts {self.num_frames} frames where {shown} are to be shown")
+        if (reason := _misread_by_decord(source, self.num_frames)) is not None:
+            raise DecodeFailure(reason)
 
     def frames(self, indices: Sequence[int]) -> list[np.ndarray]:
         try:
@@ -120,8 +123,8 @@ class DecordReader:
 
 
 class PyavReader:
-    """Access in order by PyAV, for what decord refuses (AV1; frames 48 px wide); drop it after use, it keeps the file
-    open. Only frames up to the last one asked for are decoded, and none is kept but the last.
+    """Access in order by PyAV, for what decord refuses (AV1; frames 48 px wide) or misreads; drop it after use, it
+    keeps the file open. Only frames up to the last one asked for are decoded, and none is kept but the last.
     """
 
     def __init__(self, source: str | Path | bytes) -> None:
@@ -132,7 +135,8 @@ class PyavReader:
         try:
             with _open(source) as container:
                 self.fps = float(container.streams.video[0].average_rate or 0)
-                self.num_frames = _count(container)
+                self._pixel_aspect = _pixel_aspect(container)
+                self.num_frames, _ = _walk(container)
             self._rewind()
         except self._errors as error:
             raise DecodeFailure(_first_line(error)) from error
@@ -152,8 +156,9 @@ class PyavReader:
         while self._index < index:
             self._decoded = next(self._decoder)
             self._index += 1
-        pixels = self._decoded.to_ndarray(format="rgb24")
-        return np.rot90(pixels, self._decoded.rotation // 90)  # both anticlockwise
+        stored = self._decoded.to_ndarray(format="rgb24")
+        shown = _with_square_pixels(stored, self._pixel_aspect)
+        return np.rot90(shown, self._decoded.rotation // 90)  # both anticlockwise
 
     def _rewind(self) -> None:
         self._decoder = _open(self._source).decode(video=0)
@@ -166,22 +171,65 @@ def _open(source: str | Path | bytes) -> Any:
     return av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source))
 
 
-def _count(container: Any) -> int:
-    """Frames to be shown, by the packets. A header may state none (Matroska), those of the first fragment, or those too
-    that an edit list cuts.
+def _walk(container: Any) -> tuple[int, bool]:
+    """Number of frames to be shown, and whether some are shown before the keyframe that precedes them in the file (open
+    GOPs: x265's default, broadcast H.264).
+
+    By the packets: a header may state no number (Matroska), that of the first fragment, or one with what an edit list
+    cuts.
     """
-    return sum(packet.size > 0 and not packet.is_discard for packet in container.demux(video=0))
+    num_shown, has_open_gops = 0, False
+    keyframe_pts: int | None = None
+    for packet in container.demux(video=0):
+        num_shown += packet.size > 0 and not packet.is_discard
+        if packet.pts is None:
+            continue
+        if packet.is_keyframe:
+            keyframe_pts = packet.pts
+        elif keyframe_pts is not None and packet.pts < keyframe_pts:
+            has_open_gops = True
+    return num_shown, has_open_gops
 
 
-def _num_shown(source: str | Path | bytes) -> int | None:
-    """None where PyAV cannot say."""
+def _pixel_aspect(container: Any) -> Fraction:
+    """Width / height at which a pixel is shown. 1 where the file states none, or one that makes less than a column of
+    the frame: so encoders note that they rounded its width. Raises DecodeFailure if it is absurd.
+    """
+    stream = container.streams.video[0]
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    if not Fraction(1, MAX_PIXEL_ASPECT) <= aspect <= MAX_PIXEL_ASPECT:
+        raise DecodeFailure(f"pixels {aspect} times as wide as high must be 1/{MAX_PIXEL_ASPECT} to {MAX_PIXEL_ASPECT}")
+    return aspect if abs(aspect - 1) * stream.codec_context.width >= 1 else Fraction(1)
+
+
+def _with_square_pixels(frame: np.ndarray, pixel_aspect: Fraction) -> np.ndarray:
+    """Stretch or shrink the width: uint8 [H, W, 3] -> [H, W * pixel_aspect, 3]."""
+    height, width = frame.shape[:2]
+    shown_width = max(1, round(width * pixel_aspect))
+    return frame if shown_width == width else _resize(frame, height, shown_width, is_smaller=shown_width < width)
+
+
+def _misread_by_decord(source: str | Path | bytes, num_frames: int) -> str | None:
+    """What decord, which counts `num_frames`, would show otherwise than a player. None: nothing, or PyAV cannot say.
+
+    Where an edit list cuts frames, it shows the last one again and again in their stead. In open GOPs it gives other
+    frames than asked for as soon as some are skipped. It takes all pixels for square.
+    """
     import av
 
     try:
         with _open(source) as container:
-            return _count(container)
+            pixel_aspect = _pixel_aspect(container)
+            num_shown, has_open_gops = _walk(container)
     except (av.FFmpegError, IndexError, ValueError):
         return None
+    if num_shown != num_frames:
+        return f"decord counts {num_frames} frames where {num_shown} are to be shown"
+    if has_open_gops:
+        return "decord misses frames of open GOPs: some are shown before the keyframe that precedes them in the file"
+    if pixel_aspect != 1:
+        return f"decord takes pixels for square that are {pixel_aspect} times as wide as high"
+    return None
 
 
 def _first_that_works(source: str | Path | bytes, name: str, use: Callable[[Any], Result]) -> Result:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,9 +96,9 @@ class CheckpointStore:
             shutil.rmtree(self.partial_path(step))
 
     def steps(self) -> list[int]:
-        """Steps with a finished folder, ascending."""
-        names = [path.name for path in self.folder.glob("step_*") if path.suffix != PARTIAL]
-        return sorted(int(name.removeprefix("step_")) for name in names)
+        """Steps with a finished folder, ascending; not copies that the user named otherwise (step_00000500_backup)."""
+        names = [re.fullmatch(r"step_([0-9]{8,})", path.name) for path in self.folder.glob("step_*")]
+        return sorted(int(name[1]) for name in names if name is not None)
 
     def last_good(self) -> Path | None:
         """The newest checkpoint that is whole; None if the run has none.

@@ -141,6 +141,56 @@ def test_fewer_clips_asked_for_are_fewer_packed(tmp_path):
     assert len(ShardDataset(tmp_path / "shards", ["tracks"])) == 2
 
 
+def test_clips_asked_for_again_are_not_made_again(tmp_path, attempts):
+    out = tmp_path / "out"
+    data = ("source=sprites", f"out={out}", "previews=all", save_vae(tmp_path / "vae", seed=0))
+    run(*data, "source.num_clips=6")
+    made = {path: path.stat().st_mtime_ns for path in out.glob("*/*") if path.parent.name in ("clips", "encoded")}
+    attempts.clear()
+    for num_clips in (2, 6):
+        assert run(*data, f"source.num_clips={num_clips}") == 0
+        dataset = ShardDataset(out / "shards", ["latents", "tracks"])
+        assert [sample.key for sample in dataset.index.samples] == [f"train-{n:06}" for n in range(num_clips)]
+        assert not rejected(out)
+    assert attempts == []
+    del made[out / "encoded/about.json"]
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+
+def test_clips_not_asked_for_are_left_alone_by_every_step(tmp_path):
+    """Also where a step was not run since they were asked for."""
+    out = tmp_path / "out"
+    data = ("source=sprites", f"out={out}", "previews=0", save_vae(tmp_path / "vae", seed=0))
+    run(*data, "source.num_clips=3", "step=render")
+    run(*data, "source.num_clips=3", "step=track")
+    for step in ("render", "encode", "pack"):
+        assert run(*data, "source.num_clips=2", f"step={step}") == 0
+    assert len(list((out / "encoded").glob("*.npz"))) == 2
+    assert len(ShardDataset(out / "shards", ["latents"])) == 2
+
+
+def test_clips_asked_for_again_with_other_settings_are_made_again(tmp_path, attempts):
+    data = ("source=sprites", f"out={tmp_path}", "previews=0")
+    run(*data, "source.num_clips=2")
+    run(*data, "source.num_clips=1", "source.crf=30")
+    attempts.clear()
+    run(*data, "source.num_clips=2", "source.crf=30", "step=render")
+    assert attempts == [("render_item", "train-000001")]
+    run(*data, "step=pack")
+    assert [s.key for s in ShardDataset(tmp_path / "shards", ["tracks"]).index.samples] == ["train-000000"]
+    assert "tracks are missing or of an earlier rendering" in rejected(tmp_path)["seed 3"]["reason"]
+
+
+def test_a_data_set_of_a_version_that_noted_no_keys_asked_for(tmp_path, attempts):
+    data = ("source=sprites", f"out={tmp_path}", "source.num_clips=2", "previews=0")
+    run(*data)
+    for path in (tmp_path / "markers").glob("*.json"):
+        path.unlink()
+    attempts.clear()
+    assert run(*data, "step=pack") == 0 and len(ShardDataset(tmp_path / "shards", ["tracks"])) == 2
+    assert run(*data) == 0 and attempts == []
+
+
 def test_worker_processes_make_the_same_clips(tmp_path):
     for workers in (0, 1):
         out = tmp_path / str(workers)
@@ -463,6 +513,41 @@ def test_broken_files_are_rejected_with_reasons(tmp_path):
     run(*arguments)
     assert "short.mp4" not in rejected(out), "a replaced file is tried again"
     assert len(ShardDataset(out / "shards", ["tracks"])) == 2
+
+
+@pytest.mark.parametrize(
+    "source, path, out",
+    [
+        ("folder", "videos", "videos/prepared"),
+        ("folder", "videos", "videos"),
+        ("folder", "link", "videos/prepared"),
+        ("folder", "videos/clips", "videos"),
+        ("folder", "videos/previews", "videos"),
+        ("openvid", "videos/clips", "videos"),
+    ],
+)
+def test_a_source_that_would_take_its_own_products_is_refused(tmp_path, source, path, out):
+    for name in ("clips", "previews"):
+        noise_video(tmp_path / "videos" / name / "a.mp4")
+    (tmp_path / "link").symlink_to(tmp_path / "videos")
+    (tmp_path / "list.csv").write_text("video,caption,frame\na.mp4,a,82\n")
+    given = [f"source={source}", f"source.path={tmp_path / path}", f"out={tmp_path / out}"]
+    if source == "openvid":
+        given += [f"source.manifest={tmp_path / 'list.csv'}", "tracker.name=lucas_kanade"]
+    before = sorted(tmp_path.rglob("*"))
+    message = rf"out=\S+/{out} lies below source\.path=\S+/{path} or around it: .*; write somewhere else"
+    with pytest.raises(ValueError, match=message):
+        run(*given)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_videos_beside_or_below_the_products_are_taken_once(tmp_path):
+    out = tmp_path / "out"
+    noise_video(out / "videos/a.mp4")
+    data = ["source=folder", f"source.path={out / 'videos'}", f"out={out}", "tracker.rows=2", "tracker.cols=2"]
+    for _ in range(2):
+        assert run(*data) == 0
+        assert len(ShardDataset(out / "shards", ["tracks"])) == 1
 
 
 def test_other_filters_judge_the_clips_again(tmp_path, attempts):

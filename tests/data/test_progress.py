@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from data.progress import Call, done_keys, run_items, worker_number, write_rejected
@@ -63,6 +64,16 @@ def test_a_file_name_that_is_not_unicode_is_listed(tmp_path, caplog):
     assert run_items("render", tmp_path, [Call("caf", name, "s", _refuse, (f"{name} is too short",))], 0) == 0
     assert rejected(tmp_path)[name]["reason"] == f"{name} is too short"
     assert b"caf\\udce9.mp4 is too short" in caplog.text.encode(), "as a log file is written"
+
+
+def test_rejected_items_that_are_not_asked_for_are_neither_listed_nor_tried_again(tmp_path):
+    calls = [Call(name, f"{name}.mp4", "s", _refuse, (f"{name} is too short",)) for name in "ab"]
+    run_items("render", tmp_path, calls, 0)
+    run_items("render", tmp_path, calls[:1], 0)
+    assert set(rejected(tmp_path)) == {"a.mp4"}
+    calls[1] = replace(calls[1], function=_note_handler, arguments=(tmp_path / "tried",))
+    assert run_items("render", tmp_path, calls, 0) == 0 and not (tmp_path / "tried").exists()
+    assert set(rejected(tmp_path)) == {"a.mp4", "b.mp4"}
 
 
 def _refuse(reason: str) -> None:

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,78 @@ def test_what_an_edit_list_cuts_is_left_out(tmp_path, width):
     with av.open(str(cut)) as container:
         assert container.streams.video[0].frames == 12
     assert np.array_equal(read_video(cut), read_video(whole)[5:])
+
+
+NUMBER_BITS = 8
+
+
+def numbered(number: int) -> np.ndarray:
+    """A frame that shows its number: bright and dark columns, a bit each."""
+    bits = (number >> np.arange(NUMBER_BITS)) & 1
+    return np.broadcast_to(255 * bits.astype(np.uint8).repeat(8)[None, :, None], (64, 8 * NUMBER_BITS, 3))
+
+
+def number_in(frame: np.ndarray) -> int:
+    return int(((frame[32, 4::8, 1] > 127) << np.arange(NUMBER_BITS)).sum())
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_frames_shown_before_their_keyframe_are_the_right_ones(tmp_path, suffix):
+    """decord alone gives other frames of open GOPs as soon as some are left out."""
+    import av
+
+    path = tmp_path / f"open.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 64, 8 * NUMBER_BITS, "yuv420p"
+        stream.options = {"x264-params": "open-gop=1:keyint=48:bframes=3:b-adapt=0:scenecut=0"}
+        for number in range(160):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(number), format="rgb24")))
+        container.mux(stream.encode())
+    wanted = [round(n * 30 / 16) for n in range(81)]
+    frames = read_video(path, ClipGeometry(64, 8 * NUMBER_BITS, 81, 16))
+    assert [number_in(frame) for frame in frames] == wanted
+    with pytest.raises(DecodeFailure, match="open GOPs"):
+        DecordReader(path)
+
+
+def with_pixels(path: Path, aspect: Fraction, width: int, height: int = 72) -> Path:
+    """A video of a white disc on black that is round, 48 px wide and high, if its pixels are shown at this aspect."""
+    import av
+
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    disc = ((columns - width / 2) * float(aspect)) ** 2 + (rows - height / 2) ** 2 < 24**2
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = aspect
+        for _ in range(5):
+            frame = (255 * disc.astype(np.uint8))[..., None].repeat(3, -1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("aspect, width", [(Fraction(4, 3), 96), (Fraction(8, 9), 144)])
+def test_pixels_that_are_not_square_are_stretched(tmp_path, aspect, width):
+    path = with_pixels(tmp_path / "disc.mp4", aspect, width)
+    info = probe_video(path)
+    assert (info.height, info.width) == (72, 128), "as HDV's 1440 columns are shown on 1920"
+    for frames in (read_video(path), read_video(path, ClipGeometry(72, 128, 5, 16))):
+        rows, columns = np.nonzero(frames[2, ..., 0] > 127)
+        assert np.ptp(rows) + 1 == pytest.approx(48, abs=2) and np.ptp(columns) + 1 == pytest.approx(48, abs=2)
+    on_its_side = probe_video(turned(path, 1))
+    assert (on_its_side.height, on_its_side.width) == (128, 72)
+
+
+def test_less_than_a_column_is_no_stretch(tmp_path):
+    path = with_pixels(tmp_path / "rounded.mp4", Fraction(200, 201), 128)
+    assert probe_video(path).width == 128 and DecordReader(path).num_frames == 5
+
+
+def test_absurd_pixels_are_refused(tmp_path):
+    with pytest.raises(VideoError, match="pixels 20 times as wide as high must be 1/8 to 8"):
+        probe_video(with_pixels(tmp_path / "wide.mp4", Fraction(20), 64))
 
 
 def test_a_name_that_is_not_unicode(tmp_path, bar_file):

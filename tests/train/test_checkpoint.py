@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -89,3 +91,12 @@ def test_a_damaged_later_step_does_not_count_as_the_latest(tmp_path, keep_last):
     save(store, 700)  # resumed from 500, told to stop at 700
     assert store.last_good() == store.path(700)
     assert store.steps() == [500, 700][-keep_last:]
+
+
+def test_a_copy_that_the_user_keeps_is_neither_counted_nor_removed(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=1)
+    copy = tmp_path / "step_00000500_backup"
+    shutil.copytree(save(store, 500), copy)
+    save(store, 1000)
+    assert store.steps() == [1000] and store.last_good() == store.path(1000)
+    assert damaged(copy) is None

@@ -87,6 +87,20 @@ def test_a_job_queued_again_runs_its_copy_and_a_refused_one_is_not(cluster, tmp_
     assert script.returncode != 0 and not (tmp_path / "scontrol.log").exists()
 
 
+@pytest.mark.parametrize("cores, option", [("64", ["--cpus-per-task=64"]), (None, [])])
+def test_the_cores_of_the_job_are_asked_for_on_each_node(cluster, tmp_path, cores, option):
+    copy = tmp_path / "snapshots/7"
+    copy.mkdir(parents=True)
+    (copy / "COMMIT").write_text("abc\n")
+    (tmp_path / "bin/srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" >"$OUTPUTS/srun.log"\n')
+    cluster.pop("SLURM_CPUS_PER_TASK", None)
+    if cores is not None:
+        cluster["SLURM_CPUS_PER_TASK"] = cores
+    subprocess.run(["bash", "slurm/train.sbatch", "steps=1"], cwd=ROOT, env=cluster, check=True, timeout=SECONDS)
+    said = (tmp_path / "srun.log").read_text().splitlines()
+    assert said == [*option, "--kill-on-bad-exit=1", "bash", f"{copy}/slurm/node.sh", "steps=1"]
+
+
 LAUNCHER = """
 import os, signal, subprocess, sys
 signal.signal(signal.SIGTERM, lambda *_: open("said", "a").write("launcher told;"))
