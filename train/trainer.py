@@ -71,6 +71,11 @@ class TrainConfig:
         for name in (*counts, "validation_clips"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name}={vars(self)[name]} must be at least 1")
+        if self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every={self.keep_every} must be a multiple of checkpoint_every={self.checkpoint_every}, or 0: "
+                "only a checkpoint that is written can be kept"
+            )
         if self.resume not in ("auto", "never"):
             raise ValueError(f"resume={self.resume} must be auto or never")
 

@@ -461,6 +461,11 @@ def test_validation_needs_a_clip():
         TrainConfig(validation_clips=0)
 
 
+def test_only_a_checkpoint_that_is_written_can_be_kept():
+    with pytest.raises(ValueError, match="keep_every=1200 must be a multiple of checkpoint_every=500, or 0"):
+        TrainConfig(checkpoint_every=500, keep_every=1200)
+
+
 def test_accumulation():
     assert accumulation_of(128, 4, 8) == 4
     assert accumulation_of(8, 8, 1) == 1
