@@ -129,10 +129,12 @@ def read_inputs(settings: StreamConfig, model_cfg: ModelConfig) -> Inputs:
             written or would replace what is read.
     """
     check_out(settings)
-    tracks = None
+    tracks, clip_frames = None, model_cfg.clip.num_frames
     if settings.tracks is not None:
-        tracks = load_track_source(settings.tracks, model_cfg, settings.tracker, resize=settings.tracks_resize)
-    clip_frames = model_cfg.clip.num_frames
+        wanted = clip_frames if settings.role == "teacher" else settings.num_frames
+        tracks = load_track_source(
+            settings.tracks, model_cfg, settings.tracker, resize=settings.tracks_resize, wanted=wanted
+        )
     if settings.role == "teacher":
         if settings.num_frames not in (None, clip_frames):
             nearest = nearest_num_frames(model_cfg, settings.num_frames)

@@ -9,6 +9,7 @@ followed from a grid in its first frame. Leaves out drags: those come through a 
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +66,11 @@ def load_first_frame(path: str | Path, clip: ClipGeometry) -> np.ndarray:  # -> 
 
 
 def load_track_source(
-    path: str | Path, model_cfg: ModelConfig, tracker: TrackerConfig, *, resize: bool = False
+    path: str | Path, model_cfg: ModelConfig, tracker: TrackerConfig, *, resize: bool = False, wanted: int | None = None
 ) -> Tracks:
     """Tracks (B = 1, identities not drawn) from a track file or by following the points of a video.
+
+    wanted: frames of a video to follow, rounded up to whole latents; None: all that it has.
 
     Raises:
         FileNotFoundError: no such file.
@@ -80,7 +83,7 @@ def load_track_source(
         )
     if path.suffix.lower() not in TRACK_FILES:
         try:
-            return _follow(path, model_cfg, tracker)
+            return _follow(path, model_cfg, tracker, wanted)
         except VideoError as error:
             raise ValueError(f"tracks={path} is neither {' nor '.join(TRACK_FILES)} nor a video: {error}") from error
     tracks = Tracks.load(path)
@@ -94,11 +97,13 @@ def load_track_source(
     return tracks.resize_to(clip.height, clip.width)
 
 
-def _follow(path: Path, model_cfg: ModelConfig, tracker: TrackerConfig) -> Tracks:
-    """Motion transfer: the points of a video, at the clip's rate and size, over its whole length."""
+def _follow(path: Path, model_cfg: ModelConfig, tracker: TrackerConfig, wanted: int | None) -> Tracks:
+    """Motion transfer: the points of a video at the clip's rate and size, of the first ``wanted`` frames or all."""
     clip, info = model_cfg.clip, probe_video(path)
     seconds = (info.num_frames - 1) / info.fps
     num_latents = 1 + int(seconds * clip.fps + 1e-6) // FRAMES_PER_LATENT
+    if wanted is not None:
+        num_latents = min(num_latents, 1 + math.ceil((wanted - 1) / FRAMES_PER_LATENT))
     geometry = ClipGeometry(clip.height, clip.width, num_pixel_frames(num_latents), clip.fps)
     points, visibility = build_tracker(tracker).track(read_video(path, geometry), query_grid(model_cfg, tracker))
     return Tracks.from_arrays(np.nan_to_num(points), visibility, clip.height, clip.width)

@@ -58,6 +58,13 @@ def test_motion_transfer_from_a_video_and_the_teacher(tiny_weights, sprites_vide
     assert len(student) == 10 and len(teacher) == 33
 
 
+def test_no_more_of_a_video_is_followed_than_is_asked_for(tiny_weights, sprites_video: Path) -> None:
+    """A long one would not fit in memory."""
+    for wanted, frames in ((10, 13), (1, 1), (1000, 33), (None, 33)):
+        tracks = load_track_source(sprites_video, tiny_weights.model_cfg, TrackerConfig(), wanted=wanted)
+        assert tracks.num_frames == frames
+
+
 @pytest.mark.parametrize("name", ["image", "tracks"])
 def test_what_is_no_video_is_named_with_its_field(tiny_weights, sprites_video: Path, tmp_path: Path, name: str) -> None:
     text = tmp_path / "text.mp4"
