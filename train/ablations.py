@@ -1,10 +1,11 @@
 """Ablations of training on the sprites world: models that differ in one thing each, over several seeds.
 
 Every variant is a training run of the zoo's recipe with a few overrides and a fraction of its steps, from the shipped
-weights or from a causal start made of them here, judged on held-out clips as soon as it is trained. What is seen goes
-straight into one file (models/zoo/sprites/ablations.json) that `python -m eval bench=claims` reads, with the settings
-that made it; what that file has under the same settings and the same shipped weights is not made again. Killed and
-started again, it goes on. Left out: what the comparison means (eval/benchmarks/claim_rows.py).
+weights or from what is made of them here (a causal start; a video model without tracks), judged on held-out clips as
+soon as it is trained. What is seen goes straight into one file (models/zoo/sprites/ablations.json) that
+`python -m eval bench=claims` reads, with the settings that made it; what that file has under the same settings and the
+same shipped weights is not made again. Killed and started again, it goes on. Left out: what the comparison means
+(eval/benchmarks/claim_rows.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from data.encode import fingerprint
 from data.progress import stamp
 from models.files import write_json
+from models.vae.folder import replace_folder
 from models.wan.checkpoint import load_dit, save_dit, without_tracks
 from train.pipeline import PROCESSES, ROOT, Step, run, run_chain
 from train.zoo import ZOO
@@ -179,7 +181,8 @@ class Plan:
     def make_video_model(self) -> None:
         """The shipped teacher without its tracks: what motion control is added to in the paper."""
         if not (folder := self.weights(VIDEO_MODEL, 0)).exists():
-            save_dit(without_tracks(load_dit(TEACHER)), folder, stage="teacher", made_from=shipped_weights())
+            with replace_folder(folder) as fresh:
+                save_dit(without_tracks(load_dit(TEACHER)), fresh, stage="teacher", made_from=shipped_weights())
 
     def folder(self, training: Training, seed: int) -> Path:
         """Where the run of a seed is: one of other settings would go on from the checkpoints in the same place."""
@@ -314,11 +317,12 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     plan = Plan(arguments.out.resolve() / shipped_weights())
-    plan.make_video_model()
     if names := outdated(read_results(arguments.result)):
         print(f"made with other settings, leaves {arguments.result} with the first new observation: {', '.join(names)}")
     for seed in arguments.seeds:
         steps = schedule(plan, read_results(arguments.result), seed, arguments.only)
+        if steps:
+            plan.make_video_model()
         print(f"seed {seed}: {len(steps)} steps" if steps else f"seed {seed}: {arguments.result} has what is wanted")
         for number, (step, judged) in enumerate(steps, start=1):
             is_shared = judged is None and (step.name not in BY_NAME or BY_NAME[step.name].shared)
