@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eval.metrics.interval import Interval, bootstrap_interval, paired_difference
 from eval.report import Table
 from models.files import write_json
@@ -65,7 +67,7 @@ class Results:
         texts = [f"{key.split('.')[-1]}: {value}" for key, value in self.values.items() if isinstance(value, str)]
         return list(dict.fromkeys(texts))
 
-    def write(self, folder: Path, config: dict[str, Any]) -> None:
+    def write(self, folder: Path, config: dict[str, Any], device: torch.device) -> None:
         """Write metrics.json, per_clip.json and meta.json, each atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "metrics.json", self.values)
@@ -75,7 +77,7 @@ class Results:
             {
                 "config": config,
                 "git_commit": git_commit(),
-                "machine": machine(),
+                "machine": machine(device),
                 "interval_level": self.level,
                 "written_unix_seconds": time.time(),
             },

@@ -42,11 +42,12 @@ def main(cfg: DictConfig) -> int:
     validate(model_cfg)
     require_folder(Path(settings.out), f"out={settings.out}")
     benchmark, device = build_target(cfg.bench), pick_device(settings.device)
+    model_cfg = model_cfg.on(device)
     codecs = Codecs.load(model_cfg, device=device, tiny=settings.decoder == "tiny")
     out = Path(settings.out)
     outcome = benchmark.run(EvalContext(model_cfg, codecs, device, settings.seed, out, build_config(cfg.drag)))
-    outcome.results.write(out, OmegaConf.to_container(cfg, resolve=True))
-    found = machine()
+    outcome.results.write(out, OmegaConf.to_container(cfg, resolve=True), device)
+    found = machine(device)
     report = write_report(
         out / "report.html",
         outcome.sections,

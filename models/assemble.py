@@ -66,10 +66,10 @@ class ModelConfig:
     text: TextConfig = field(default_factory=TextConfig)
     clip_encoder: str | None = None  # folder of the CLIP image encoder; needed where dit.clip_dim is set
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    guidance: dict[str, float] = field(default_factory=dict)  # weight of text and motion guidance; empty: none
+    guidance: dict[str, float] = field(default_factory=dict)  # weight of text and motion guidance; 0: without it
     teacher: str | None = None  # folder of the trained teacher, or a published checkpoint
     student: str | None = None  # folder of the distilled student
-    dtype: str = "float32"  # of frozen weights: float32 | bfloat16 | auto, the faster on this machine
+    dtype: str = "float32"  # of frozen weights: float32 | bfloat16 | auto, the faster on the device
 
     def __post_init__(self) -> None:
         self.vae = replace(self.vae, path=self.vae.path and located(self.vae.path))
@@ -77,12 +77,14 @@ class ModelConfig:
         for name in ("clip_encoder", "tiny_vae", "teacher", "student"):
             path = vars(self)[name]
             setattr(self, name, path and located(path))
-        if self.dtype == "auto":  # settled here, so that what is made with it names it
-            self.dtype = fast_dtype(pick_device("auto"))
+
+    def on(self, device: torch.device) -> ModelConfig:
+        """With dtype=auto settled for the device, so that what is made with it names it."""
+        return replace(self, dtype=fast_dtype(device)) if self.dtype == "auto" else self
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return DTYPES[self.on(pick_device("auto")).dtype]
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -257,14 +259,14 @@ def load_role(cfg: ModelConfig, role: str) -> WanDiT:
     """The trained "teacher" or "student": a folder that a stage exported, or a published checkpoint of any
     format.
 
-    Raises ValueError where the path is unset or the checkpoint has no track head that this model has,
-    FileNotFoundError where nothing is there.
+    Raises ValueError where the path is unset or the checkpoint lacks what this model needs to see its tracks and
+    image, FileNotFoundError where nothing is there.
     """
     if role not in ROLE_STAGES:
         raise ValueError(f"role={role!r} must be {' or '.join(ROLE_STAGES)}")
     path = {"teacher": cfg.teacher, "student": cfg.student}[role]
     made_by = f"make one with `python -m train stage={ROLE_STAGES[role]}` and pass its folder"
-    if path is None:
+    if not path:
         raise ValueError(f"model.{role} is not set; {made_by}")
     if not Path(path).exists():
         raise FileNotFoundError(f"model.{role}={path}: there is nothing; {made_by}")
@@ -272,10 +274,10 @@ def load_role(cfg: ModelConfig, role: str) -> WanDiT:
         return load_dit(path, expected=cfg.dit)
     log.info("%s: published checkpoint %s", role, path)
     dit = build_dit(cfg, seed=0)
-    if load_pretrained(dit, path):
+    if absent := load_pretrained(dit, path):
         raise ValueError(
-            f"model.{role}={path} has no track head, model.dit has one (track_channels={cfg.dit.track_channels}): it "
-            f"would not follow tracks; train one with `python -m train stage=teacher stage.init_from={path}`"
+            f"model.{role}={path} lacks {', '.join(absent)}, which model.dit has: it would not see these inputs; "
+            f"change model.dit, or train them with `python -m train stage=teacher stage.init_from={path}`"
         )
     return dit
 

@@ -16,6 +16,7 @@ from typing import Any
 
 UMASK = os.umask(0o077)  # of this process; only setting it tells what it was
 os.umask(UMASK)
+SUFFIX_LENGTH = 8  # of the name that a file has while it is written
 
 
 @contextmanager
@@ -25,13 +26,19 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     Several processes may replace the same file: what one of them wrote stays.
     """
     path = Path(path)
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:SUFFIX_LENGTH]}")
     try:
         yield fresh
         bring_to_disk(fresh)
         follow_umask(fresh)
         fresh.replace(path)
     finally:
+        fresh.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what killed processes left of `replace_file`; for a file that this process alone writes."""
+    for fresh in path.parent.glob(f".{path.name}.{'[0-9a-f]' * SUFFIX_LENGTH}"):
         fresh.unlink(missing_ok=True)
 
 

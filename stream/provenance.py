@@ -38,8 +38,8 @@ def git_commit() -> str:
     return done.stdout.strip()
 
 
-def machine() -> dict[str, Any]:
-    """What ran: host, processor, torch, threads, the accelerator if there is one, and the dtype that suits them."""
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """What ran: host, processor, torch, threads, the accelerator if there is one, and the device's faster dtype."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "platform": platform.platform(),
@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "gpu": gpu,
-        "auto_dtype": fast_dtype(pick_device("auto")),  # what dtype=auto stood for
+        "auto_dtype": fast_dtype(device or pick_device("auto")),  # what dtype=auto stood for
     }
 
 

@@ -100,6 +100,7 @@ def main(cfg: DictConfig) -> int:
     inputs = replace(read_inputs(settings, model_cfg), drag_cfg=build_config(cfg.drag))
     warn_of_idle_settings(settings, inputs.drag_cfg)
     device = pick_device(settings.device)
+    model_cfg = model_cfg.on(device)
     dit = load_for_inference(model_cfg, settings.role, device)
     codecs = Codecs.load(model_cfg, device=device, tiny=settings.decoder == "tiny")
     make = stream_frames if settings.role == "student" else sample_frames

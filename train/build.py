@@ -118,6 +118,7 @@ def build_trainer(settings: Settings) -> Trainer:
     """Data, modules, optimizers, as the launch says. The plan is told in the log before the first step."""
     cfg = settings.train
     parallel = Parallel(device=cfg.device, precision=cfg.precision)
+    settings.model = settings.model.on(parallel.device)
     accumulation_of(cfg.global_batch, cfg.micro_batch, parallel.world)
     output_dir = Path(cfg.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -90,6 +90,8 @@ class Teacher:
             )
         if self.cfg.freeze_track_head and not dit.has_track_head:
             raise ValueError("stage.freeze_track_head=true, but the model has no track head; set it to false")
+        if self.cfg.freeze_track_head and self.cfg.init_from is None:
+            raise ValueError("stage.freeze_track_head=true keeps a trained head: set stage.init_from, or false here")
         clip_frames = model_cfg.clip.num_frames
         if self.cfg.num_frames is not None and self.cfg.num_frames > clip_frames:
             raise ValueError(f"stage.num_frames={self.cfg.num_frames} must be at most {clip_frames}, model.clip's")
@@ -122,7 +124,12 @@ class Teacher:
         self.model_cfg, self.noise, self.held_out = context.model_cfg, context.noise, context.validation_batch
         self.dit = build_dit(context.model_cfg, context.noise.seed)
         if self.cfg.init_from is not None:
-            load_pretrained(self.dit, self.cfg.init_from)
+            absent = load_pretrained(self.dit, self.cfg.init_from)
+            if absent and self.cfg.freeze_track_head:
+                raise ValueError(
+                    f"stage.init_from={self.cfg.init_from} lacks {', '.join(absent)}: with stage.freeze_track_head="
+                    "true its tracks would never be seen; set it to false, or start from a teacher that knows tracks"
+                )
         if self.cfg.freeze_track_head:
             self.dit.track_head.requires_grad_(False)
         self.dit.to(context.device).train()

@@ -201,8 +201,11 @@ class Tracks:
                 f"{path}: points {points.shape} must be [T, N, 2] and visibility {visibility.shape} [T, N]: frames, "
                 "then tracks, then x and y"
             )
-        if visibility.dtype.kind not in "biuf":
-            raise ValueError(f"{path}: visibility holds '{visibility.flat[0]}'; it must be true or false")
+        if not (boolean := np.isin(visibility, (0, 1))).all():
+            raise ValueError(
+                f"{path}: visibility holds '{visibility[~boolean][0]}'; it must be true or false (scores of a tracker: "
+                "compare them with its threshold first)"
+            )
         return Tracks.from_arrays(points, visibility.astype(bool), height, width)
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.files import replace_file
-from models.wan.config import MASK_CHANNELS, WanConfig
+from models.files import remove_unfinished, replace_file
+from models.wan.config import INPUT_FIELDS, MASK_CHANNELS, TRACK_HEAD_FIELDS, WanConfig
 from models.wan.dit import WanDiT
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 StateDict = dict[str, Tensor]
 InputLayout = list[tuple[str, int]]  # (part, channels) in order
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "model.json"
-TRACK_HEAD = "track_head."
+TRACK_HEAD, INPUTS = "track_head.", "patch_embedding.weight"
 NESTED_STATES = ("generator_ema", "generator")  # the first one present is read
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")
@@ -106,40 +107,47 @@ def to_official(state: Mapping[str, Any]) -> StateDict:
 
 
 def load_pretrained(model: WanDiT, path: str | Path) -> list[str]:
-    """Loads a file or folder of any known format into ``model``; returns the parameters left at their initial
-    values.
+    """Loads a file or folder of any known format into ``model``; returns what the checkpoint did not have.
 
-    The columns of patch_embedding go to the channels that mean the same, and those of new channels are zero, so
-    that the model starts as the old one; those that read a new track head, itself the zero map, keep their
-    initial values, for behind two zeros no gradient would ever reach it. Only track_head.* may be absent. Raises
-    ValueError naming the fields where the checkpoint is of another architecture.
+    That is parameters of the track head, which keep their initial values, and input channels, as
+    "patch_embedding.weight[track]"; nothing else may be absent. The columns of patch_embedding go to the channels
+    that mean the same, and those of new channels are zero, so that the model starts as the old one; those that
+    read a new track head, itself the zero map, keep their initial values, for behind two zeros no gradient would
+    ever reach it. Raises ValueError naming the fields where the checkpoint is of another architecture.
     """
     state, saved = to_official(read_state(path)), _saved_config(Path(path))
     _check_architecture(state, saved, model.config, path)
-    weight = "patch_embedding.weight"
-    layout = _input_layout(state[weight].shape[1], model.config) if saved is None else saved.input_layout
+    layout = _input_layout(state[INPUTS].shape[1], model.config) if saved is None else saved.input_layout
     if layout != model.config.input_layout:
-        state[weight] = _grown_inputs(state[weight], layout, model)
+        state[INPUTS] = _grown_inputs(state[INPUTS], layout, model)
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or [name for name in missing if not name.startswith(TRACK_HEAD)]:
         raise ValueError(f"{path} does not fit the model: missing {missing}, unexpected {unexpected}")
-    if missing:
-        logger.info("%s has no track head; these keep their initial values: %s", path, ", ".join(missing))
-    return list(missing)
+    had = dict(layout)
+    new_inputs = [f"{INPUTS}[{part}]" for part, _ in model.config.input_layout if part not in had]
+    if absent := [*missing, *new_inputs]:
+        logger.info("%s does not have, so that these are learned from nothing: %s", path, ", ".join(absent))
+    return absent
 
 
 def save_dit(model: WanDiT, folder: str | Path, **provenance: Any) -> None:
     """Writes folder/model.safetensors and folder/model.json (config, provenance); each appears whole or not
     at all.
 
+    The weights carry both too, so that a crash between the two files is told. One process writes a folder: what
+    killed ones left half written there is removed.
+
     ``provenance``: JSON values, such as stage, step or the data used.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        remove_unfinished(folder / name)
     config = model.config.to_dict()
+    about = {"format": "pt", "config": json.dumps(config, sort_keys=True), "provenance": json.dumps(provenance)}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with replace_file(folder / CONFIG_NAME) as description, replace_file(folder / WEIGHTS_NAME) as weights:
-        save_file(state, weights, metadata={"format": "pt", "config": json.dumps(config, sort_keys=True)})
+        save_file(state, weights, metadata=about)
         description.write_text(json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n")
 
 
@@ -151,9 +159,9 @@ def without_tracks(model: WanDiT) -> WanDiT:
     """
     config = replace(model.config, track_channels=0)
     state = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith(TRACK_HEAD)}
-    columns = dict(_columns(state["patch_embedding.weight"], model.config.input_layout))
+    columns = dict(_columns(state[INPUTS], model.config.input_layout))
     track = columns.pop("track", None)
-    state["patch_embedding.weight"] = torch.cat(list(columns.values()), dim=1)
+    state[INPUTS] = torch.cat(list(columns.values()), dim=1)
     if track is not None and model.config.has_track_head:
         nothing = track.new_zeros(1, model.config.track_map_dim, 1, 1, 1)
         state["patch_embedding.bias"] += torch.einsum("dcfpq,c->d", track, model.track_head(nothing).flatten())
@@ -168,8 +176,10 @@ def read_dit_config(folder: str | Path) -> WanConfig:
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:
-    """What `save_dit` was told about where the weights come from."""
-    return _read_description(Path(folder))["provenance"]
+    """What `save_dit` was told about where the weights come from: by the weights, where they say so themselves."""
+    described = _read_description(Path(folder))["provenance"]
+    carried = _metadata(Path(folder) / WEIGHTS_NAME).get("provenance")
+    return described if carried is None else json.loads(carried)
 
 
 def load_dit(folder: str | Path, expected: WanConfig | None = None) -> WanDiT:
@@ -211,7 +221,8 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {path}; give a .safetensors or .pt file, or a folder of them")
     if path.suffix == ".safetensors":
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    is_zip = zipfile.is_zipfile(path)  # torch < 1.6 wrote files that cannot be mapped
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -237,11 +248,16 @@ def _read_description(folder: Path) -> dict[str, Any]:
 def _saved_config(path: Path) -> WanConfig | None:
     """The config inside a weights file of `save_dit`; None for public files, which do not tell."""
     path = path / WEIGHTS_NAME if path.is_dir() else path
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    with safe_open(path, framework="pt") as file:
-        config = (file.metadata() or {}).get("config")
+    config = _metadata(path).get("config")
     return None if config is None else WanConfig.from_dict(json.loads(config))
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; empty for what is none."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def _check_weights_config(weights: Path, config: WanConfig) -> None:
@@ -291,12 +307,14 @@ def _translate(name: str, top: dict[str, str], block: dict[str, str]) -> str | N
 
 
 def _check_architecture(state: StateDict, saved: WanConfig | None, config: WanConfig, path: str | Path) -> None:
-    """Sizes that the weights show must be the config's; input channels are checked apart."""
-    found = _architecture(state, path)
-    if saved is not None:
-        found["num_heads"] = saved.num_heads
-    expected = config.to_dict()
-    differences = [f"{name}: {value}, {expected[name]}" for name, value in found.items() if value != expected[name]]
+    """What the file says of itself, or else what its weights show, must be the config's; input channels may grow."""
+    if saved is None:
+        expected = config.to_dict()
+        found = _architecture(state, path)
+        differences = [f"{name}: {value}, {expected[name]}" for name, value in found.items() if value != expected[name]]
+    else:
+        may_differ = INPUT_FIELDS if saved.has_track_head else (*INPUT_FIELDS, *TRACK_HEAD_FIELDS)
+        differences = saved.architecture_differences(config, but=may_differ)
     if differences:
         raise ValueError(
             f"{path} holds another architecture (field: checkpoint, model): {'; '.join(differences)}; "
@@ -306,14 +324,14 @@ def _check_architecture(state: StateDict, saved: WanConfig | None, config: WanCo
 
 def _architecture(state: StateDict, path: str | Path) -> dict[str, Any]:
     required = (
-        "patch_embedding.weight",
+        INPUTS,
         "blocks.0.ffn.0.weight",
         "head.head.weight",
         "time_embedding.0.weight",
     )
     if absent := [name for name in (*required, "text_embedding.0.weight") if name not in state]:
         raise ValueError(f"{path} is not a Wan transformer: it lacks {', '.join(absent)}")
-    patch = state["patch_embedding.weight"]
+    patch = state[INPUTS]
     clip = state.get("img_emb.proj.0.weight")
     return {
         "dim": patch.shape[0],

@@ -7,6 +7,7 @@ see checkpoint.py.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -17,6 +18,8 @@ IMAGE_CONDITIONING = ("none", "first_frame", "fun_control", "inp")
 TRACK_ENCODINGS = ("head", "rgb")
 MASK_CHANNELS = 4  # Wan I2V: one channel per pixel frame of a latent frame
 RUNTIME_FIELDS = ("attention_backend", "activation_checkpointing")  # no effect on the weights
+INPUT_FIELDS = ("image_conditioning", "track_channels", "track_encoding")  # which input channels there are
+TRACK_HEAD_FIELDS = ("track_id_dim", "track_offsets", "track_hidden")  # no effect where there is no track head
 
 
 @dataclass
@@ -168,11 +171,12 @@ class WanConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def architecture_differences(self, other: WanConfig) -> list[str]:
-        """ "field: mine, theirs" for each field that changes the weights or what they mean."""
+    def architecture_differences(self, other: WanConfig, but: Collection[str] = ()) -> list[str]:
+        """ "field: mine, theirs" for each field that changes the weights or what they mean, ``but`` for those named."""
         mine, theirs = self.to_dict(), other.to_dict()
+        ignored = (*RUNTIME_FIELDS, *but)
         return [
             f"{name}: {mine[name]}, {theirs[name]}"
             for name in mine
-            if name not in RUNTIME_FIELDS and mine[name] != theirs[name]
+            if name not in ignored and mine[name] != theirs[name]
         ]

@@ -204,7 +204,8 @@ class StaticKVCache:
         for buffer, copy in zip(self._all_buffers(), snapshot.buffers):
             buffer.copy_(copy)
         self.chunk_index, self._begun, self._grid = snapshot.chunk_index, snapshot.begun, snapshot.grid
-        self._oldest = max(0, snapshot.chunk_index - 1)  # the latest chunk can always be taken back
+        has_latest = snapshot.begun == snapshot.chunk_index - 1  # with its context: it can be taken back
+        self._oldest = max(0, snapshot.chunk_index - has_latest)
         self._overwritten.clear()
         return self
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from data.video import read_video
 from eval.report import (
@@ -106,7 +107,7 @@ def test_results_write_flat_keys_with_intervals(tmp_path: Path) -> None:
     results.add_difference("student.gain_px", [3.0, 4.0, 8.0], [1.0, 2.0, 6.0])
     results.put("student.lpips", "unavailable: no weights")
     results.put("broken_px", float("nan"))
-    results.write(tmp_path, {"seed": 0})
+    results.write(tmp_path, {"seed": 0}, torch.device("cpu"))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["student.epe_px"] == 3.0
     assert 1.0 <= metrics["student.epe_px_low"] < 3.0 < metrics["student.epe_px_high"] <= 6.0

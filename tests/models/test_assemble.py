@@ -56,11 +56,14 @@ def test_every_config_fits(name):
 
 
 @pytest.mark.parametrize("faster", ["float32", "bfloat16"])
-def test_auto_is_settled_as_the_faster_dtype(monkeypatch, faster):
-    monkeypatch.setattr(assemble, "fast_dtype", lambda device: faster)
+def test_auto_is_settled_as_the_faster_dtype_of_the_device_that_is_used(monkeypatch, faster):
+    """A GPU beside a processor without bfloat16 products does not make them fast with device=cpu."""
+    slower = {"float32": "bfloat16", "bfloat16": "float32"}[faster]
+    monkeypatch.setattr(assemble, "fast_dtype", lambda device: faster if device.type == "cpu" else slower)
     cfg = load("sprites", "dtype=auto")
-    assert cfg.dtype == faster and cfg.torch_dtype == getattr(torch, faster)
-    assert load("sprites", "dtype=bfloat16").dtype == "bfloat16", "what is named is taken"
+    assert cfg.on(torch.device("cpu")).dtype == faster and cfg.on(torch.device("cuda")).dtype == slower
+    assert cfg.on(torch.device("cpu")).torch_dtype == getattr(torch, faster)
+    assert load("sprites", "dtype=bfloat16").on(torch.device("cpu")).dtype == "bfloat16", "what is named is taken"
 
 
 def test_shipped_weights_are_found_from_any_working_directory(tmp_path, monkeypatch, caplog):
@@ -263,12 +266,21 @@ def test_a_published_checkpoint_is_a_teacher_too(tmp_path):
     assert all(torch.equal(loaded[name], value) for name, value in dit.state_dict().items())
 
 
-def test_a_published_checkpoint_without_a_track_head_cannot_follow_tracks(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "absent"),
+    [
+        ({}, r"track_head.project.bias, patch_embedding.weight\[track\]"),
+        ({"track_encoding": "rgb", "track_channels": 16}, r"patch_embedding.weight\[track\]"),
+        ({"track_channels": 0, "image_conditioning": "fun_control"}, r"patch_embedding.weight\[image\]"),
+    ],
+    ids=["track head", "drawn tracks", "image"],
+)
+def test_a_published_checkpoint_that_would_not_see_its_inputs_is_refused(settings, absent, tmp_path):
     from safetensors.torch import save_file
 
-    cfg = load("tiny")
-    weights = {name: value for name, value in build_dit(cfg, seed=5).state_dict().items() if "track_head" not in name}
+    cfg = load("tiny", "dit.image_conditioning=none", "dit.track_channels=0", "guidance.motion=0.0")
     cfg.teacher = str(tmp_path / "published.safetensors")
-    save_file(weights, cfg.teacher)
-    with pytest.raises(ValueError, match=r"published.safetensors has no track head.*train one with .*init_from="):
+    save_file(build_dit(cfg, seed=5).state_dict(), cfg.teacher)
+    cfg.dit = replace(load("tiny").dit, **({"image_conditioning": "none"} | settings))
+    with pytest.raises(ValueError, match=rf"published.safetensors lacks .*{absent}, which.* train .*init_from="):
         load_role(cfg, "teacher")

@@ -388,6 +388,26 @@ def test_restoring_a_boundary_repeats_the_chunks_bit_for_bit(cache, window):
     assert not torch.equal(other, first[0])
 
 
+def test_a_boundary_whose_context_is_gone_takes_back_nothing():
+    """A chunk that was begun and dropped has overwritten what the one before it saw."""
+
+    def fail(prediction: object) -> None:
+        raise KeyboardInterrupt
+
+    dit, given = student(), condition(7)
+    parts = [given.chunk(index * FRAMES, FRAMES) for index in range(7)]
+    video = start(dit, config(), cache="static")
+    for part in parts[:6]:
+        video.next_chunk(part)
+    with pytest.raises(KeyboardInterrupt):
+        video.next_chunk(parts[6], edit=fail)
+    video.rewind(6)
+    video.restore(video.snapshot())
+    assert video.earliest_boundary == 6
+    with pytest.raises(ValueError, match=r"chunk=5 must be in 6\.\.6"):
+        video.rewind(5)
+
+
 @pytest.mark.parametrize("cache", ["immutable", "static"])
 def test_restoring_the_very_start(cache):
     dit, given = student(1), condition(2)

@@ -245,9 +245,19 @@ def test_frozen_track_head_and_start_from_a_folder(tiny_model, tmp_path):
     assert all(p.requires_grad for n, p in stage.dit.named_parameters() if not n.startswith("track_head"))
 
 
+def test_a_new_track_head_is_not_frozen(tiny_model, tmp_path):
+    """It is the zero map: no track would ever be seen."""
+    bare = replace(tiny_model, dit=replace(tiny_model.dit, track_channels=0))
+    save_dit(build_dit(bare, seed=5), tmp_path / "video_model")
+    stage = Teacher(TeacherConfig(init_from=str(tmp_path / "video_model"), freeze_track_head=True))
+    with pytest.raises(ValueError, match=r"init_from=.*video_model lacks track_head.* its tracks would never be seen"):
+        stage.setup(SetupContext(tiny_model, torch.device("cpu"), torch.float32, tmp_path, KeyedNoise(0)))
+
+
 @pytest.mark.parametrize(
     ("settings", "model_settings", "message"),
     [
+        ({"freeze_track_head": True}, {}, "freeze_track_head=true keeps a trained head: set stage.init_from"),
         ({"text_dropout": 1.5}, {}, "stage.text_dropout=1.5 must be a probability"),
         ({"tracks_min": 9, "tracks_max": 3}, {}, "stage.tracks_min=9 must be >= 1 and <= tracks_max=3"),
         ({"mid_mask_probability": 0.2}, {"track_channels": 0}, "needs a model with tracks"),

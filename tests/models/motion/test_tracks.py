@@ -61,6 +61,7 @@ def test_a_crop_lies_in_the_frame(have, want):
         ({"height": 0}, "height=0 and width=64 must be at least 1 px"),
         ({"points": [[[1, 2]]], "visibility": []}, r"points \(1, 1, 2\) must be \[T, N, 2\] and visibility \(0,\)"),
         ({"visibility": [["no"] * 3] * 4}, "visibility holds 'no'.*must be true or false"),
+        ({"visibility": [[1, 0, 0.97]] * 4}, "visibility holds '0.97'.*compare them with its threshold"),
     ],
 )
 def test_a_track_file_that_cannot_be_read_is_named(tmp_path, fields, message):
