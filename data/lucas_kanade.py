@@ -26,7 +26,7 @@ class LucasKanadeConfig:
     levels: int = 3  # pyramid levels above the first
     upsample: int = 2  # cubic enlargement before tracking, 1..4
     max_roundtrip_px: float = 0.5  # forward-backward error beyond which a point is lost
-    max_layers: int = 6  # rigid layers that carry points through occlusion; 0 = off
+    max_layers: int | None = 0  # rigid layers that carry points through occlusion; 0 = off, as suits real video
 
     def __post_init__(self) -> None:
         if not 1 <= self.upsample <= 4:
@@ -35,7 +35,7 @@ class LucasKanadeConfig:
             raise ValueError(
                 f"tracker.window_px={self.window_px} must be >= 3, tracker.max_roundtrip_px={self.max_roundtrip_px} > 0"
             )
-        if self.levels < 0 or self.max_layers < 0:
+        if self.levels < 0 or (self.max_layers or 0) < 0:
             raise ValueError(f"tracker.levels={self.levels} and tracker.max_layers={self.max_layers} must be >= 0")
 
 
@@ -48,7 +48,7 @@ class LucasKanadeTracker:
         `Tracker`).
         """
         queries = np.asarray(queries, np.float32).reshape(-1, 2)
-        if self.cfg.max_layers > 0 and len(queries):
+        if self.cfg.max_layers and len(queries):
             from data.motion_layers import carry_through
 
             support = support_grid(*frames.shape[1:3])

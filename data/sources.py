@@ -176,13 +176,15 @@ class FolderSource:
         """Nothing to add: captions are in the sidecars."""
 
 
-def read_item(item: SourceItem, geometry: ClipGeometry) -> np.ndarray:
-    """Frames of a real clip, uint8 [T, H, W, 3]. Raises VideoError with the reason where it cannot be used."""
+def read_item(item: SourceItem, geometry: ClipGeometry, whole: bool = False) -> np.ndarray:
+    """Frames of a real clip, uint8 [T, H, W, 3], or those spread over its whole video. Raises VideoError with the
+    reason where it cannot be used.
+    """
     if isinstance(item, UnusableItem):
         raise VideoError(item.reason)
     if item.path is None:
         raise VideoError("the item names no video file")
-    return read_video(item.path, geometry)
+    return read_video(item.path, geometry, whole)
 
 
 def _render_video(item: SourceItem, geometry: ClipGeometry, target: Path, crf: int) -> dict[str, Any]:

@@ -49,23 +49,25 @@ def probe_video(path: str | Path) -> VideoInfo:
     return _first_that_works(source, source.name, lambda reader: _info(reader, source.name))
 
 
-def read_video(source: str | Path | bytes, geometry: ClipGeometry | None = None) -> np.ndarray:
+def read_video(source: str | Path | bytes, geometry: ClipGeometry | None = None, whole: bool = False) -> np.ndarray:
     """Decode a clip -> uint8 [T, H, W, 3] RGB.
 
     With a geometry: frames nearest to 0, 1/fps, 2/fps … for geometry.num_frames, cropped about the centre to
     its aspect, resized (area when shrinking, cubic when enlarging). Without: every frame at the size it is shown at.
+    whole: geometry.num_frames frames from the first to the last, evenly spread, at whatever rate that is.
     Raises VideoError if the file is broken or too short.
     """
     name = "video bytes" if isinstance(source, bytes) else Path(source).name
     if not isinstance(source, bytes):
         _check_file(Path(source))
-    return _first_that_works(source, name, lambda reader: _read(reader, geometry, name))
+    return _first_that_works(source, name, lambda reader: _read(reader, geometry, name, whole))
 
 
-def _read(reader: DecordReader | PyavReader, geometry: ClipGeometry | None, name: str) -> np.ndarray:
+def _read(reader: DecordReader | PyavReader, geometry: ClipGeometry | None, name: str, whole: bool) -> np.ndarray:
     if geometry is None:
         return np.stack(reader.frames(range(reader.num_frames)))
-    indices = _resampled(_info(reader, name), geometry, name)
+    info = _info(reader, name)
+    indices = _spread(info, geometry, name) if whole else _resampled(info, geometry, name)
     frames: list[np.ndarray] = []
     for start in range(0, len(indices), DECODE_FRAMES):
         decoded = reader.frames(indices[start : start + DECODE_FRAMES])
@@ -258,6 +260,12 @@ def _resampled(info: VideoInfo, geometry: ClipGeometry, name: str) -> list[int]:
         )
     step = info.fps / geometry.fps
     return [min(round(i * step), info.num_frames - 1) for i in range(geometry.num_frames)]
+
+
+def _spread(info: VideoInfo, geometry: ClipGeometry, name: str) -> list[int]:
+    if info.num_frames < geometry.num_frames:
+        raise VideoError(f"{name} has {info.num_frames} frames; {geometry.num_frames} needed")
+    return np.linspace(0, info.num_frames - 1, geometry.num_frames).round().astype(int).tolist()
 
 
 def _first_line(error: Exception) -> str:

@@ -8,8 +8,9 @@ cell, at most tracker.rows x tracker.cols (50 x 50 in MotionStream).
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,7 +18,6 @@ import numpy as np
 from data.sources import FolderSource, read_item
 from data.sprites import SpritesClip, SpritesConfig, render_clip, split_seed
 from data.trackers import TrackerConfig, build_tracker
-from data.video import VideoError
 from models.condition import ClipGeometry
 from models.diffusion.noise import KeyedNoise
 from models.motion.tracks import Tracks, sample_track_ids
@@ -83,8 +83,18 @@ def folder_clips(
     tracker: TrackerConfig,
     queries: np.ndarray,
     noise: KeyedNoise,
+    whole: bool = False,
+    check_caption: Callable[[str], object] = str,
+    progress: Callable[[int], object] = int,
 ) -> list[EvalClip]:
     """The first usable videos of a folder, by name; one that cannot be used is skipped with a warning.
+
+    A clip's noise and identities are keyed by its name: they stay when other videos come or go.
+
+    Args:
+        whole: frames spread over the whole video (`read_video`).
+        check_caption: raises ValueError for a caption that the model cannot read.
+        progress: called with 1 for each clip.
 
     Raises ValueError where the folder holds none, FileNotFoundError where the CSV of captions is not there.
     """
@@ -94,17 +104,20 @@ def folder_clips(
         if len(clips) == num_clips:
             break
         try:
-            frames = read_item(item, geometry)
-        except VideoError as error:
+            check_caption(item.caption)
+            frames = read_item(item, geometry, whole)
+        except ValueError as error:  # VideoError is one
             log.warning("%s is left out: %s", item.origin, error)
             continue
         points, visibility = build_tracker(tracker).track(frames, queries)
-        tracks = identified(points, visibility, geometry.height, geometry.width, noise, len(clips))
-        clips.append(EvalClip(item.key, len(clips), item.caption, frames, tracks))
+        number = int.from_bytes(hashlib.sha256(item.key.encode()).digest()[:6])
+        tracks = identified(points, visibility, geometry.height, geometry.width, noise, number)
+        clips.append(EvalClip(item.key, number, item.caption, frames, tracks))
+        progress(1)
     if not clips:
         raise ValueError(
             f"bench.source={source.folder} holds no usable video ({len(items)} found); it needs some of at least "
-            f"{geometry.num_frames} frames at {geometry.fps} fps"
+            f"{geometry.num_frames} frames{'' if whole else f' at {geometry.fps} fps'}"
         )
     return clips
 

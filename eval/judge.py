@@ -10,11 +10,12 @@ the ground truth.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 
 import cv2
@@ -115,14 +116,19 @@ def judge_clip(
     )
 
 
-def worker_pool(num_workers: int | None, num_clips: int, tracker: TrackerConfig) -> ProcessPoolExecutor | None:
-    """Processes that share the judging of some clips; None where this one does it.
+def workers_for(num_workers: int | None, num_clips: int, tracker: TrackerConfig) -> int:
+    """How many processes share the judging of some clips; 0: this one does it.
 
     num_workers None: one a core, at most MAX_WORKERS and one a clip; CoTracker3 uses all cores, or the GPU, by itself.
     """
-    if num_workers is None:
-        cores = min(usable_cores(), MAX_WORKERS, num_clips)
-        num_workers = cores if cores > 1 and tracker.name == "lucas_kanade" else 0
+    if num_workers is not None:
+        return num_workers
+    cores = min(usable_cores(), MAX_WORKERS, num_clips)
+    return cores if cores > 1 and tracker.name == "lucas_kanade" else 0
+
+
+def worker_pool(num_workers: int) -> ProcessPoolExecutor | None:
+    """So many processes; None for 0."""
     return ProcessPoolExecutor(num_workers, get_context("spawn"), _one_thread) if num_workers else None
 
 
@@ -134,7 +140,7 @@ def _one_thread() -> None:
 
 
 class Judge:
-    """Judges videos of a fixed list of clips; ``num_workers`` processes share them (`worker_pool`)."""
+    """Judges videos of a fixed list of clips; ``num_workers`` processes share them (`workers_for`)."""
 
     def __init__(
         self,
@@ -149,7 +155,8 @@ class Judge:
         self.tracker = tracker
         self.registration = registration
         self.lpips = lpips
-        self.pool = worker_pool(num_workers, len(clips), tracker)
+        self.num_workers = workers_for(num_workers, len(clips), tracker)
+        self.pool = worker_pool(self.num_workers)
 
     def first(self, count: int) -> Judge:
         """The same judge, for the first ``count`` clips."""
@@ -157,10 +164,12 @@ class Judge:
         fewer.clips = self.clips[:count]
         return fewer
 
-    def judge(self, videos: Sequence[np.ndarray], progress: Callable[[int], None] | None = None) -> Verdict:
-        """videos: one uint8 [T, H, W, 3] per clip, in the clips' order; progress is called once per clip."""
+    def judge(self, videos: Iterable[np.ndarray], progress: Callable[[int], None] | None = None) -> Verdict:
+        """videos: one uint8 [T, H, W, 3] per clip, in the clips' order, taken a few at a time, so that they need not
+        exist at once; progress is called once per clip.
+        """
         found, lpips = [], []
-        for clip, frames, verdict in zip(self.clips, videos, self._verdicts(videos), strict=True):
+        for clip, frames, verdict in self._verdicts(videos):
             found.append(verdict)
             if isinstance(self.lpips, Lpips):
                 ours, truth = torch.from_numpy(frames), torch.from_numpy(clip.frames)
@@ -180,9 +189,13 @@ class Judge:
             registration if len(registration) == len(self.clips) else None,
         )
 
-    def _verdicts(self, videos: Sequence[np.ndarray]) -> Iterator[ClipVerdict]:
+    def _verdicts(self, videos: Iterable[np.ndarray]) -> Iterator[tuple[EvalClip, np.ndarray, ClipVerdict]]:
         run = partial(judge_clip, tracker=self.tracker, registration=self.registration)
-        return (map if self.pool is None else self.pool.map)(run, self.clips, videos)
+        pairs = zip(self.clips, videos, strict=True)
+        while pair := list(islice(pairs, self.num_workers or 1)):
+            clips, frames = zip(*pair)
+            verdicts = (map if self.pool is None else self.pool.map)(run, clips, frames)
+            yield from zip(clips, frames, verdicts, strict=True)
 
 
 def still_error(clips: Sequence[EvalClip]) -> EndpointError:

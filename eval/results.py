@@ -3,7 +3,8 @@
 `metrics.json` maps `role.metric_unit` to a number (null where nothing could be measured, a text beginning
 "unavailable:" where weights are missing); a mean over clips has `<key>_low` and `<key>_high` beside it.
 `per_clip.json` holds the values behind each mean, in the order of the clips, so that two runs can be compared clip by
-clip. `meta.json` holds the whole configuration, the commit and the machine: a figure without them means nothing.
+clip. `meta.json` holds their names, the whole configuration, the commit and the machine: a figure without them means
+nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Results:
     def __init__(self, *, seed: int, level: float = 0.95) -> None:
         self.seed = seed
         self.level = level
+        self.clips: list[str] = []  # names of the clips behind the means, in their order
         self.values: dict[str, float | int | str | None] = {}
         self.per_clip: dict[str, list[float]] = {}
         self._intervals: dict[str, Interval] = {}
@@ -78,6 +80,7 @@ class Results:
                 "config": config,
                 "git_commit": git_commit(),
                 "machine": machine(device),
+                "clips": self.clips,
                 "interval_level": self.level,
                 "written_unix_seconds": time.time(),
             },

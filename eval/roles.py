@@ -7,7 +7,7 @@ clip, so that a role with tracks and the same role with tracks withheld differ i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,6 @@ from models.wan.dit import WanDiT
 from stream.codecs import Codecs
 
 ROLES = ("teacher", "student")
-Progress = Callable[[int], None]  # called with the number of clips just finished
 
 
 @dataclass
@@ -43,16 +42,11 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Generated:
-    """The videos of some clips, in order, and the wall-clock seconds they took in batches."""
+    """The videos of a batch of clips, in order, and the wall-clock seconds of denoising and decoding them."""
 
-    frames: np.ndarray  # uint8 [N, T, H, W, 3]
-    denoise_seconds: float  # all DiT passes
-    decode_seconds: float
-
-    @property
-    def frames_per_second(self) -> float:
-        """Frames of all clips over the seconds of denoising and decoding."""
-        return self.frames.shape[0] * self.frames.shape[1] / (self.denoise_seconds + self.decode_seconds)
+    clips: Sequence[EvalClip]
+    frames: np.ndarray  # uint8 [B, T, H, W, 3]
+    seconds: float
 
 
 def generate(
@@ -65,9 +59,8 @@ def generate(
     with_tracks: bool,
     noise: KeyedNoise,
     batch_size: int,
-    progress: Progress | None = None,
-) -> Generated:
-    """Generate every clip from its first frame, caption and (unless withheld) tracks.
+) -> Iterator[Generated]:
+    """Generate every clip from its first frame, caption and (unless withheld) tracks, a batch at a time.
 
     Raises:
         ValueError: a role that is neither teacher nor student.
@@ -75,19 +68,13 @@ def generate(
     if role not in ROLES:
         raise ValueError(f"role='{role}' must be one of {', '.join(ROLES)}")
     sample = _sample_teacher if role == "teacher" else _sample_student
-    frames, denoise_seconds, decode_seconds = [], 0.0, 0.0
     for start in range(0, len(clips), batch_size):
         batch = clips[start : start + batch_size]
         condition = _condition(codecs, batch, with_tracks, sampling.release_frame)
         started = codecs.clock()
         latents = sample(dit, codecs, condition, sampling, noise, [clip.sample_id for clip in batch])
-        denoised = codecs.clock()
-        frames.append(codecs.decode(latents))
-        denoise_seconds += denoised - started
-        decode_seconds += codecs.clock() - denoised
-        if progress is not None:
-            progress(len(batch))
-    return Generated(np.concatenate(frames), denoise_seconds, decode_seconds)
+        frames = codecs.decode(latents)
+        yield Generated(batch, frames, codecs.clock() - started)
 
 
 def _condition(codecs: Codecs, clips: Sequence[EvalClip], with_tracks: bool, release_frame: int | None) -> Condition:

@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> int:
     found = machine(device)
     report = write_report(
         out / "report.html",
-        outcome.sections,
+        outcome.sections(),
         title=f"{cfg.bench.name}: {model_cfg.name}",
         note=f"{found['gpu'] or found['processor']}, {found['threads']} threads, torch "
         f"{found['torch']}, seed {settings.seed}",

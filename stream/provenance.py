@@ -53,6 +53,12 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
+def speed_of_machine(device: torch.device) -> dict[str, Any]:
+    """What decides how fast it is: figures of two machines are not compared."""
+    found = machine(device)
+    return {key: found[key] for key in ("processor", "cpu_count", "threads", "torch", "gpu")}
+
+
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """The most memory that tensors made by a call held at once, beyond what was there before."""
     if device.type == "cuda":

@@ -21,7 +21,7 @@ PAPER_WEIGHTS = {"text": 3.0, "motion": 1.5}  # its setting; the zoo's own is mo
 
 RUNS = {
     "joint": Run("motion_transfer", TEACHER),
-    "paper_teacher": Run("motion_transfer", PAPER_TEACHER),
+    "paper_teacher": Run("motion_transfer", PAPER_TEACHER, is_timed=True),
     "both_weights": Run("motion_transfer", TEACHER, guidance=PAPER_WEIGHTS),
     "text_only": Run("motion_transfer", TEACHER, guidance={**PAPER_WEIGHTS, "motion": 0.0}),
     "motion_only": Run("motion_transfer", TEACHER, guidance={**PAPER_WEIGHTS, "text": 0.0}),

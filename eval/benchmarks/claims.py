@@ -39,8 +39,10 @@ from models.files import write_json
 from models.motion.embedding import scatter_tracks
 from models.motion.rgb import draw_tracks
 from models.motion.track_head import TrackHead
+from stream.provenance import speed_of_machine
 
 HOLDS, FAILS, NOISE, ABSENT = "holds", "does not hold", "within noise", "not measured"
+STEP_GRID = 25  # teacher steps of the grid that the step_indices of a run are points of
 TIMED_REPEATS = 20  # of a thing that is timed
 
 
@@ -76,6 +78,7 @@ class Run:
     guidance: Mapping[str, float] = field(default_factory=dict)  # weights that differ from model.guidance
     rollout: Mapping[str, Any] = field(default_factory=dict)  # fields that differ from model.rollout
     tiny: bool = False  # decode with model.tiny_vae
+    is_timed: bool = False  # its figures are of the machine as well; all of latency are
 
     @property
     def roles(self) -> Sequence[str]:
@@ -262,7 +265,9 @@ class Observations:
 
     def _made_with(self, name: str) -> dict[str, Any]:
         run, together = self.runs[name], self._together(name)
-        in_turn = {"in turn": together} if len(together) > 1 else {}
+        in_turn: dict[str, Any] = {"in turn": together} if len(together) > 1 else {}
+        if run.is_timed or run.bench == "latency":
+            in_turn |= {"machine": speed_of_machine(self.context.device)}
         return {
             "run": asdict(run), "claims": self._settings(), "features": content_of(self.cfg.features), **in_turn,
             **self.context.made_with(run.roles, tiny=run.tiny),
@@ -285,8 +290,12 @@ class Observations:
 
     def _context_of(self, run: Run) -> EvalContext:
         model_cfg = self.context.model_cfg
+        rollout = dict(run.rollout)
+        if "step_indices" in rollout:  # at the same noise levels on the model's own grid
+            steps = model_cfg.rollout.num_inference_steps
+            rollout["step_indices"] = [round(index * steps / STEP_GRID) for index in run.rollout["step_indices"]]
         context = self.context.changed(
-            guidance={**model_cfg.guidance, **run.guidance}, rollout=replace(model_cfg.rollout, **run.rollout)
+            guidance={**model_cfg.guidance, **run.guidance}, rollout=replace(model_cfg.rollout, **rollout)
         )
         return context.with_tiny_decoder() if run.tiny else context
 
@@ -364,7 +373,12 @@ class Claims:
         self.rows = [row for row in ROWS if not cfg.rows or row.number in cfg.rows]
 
     def run(self, context: EvalContext) -> Outcome:
-        """Every row wanted; writes claims.json and claims.md into the run's folder."""
+        """Every row wanted; writes claims.json and claims.md into the run's folder.
+
+        Raises ValueError for decoder=tiny: what is compared with the tiny decoder would be itself.
+        """
+        if context.codecs.decoder is not context.codecs.vae:
+            raise ValueError("decoder=tiny, but row 9 compares the tiny decoder with the full one; use decoder=full")
         observations = Observations(context, self.cfg, self.runs)
         findings = [row.find(observations) for row in self.rows]
         write_findings(context.out, findings)
@@ -373,7 +387,7 @@ class Claims:
             results.put(f"row_{finding.row}.verdict", finding.verdict)
         for verdict in (HOLDS, FAILS, NOISE, ABSENT):
             results.put(verdict.replace(" ", "_"), sum(finding.verdict == verdict for finding in findings))
-        return Outcome(results, [Section("Findings of the paper", table=table_of(findings))])
+        return Outcome(results, lambda: [Section("Findings of the paper", table=table_of(findings))])
 
 
 def write_findings(out: Path, findings: Sequence[Finding]) -> None:

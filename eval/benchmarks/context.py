@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,10 +73,10 @@ class EvalContext:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Figures and the pages that show them."""
+    """Figures, and what makes the pages that show them: called when the figures are safe."""
 
     results: Results
-    sections: list[Section]
+    sections: Callable[[], list[Section]]
 
 
 def content_of(path: str | None) -> str | None:

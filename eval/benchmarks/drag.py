@@ -11,6 +11,7 @@ real video by a point tracker.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,6 +54,8 @@ from stream.provenance import extra_peak_bytes
 from stream.session import StreamSession
 
 NO_DRAG, OURS, IDEAL = "no_drag", "drag", "ideal"
+log = logging.getLogger(__name__)
+
 UNTOUCHED = DragConfig(iterations=0, warm_rounds=0, tracks="release")  # nothing is dragged
 MAX_POINTS = 64  # followed in a handle
 MIN_SEEN = 0.5  # share of a handle that must be in the frame at its target to be judged
@@ -128,6 +131,8 @@ class DragBenchmark:
 
     def run(self, context: EvalContext) -> Outcome:
         """Stream every scenario with every method, and judge."""
+        if idle := context.drag.without_effect():
+            log.warning("drag.%s have no effect with drag.iterations=0; set it to optimise", ", drag.".join(idle))
         detectors = Detectors.load(self.cfg.features, self.cfg.i3d_weights, self.cfg.inception_weights)
         settings = {OURS: context.drag} | {name: baseline_settings(name) for name in self.cfg.baselines}
         scenarios, student = self.scenarios(context), context.load("student")
@@ -151,7 +156,7 @@ class DragBenchmark:
         for name in (OURS, *self.cfg.baselines):
             results.put(f"{name}.extra_memory_ratio", self._extra_memory(context, student, scenarios, settings[name]))
         write_scenarios(context.out / "scenarios.json", scenarios, verdicts)
-        return Outcome(results, self._sections(context, results, scenarios, runs, verdicts))
+        return Outcome(results, lambda: self._sections(context, results, scenarios, runs, verdicts))
 
     def scenarios(self, context: EvalContext) -> list[DragScenario]:
         clip, chunk_frames = context.model_cfg.clip, context.model_cfg.rollout.chunk_frames

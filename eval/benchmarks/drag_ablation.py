@@ -12,7 +12,7 @@ is finished is kept in OUT/seed_<n>.json and not dragged again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -26,8 +26,9 @@ from eval.metrics.interval import Interval, mean_over_seeds, paired_difference
 from eval.report import Section, Table
 from eval.results import Results, keep, read_kept
 from stream.dragstream.config import DragConfig
+from stream.provenance import speed_of_machine
 
-FULL, WITHOUT = "full", "I 0"
+FULL, WITHOUT, WITHOUT_CONTEXT = "full", "I 0", "without context"
 KEPT_RATIO = 0.8  # of the gain over no drag, where a part is said to hardly matter
 WARM_START = {"warm_rounds": DragConfig.warm_rounds, "step": DragConfig.step, "edit_frames": DragConfig.edit_frames}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -61,7 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tracks alone": {"iterations": 0, "warm_rounds": 0, "tracks": "follow"},
     "warm start alone": {"iterations": 0, **WARM_START},
     "tracks and warm start alone": {"iterations": 0, "tracks": "follow", **WARM_START},
-    "without context": {},  # the rollout's sink and window are 0
+    WITHOUT_CONTEXT: {},  # the rollout's sink and window are 0
 }
 MAX_NEIGHBOURS = max(changes.get("adsr_frames", 0) for changes in VARIANTS.values())  # frames made before a drag
 OBJMC, DAI, BACKGROUND = "objmc_px", "dai_latent", "background_psnr_db"
@@ -150,7 +151,7 @@ class DragAblation:
         Raises ValueError where the settings of `drag` optimise nothing: there would be no part to leave out.
         """
         if not context.drag.iterations:
-            raise ValueError("drag.iterations=0 leaves nothing to ablate; use drag=paper, or set drag.iterations=4")
+            raise ValueError("drag.iterations=0 leaves nothing to ablate; use drag=paper")
         numbers = range(context.seed, context.seed + self.cfg.num_seeds)
         seeds = [self._of_seed(replace(context, seed=seed)) for seed in numbers]
         found = {name: over_seeds([one[name] for one in seeds]) for name in self.cfg.variants}
@@ -158,9 +159,10 @@ class DragAblation:
         for name, verdicts in found.items():
             put_verdicts(results, name.replace(".", ","), verdicts)
             results.add(f"{name.replace('.', ',')}.seconds_ratio", seconds_ratios(verdicts))
-        findings = [self.finding(n, claim, found, context.seed) for n, claim in enumerate(CLAIMS, 1)]
+        same = same_as_full(context.drag, self.cfg.variants)
+        findings = [self.finding(n, claim, found, context.seed, same) for n, claim in enumerate(CLAIMS, 1)]
         write_findings(context.out, findings)
-        return Outcome(results, self._sections(findings, found))
+        return Outcome(results, lambda: self._sections(findings, found))
 
     def _of_seed(self, context: EvalContext) -> dict[str, list[Verdict]]:
         """Verdicts by variant; read from OUT/seed_<n>.json where they were made with the same settings and weights."""
@@ -169,6 +171,7 @@ class DragAblation:
         settings = [str(each) for each in (replace(self.cfg, num_seeds=1), context.drag, variants)]
         figures = list(Verdict.__dataclass_fields__)
         made_with = {"settings": settings, "figures": figures, **context.made_with(["student"])}
+        made_with |= {"machine": speed_of_machine(context.device)}  # of `seconds`
         if (kept := read_kept(path, made_with)) is not None:
             return {name: [_verdict(figures) for figures in found] for name, found in kept["verdicts"].items()}
         found = self._verdicts(context)
@@ -178,11 +181,13 @@ class DragAblation:
 
     def _verdicts(self, context: EvalContext) -> dict[str, list[Verdict]]:
         """One seed: verdicts by variant, in the order of the scenarios."""
-        names = [name for name in self.cfg.variants if name != "without context"]
+        same = same_as_full(context.drag, self.cfg.variants)
+        names = [name for name in self.cfg.variants if name != WITHOUT_CONTEXT and name not in same]
         found = self._drag(context, {name: replace(context.drag, **VARIANTS[name]) for name in names})
-        if "without context" in self.cfg.variants:
+        found |= dict.fromkeys(same, found[FULL])
+        if WITHOUT_CONTEXT in self.cfg.variants:
             alone = context.changed(rollout=replace(context.model_cfg.rollout, sink_chunks=0, window_chunks=0))
-            found |= self._drag(alone, {"without context": context.drag})
+            found |= self._drag(alone, {WITHOUT_CONTEXT: context.drag})
         return found
 
     def _drag(self, context: EvalContext, settings: Mapping[str, DragConfig]) -> dict[str, list[Verdict]]:
@@ -196,8 +201,14 @@ class DragAblation:
         runs, bases = bench.stream(context, student, scenarios, settings)
         return {name: [bench.judge(run, base) for run, base in zip(runs[name], bases[name])] for name in settings}
 
-    def finding(self, row: int, claim: Claim, found: Mapping[str, Sequence[Verdict]], seed: int) -> Finding:
-        """One line of the table; variants that were left out leave their claims unmeasured."""
+    def finding(
+        self, row: int, claim: Claim, found: Mapping[str, Sequence[Verdict]], seed: int, same: Collection[str] = ()
+    ) -> Finding:
+        """One line of the table; variants that were left out, or are the ``same`` as the full method where a difference
+        is asked for, leave their claims unmeasured.
+        """
+        if equal := sorted({name for name, _ in (*claim.worse, *claim.better)} & set(same)):
+            return Finding(row, claim.claim, claim.paper, (), f"not measured: `drag` is itself {', '.join(equal)}")
         needed = {name for name, _ in (*claim.worse, *claim.no_worse, *claim.better)}
         needed |= {WITHOUT} if claim.no_worse else set()
         if missing := sorted(needed - set(found)):
@@ -215,6 +226,12 @@ class DragAblation:
         ]
         text = f"{self.cfg.num_scenarios} scenarios, means over {self.cfg.num_seeds} seeds; intervals over scenarios."
         return [Section("Claims", text, table_of(findings)), Section("Variants", table=Table(["", *columns], rows))]
+
+
+def same_as_full(drag: DragConfig, variants: Sequence[str]) -> list[str]:
+    """Variants that change nothing of these settings, as the nine neighbours of drag=paper."""
+    others = [name for name in variants if name not in (FULL, WITHOUT_CONTEXT)]
+    return [name for name in others if replace(drag, **VARIANTS[name]) == drag]
 
 
 def over_seeds(seeds: Sequence[Sequence[Verdict]]) -> list[Verdict]:

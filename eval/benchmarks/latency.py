@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ class Latency:
             self._put_times(results, of_chunks, pace, seconds)
             if len(contexts) == 1:
                 self._put_memory(results, memory, device)
-            outcomes.append(Outcome(results, [self._section(context, results, of_chunks, memory)]))
+            outcomes.append(Outcome(results, partial(self._sections, context, results, of_chunks, memory)))
         return outcomes
 
     def _open(self, context: EvalContext) -> tuple[StreamSession, float]:
@@ -145,9 +146,9 @@ class Latency:
         reference = statistics.median(memory[REFERENCE_CHUNK - SPAN // 2 : REFERENCE_CHUNK + SPAN // 2])
         results.put(f"student.{kind}_growth_mib", (statistics.median(memory[-SPAN:]) - reference) / MIB)
 
-    def _section(
+    def _sections(
         self, context: EvalContext, results: Results, timings: list[ChunkTiming], memory: list[int]
-    ) -> Section:
+    ) -> list[Section]:
         rollout: Any = context.model_cfg.rollout
         index = list(range(len(timings)))
         curves = [
@@ -174,7 +175,7 @@ class Latency:
             f"{rollout.window_chunks} window chunks, {len(rollout.step_indices)} denoising passes{cached}, on "
             f"{context.device.type}."
         )
-        return Section("Latency", text, results.others(), curves)
+        return [Section("Latency", text, results.others(), curves)]
 
 
 class Control:

@@ -26,7 +26,7 @@ from data.trackers import TrackerConfig, build_tracker
 from eval.benchmarks.context import EvalContext, Outcome, progress_bar
 from eval.benchmarks.motion_transfer import draw_clip
 from eval.clips import EvalClip, sprites_clips
-from eval.judge import check_tracker, check_workers, worker_pool
+from eval.judge import check_tracker, check_workers, worker_pool, workers_for
 from eval.metrics.drift import drift, frame_saturation, latent_moments, window_means
 from eval.metrics.epe import endpoint_error
 from eval.metrics.registration import RegistrationConfig, register_sprites
@@ -130,7 +130,7 @@ class LongVideo:
         self._put_registration(results, clips, videos)
         results.add("student.latent_mean_drift", [drift(mean) for mean, _ in moments])
         results.add("student.latent_std_drift", [drift(std) for _, std in moments])
-        return Outcome(results, self._sections(context, results, clips, videos, courses, moments))
+        return Outcome(results, lambda: self._sections(context, results, clips, videos, courses, moments))
 
     def _clips(self, context: EvalContext) -> list[EvalClip]:
         clip = context.model_cfg.clip
@@ -180,7 +180,8 @@ class LongVideo:
         self, tracks: list[list[Tracks]], videos: list[np.ndarray], progress: Callable[[int], None]
     ) -> list[_Course]:
         follow, found = partial(_course, self.cfg), []
-        with worker_pool(self.cfg.num_workers, len(tracks), self.cfg.tracker) or nullcontext() as pool:
+        workers = workers_for(self.cfg.num_workers, len(tracks), self.cfg.tracker)
+        with worker_pool(workers) or nullcontext() as pool:
             for course in (map if pool is None else pool.map)(follow, tracks, videos):
                 found.append(course)
                 progress(1)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+BLOCK_SIZE = 2**22  # values drawn at a time
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -48,8 +50,10 @@ def bootstrap_interval(values: Sequence[float], *, seed: int, level: float = 0.9
         return Interval(None, None, None, 0)
     if finite.size == 1:
         return Interval(float(finite[0]), None, None, 1)
-    picks = np.random.default_rng(seed).integers(0, finite.size, size=(resamples, finite.size))
-    low, high = np.quantile(finite[picks].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    rng, rows = np.random.default_rng(seed), max(1, BLOCK_SIZE // finite.size)  # in blocks: streams have many chunks
+    counts = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    means = [finite[rng.integers(0, finite.size, size=(count, finite.size))].mean(axis=1) for count in counts]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(finite.mean()), float(low), float(high), int(finite.size))
 
 

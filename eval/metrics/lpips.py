@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eval.metrics.image import unit_images
+
 BACKBONE_FILE = "alexnet-owt-7be5be79.pth"
 HEADS_FILE = "alex.pth"
 HOW_TO_GET = (
@@ -64,8 +66,7 @@ class Lpips(nn.Module):
     @torch.no_grad()
     def frame_distances(self, frames: Tensor, reference: Tensor) -> Tensor:  # uint8 [T, H, W, 3] -> [T - 1]
         """LPIPS of frames 1..; frame 0 is given to an image-to-video model and is skipped."""
-        images, targets = (video[1:].permute(0, 3, 1, 2).float() / 127.5 - 1 for video in (frames, reference))
-        return torch.cat([self(a, b) for a, b in zip(images.split(16), targets.split(16), strict=True)])
+        return torch.cat([self(2 * ours - 1, 2 * theirs - 1) for ours, theirs in unit_images(frames, reference)])
 
 
 def load_lpips(folder: str | None) -> Lpips | str:

@@ -122,10 +122,10 @@ def ends_with_color(end_logits: Tensor, color: str) -> bool:
 def event_accuracy(end_logits: Tensor, captions: Sequence[str]) -> list[float]:
     """Whether each clip ends with the colour that its caption's event names: end_logits [B, 8] -> B figures.
 
-    1.0: it does; 0.0: it does not; nan: the caption has no event, and the clip is no evidence either way.
-    Raises ValueError for a caption that is not of the sprites world.
+    1.0: it does; 0.0: it does not; nan: the caption has no event, or is none of the sprites world (a folder of other
+    videos), and the clip is no evidence either way.
     """
-    events = [labels_of_caption(caption).event for caption in captions]
+    events = [labels_of_caption(caption).event if _CAPTION.fullmatch(caption) else None for caption in captions]
     return [
         float("nan") if event is None else float(ends_with_color(logits, event[1]))
         for logits, event in zip(end_logits, events, strict=True)

@@ -227,6 +227,28 @@ def test_figures_of_another_commit_are_kept_and_said_to_be(context, made, tmp_pa
     assert len(made) == 1
 
 
+def test_timings_of_another_machine_are_made_again(context, made, tmp_path, monkeypatch):
+    observations(tmp_path, context).values("student", "student.epe_px")
+    monkeypatch.setattr("stream.provenance._processor", lambda: "another processor")
+    observations(tmp_path, context).values("student", "student.epe_px")
+    assert len(made) == 2
+
+
+def test_steps_are_taken_at_the_same_noise_on_any_grid(context, tmp_path):
+    fine = context.changed(rollout=replace(context.model_cfg.rollout, num_inference_steps=50, step_indices=[0, 16, 32]))
+    for wide, four in ((context, [0, 6, 12, 18]), (fine, [0, 12, 24, 36])):
+        wide = wide if wide is fine else context.changed(
+            rollout=replace(context.model_cfg.rollout, num_inference_steps=25, step_indices=[0, 8, 16]))  # fmt: skip
+        changed = observations(tmp_path, wide)._context_of(RUNS["steps_4"]).model_cfg.rollout
+        assert changed.step_indices == four
+
+
+def test_the_tiny_decoder_is_not_compared_with_itself(context):
+    context.codecs.decoder = object()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="decoder=tiny, but row 9 compares"):
+        Claims(ClaimsConfig()).run(context)
+
+
 def test_a_stored_run_that_does_not_say_what_it_was_made_with_is_made_again(context, made, tmp_path):
     observations(tmp_path, context).values("student", "student.epe_px")
     path = tmp_path / "runs" / "student.json"

@@ -17,6 +17,14 @@ from data.app import compose_config
 from data.sprites import SpritesConfig
 from eval.benchmarks.context import EvalContext
 from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict, baseline_settings
+from eval.benchmarks.drag_ablation import (
+    CLAIMS,
+    VARIANTS,
+    DragAblation,
+    DragAblationConfig,
+    over_seeds,
+    same_as_full,
+)
 from eval.benchmarks.drag_pictures import pick_shown
 from eval.benchmarks.drag_runs import DraggedChunks, Replay, Run, pasted
 from eval.benchmarks.drag_scenarios import COMBINATIONS, DragEvent, labelled_scenarios, moved_to, sprites_scenarios
@@ -310,6 +318,23 @@ def test_the_ablations_say_of_each_claim_whether_it_holds(tiny_weights, tmp_path
         main(compose_config("eval", [*tiny_weights.overrides, *overrides]))
 
 
+def test_a_variant_that_is_the_setting_itself_decides_no_difference() -> None:
+    """Else a claim would be told by a difference of exactly nothing."""
+    assert same_as_full(baseline_settings("paper"), list(VARIANTS)) == ["Ln 9"]
+    ours = replace(baseline_settings("marionette"), iterations=4)
+    assert "with tracks" in (same := same_as_full(ours, list(VARIANTS)))
+    claim = next(claim for claim in CLAIMS if ("with tracks", "objmc_px") in claim.better)
+    found = DragAblation(DragAblationConfig()).finding(1, claim, {name: [] for name in VARIANTS}, 0, same)
+    assert found.verdict == "not measured" and "`drag` is itself with tracks" in found.why_absent
+
+
+def test_drag_settings_without_effect_are_told(tiny_weights, tmp_path: Path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(DragBenchmark, "scenarios", lambda *given: pytest.fail("told first"))
+    with pytest.raises(pytest.fail.Exception):
+        main(compose_config("eval", [*tiny_weights.overrides, "bench=drag", f"out={tmp_path}", "drag.lr=0.5"]))
+    assert "drag.lr have no effect with drag.iterations=0" in caplog.text
+
+
 def test_neighbours_are_counted_from_before_the_drag(tiny_weights, tmp_path: Path, monkeypatch) -> None:
     """As many as the setting asks for, before the very first dragged chunk of an edit and of an animation."""
     seen: list[tuple[str, int]] = []
@@ -338,8 +363,6 @@ def test_a_profile_that_optimises_nothing_has_nothing_to_ablate(tiny_weights, tm
 
 
 def test_a_scenario_counts_once_however_many_seeds_drag_it() -> None:
-    from eval.benchmarks.drag_ablation import CLAIMS, DragAblation, DragAblationConfig, over_seeds
-
     def verdicts(*objmc: float) -> list[Verdict]:
         figures = dict.fromkeys(Verdict.__dataclass_fields__, 1.0)
         return [Verdict(**figures | {"objmc_px": value}) for value in objmc]
@@ -355,8 +378,6 @@ def test_a_scenario_counts_once_however_many_seeds_drag_it() -> None:
 
 
 def test_a_claim_holds_where_its_interval_lies_above_zero() -> None:
-    from eval.benchmarks.drag_ablation import CLAIMS, DragAblation, DragAblationConfig
-
     def verdicts(objmc: float) -> list[Verdict]:
         noise = np.random.default_rng(0).normal(size=30)
         figures = dict.fromkeys(Verdict.__dataclass_fields__, 1.0)

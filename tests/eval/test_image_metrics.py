@@ -35,6 +35,13 @@ def test_ssim_falls_with_noise_and_does_not_read_the_batch_range(video: torch.Te
     assert frame_ssim(video.flip(2), video).max() < 0.5
 
 
+def test_a_long_video_is_measured_a_few_frames_at_a_time(video: torch.Tensor) -> None:
+    long, other = video.repeat(5, 1, 1, 1), video.flip(2).repeat(5, 1, 1, 1)
+    for measure in (frame_ssim, frame_psnr):
+        pairs = [measure(long[[0, n]], other[[0, n]]) for n in range(1, 20)]
+        torch.testing.assert_close(measure(long, other), torch.cat(pairs))
+
+
 def test_refuses_float_frames_and_other_sizes(video: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="uint8"):
         frame_psnr(video.float(), video)

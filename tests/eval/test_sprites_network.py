@@ -114,6 +114,7 @@ def test_event_accuracy_looks_at_the_named_colour_at_the_end():
     logits[1, list(COLORS).index("red")] = 5.0  # what it was before is no matter
     plain = "a red striped disc on a blue background"
     found = event_accuracy(logits, [TOLD, TOLD, plain, TOLD])
+    assert math.isnan(event_accuracy(logits[:1], ["a bear walks"])[0]), "other captions are no evidence"
     assert found[:2] == [1.0, 0.0] and math.isnan(found[2]) and found[3] == 0.0
     assert ends_with_color(logits[0], "yellow") and not ends_with_color(logits[0], "red")
     with pytest.raises(ValueError, match="color='gold' must be one of red, orange"):
