@@ -163,6 +163,12 @@ class CausalInit:
             self.sampler = ResumableSampler(
                 self.store.num_pairs, global_batch, context.seed, context.rank, context.world
             )
+            each, there = global_batch * context.accumulation, self.store.num_pairs
+            if there < each:
+                log.warning(
+                    "an update takes its %d trajectories from %d, some of them again with the same states: "
+                    "global_batch=%d or less learns the same at less cost", each, there, there,
+                )  # fmt: skip
             if self.position:
                 self.sampler.load_state_dict(self.position)
             self.batches = iter(self.sampler)
@@ -174,8 +180,8 @@ class CausalInit:
     def _load(self, numbers: Sequence[int]) -> tuple[Tensor, Condition]:
         """Trajectories [B, K + 1, C, F, h, w] and what the teacher was conditioned on."""
         pairs = [self.store.read(number) for number in numbers]
-        condition = stack_condition(pairs, self.store.null_prompt_embeds, self.model_cfg)
-        return stack_states(pairs).to(self.device), condition.to(self.device)
+        condition = stack_condition(pairs, self.store.null_prompt_embeds, self.model_cfg, self.device)
+        return stack_states(pairs).to(self.device), condition
 
     def _metrics(self, error: Tensor, index: Tensor, counted: Tensor, x0: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Loss per step of the student's list; visibility of the seams between chunks (1 = the teacher's)."""

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from distill.causal_init import draw_mask, noisy_mean
-from distill.roles import STUDENT, contexts_of
+from distill.roles import STUDENT, contexts_of, copy_of_teacher, require_weights
 from models.assemble import ModelConfig
 from models.diffusion.prediction import add_noise, velocity_target
 from models.diffusion.schedule import NUM_TRAIN_TIMESTEPS, bell_weight
 from models.wan.checkpoint import save_dit
+from models.wan.dit import WanDiT
 from train.stage import StepContext, StepOutput, ValidationOutput
 from train.teacher import TEACHER, Teacher, TeacherConfig, first_frames
 
@@ -55,10 +56,12 @@ class CausalTeacher(Teacher):
 
     Config = CausalTeacherConfig
     cfg: CausalTeacherConfig
+    starts_fresh = False  # without init_from it goes on from model.teacher
 
     def check(self, model_cfg: ModelConfig) -> None:
         """Refuses what the teacher refuses, a part of a chunk, and settings that would have no effect."""
         super().check(model_cfg)
+        require_weights(model_cfg, self.cfg.init_from, needs_teacher=self.cfg.init_from is None)
         contexts_of(model_cfg.rollout, self.cfg.sink_chunks, self.cfg.window_chunks)
         self.require_whole_chunks(model_cfg, "stage=causal_teacher")
         for name in ("loss_buckets", "validation_steps"):
@@ -68,6 +71,18 @@ class CausalTeacher(Teacher):
                     f"stage.{name}={value} has no effect on stage=causal_teacher, which logs one loss and makes no "
                     f"validation clips; leave it at {'null' if default is None else default}"
                 )
+
+    def start(self, model_cfg: ModelConfig, seed: int) -> WanDiT:
+        return copy_of_teacher(model_cfg) if self.cfg.init_from is None else super().start(model_cfg, seed)
+
+    def describe(self) -> list[str]:
+        return [
+            f"start: {self.cfg.init_from or self.model_cfg.teacher}; track head "
+            f"{'frozen' if self.cfg.freeze_track_head else 'trained'}; shift {self.cfg.shift:g}",
+            f"masks: sink_chunks in {self.cfg.sink_chunks}, window_chunks in {self.cfg.window_chunks}; "
+            f"{self.cfg.clean_ratio:g} of the chunks clean",
+            "no validation: the stages after it make clips",
+        ]
 
     def train_step(self, batch: Batch, context: StepContext) -> StepOutput:
         self.steps_done = context.step + 1
@@ -106,4 +121,10 @@ class CausalTeacher(Teacher):
         return None
 
     def export(self, folder: Path, weights: Mapping[str, nn.Module]) -> None:
-        save_dit(weights[TEACHER], folder / STUDENT, stage="causal_teacher")  # type: ignore[arg-type]
+        save_dit(
+            weights[TEACHER],  # type: ignore[arg-type]
+            folder / STUDENT,
+            stage="causal_teacher",
+            steps=self.steps_done,
+            init_from=self.cfg.init_from or self.model_cfg.teacher,
+        )

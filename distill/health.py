@@ -17,11 +17,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from train.stage import RunEndedError
+
 MAX_QUANTILE_VALUES = 1_000_000  # a percentile needs no more; torch.quantile stops at 16 M
 TINY = 1e-8
 
 
-class CollapseError(RuntimeError):
+class CollapseError(RunEndedError):
     """The run left the range its config allows; the message says by what measure, and what to try."""
 
 
@@ -36,6 +38,12 @@ class HealthThresholds:
     max_score_gap: float | None = 2.0  # mean |x0_fake - x0_real|, in latent units
     warmup_steps: int = 20  # no alarm before this step
     smoothing: float = 0.9  # weight of the past in the running mean the limits apply to, 0..1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(
+                f"stage.health.smoothing={self.smoothing} must be in [0, 1): 1 would never see a new value"
+            )
 
     def limits(self) -> dict[str, float]:
         """The thresholds that are set, by field name."""
@@ -109,21 +117,23 @@ class LatentReference:
 
     @classmethod
     def measure(cls, batches: Iterable[Tensor]) -> LatentReference:
-        """Means over batches of latents [B, C, F, h, w]; raises ValueError where there are none."""
+        """Means over the clips of batches of latents [B, C, F, h, w]; raises ValueError where there are none."""
         rows = [
-            (float(x.float().std()), float(_percentile(x.float().abs(), 0.999)), float(motion_energy(x)))
-            for x in batches
+            (float(x.std()), float(_percentile(x.abs(), 0.999)), float(motion_energy(x)))
+            for batch in batches
+            for x in batch.float().split(1)
         ]
         if not rows:
             raise ValueError("no training clips to compare with; set stage.reference_clips to at least 1")
         return cls(*(max(sum(column) / len(rows), TINY) for column in zip(*rows, strict=True)))
 
     def compare(self, x0: Tensor) -> dict[str, float]:
-        """Health measures of a clip relative to the data."""
+        """Health measures of clips [B, C, F, h, w] relative to the data, means over the clips."""
+        x0 = x0.float()
         return {
             "motion_energy_ratio": float(motion_energy(x0)) / self.motion_energy,
-            "saturation_ratio": float((x0.float().abs() > self.limit).float().mean()),
-            "latent_std_ratio": float(x0.float().std()) / self.std,
+            "saturation_ratio": float((x0.abs() > self.limit).float().mean()),
+            "latent_std_ratio": float(x0.flatten(1).std(dim=1).mean()) / self.std,
         }
 
 

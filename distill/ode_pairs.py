@@ -67,6 +67,7 @@ class OdePairs:
 
     def setup(self, context: SetupContext) -> None:
         self.model_cfg, self.noise, self.device = context.model_cfg, context.noise, context.device
+        self.dtype, self.data = context.dtype, context.data
         self.guidance = Guidance(context.model_cfg.guidance)
         self.teacher = load_frozen_teacher(context.model_cfg, context.device)
         self.encoder = ClipEncoder(context.model_cfg, context.device)
@@ -135,7 +136,7 @@ class OdePairs:
             self.store.write(number, pair_of(row, states, condition, tracks))
 
     def _recipe(self) -> dict[str, Any]:
-        """What the pairs depend on, but for the data set."""
+        """What the pairs depend on."""
         rollout = self.model_cfg.rollout
         return {
             "num_pairs": self.cfg.steps * self.cfg.global_batch,
@@ -150,6 +151,8 @@ class OdePairs:
             "seed": self.noise.seed,
             "teacher": fingerprint(self.model_cfg.teacher),
             "dtype": self.model_cfg.dtype,
+            "precision": str(self.dtype).removeprefix("torch."),  # of the autocast
+            "data": self.data,
             "null_caption": self.model_cfg.text.null_caption,
             "encoders": fingerprints(self.model_cfg),
         }

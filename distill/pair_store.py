@@ -55,7 +55,8 @@ class PairStore:
         """Opens the folder for writing; every rank may call it.
 
         recipe: JSON values, num_pairs among them. A pair does not depend on how many there are, so another
-        num_pairs extends the folder. Raises ValueError, naming the fields, where it holds another recipe.
+        num_pairs extends the folder, and hides none that is there. Raises ValueError, naming the fields, where it holds
+        another recipe.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +64,10 @@ class PairStore:
         path = folder / RECIPE_FILE
         if path.exists():
             _require_same_recipe(folder, json.loads(path.read_text()), recipe)
+            there = cls(folder, recipe)
+            while there.has(there.num_pairs):
+                there.recipe["num_pairs"] = there.num_pairs + 1
+            recipe = there.recipe
         else:
             with replace_file(folder / SHARED_FILE) as fresh:
                 save_file({"null_prompt_embeds": null_prompt_embeds.cpu().contiguous()}, fresh)
@@ -74,6 +79,8 @@ class PairStore:
         """Opens a finished folder; raises FileNotFoundError or ValueError where pairs are missing."""
         folder = Path(folder)
         remedy = "make them with: python -m train stage=ode_pairs"
+        if not (folder / RECIPE_FILE).exists() and (folder / "pairs" / RECIPE_FILE).exists():
+            raise FileNotFoundError(f"stage.pairs={folder} is a run; its pairs are in {folder / 'pairs'}")
         if not (folder / RECIPE_FILE).exists():
             raise FileNotFoundError(f"stage.pairs={folder} must hold {RECIPE_FILE} and its pairs; {remedy}")
         store = cls(folder, json.loads((folder / RECIPE_FILE).read_text()))
@@ -127,12 +134,14 @@ def stack_states(pairs: Sequence[OdePair]) -> Tensor:
     return torch.stack([pair.states.float() for pair in pairs])  # autocast on the CPU cannot stack float16
 
 
-def stack_condition(pairs: Sequence[OdePair], null_prompt_embeds: Tensor, model_cfg: ModelConfig) -> Condition:
-    """The condition the teacher saw for these pairs."""
+def stack_condition(
+    pairs: Sequence[OdePair], null_prompt_embeds: Tensor, model_cfg: ModelConfig, device: torch.device | str = "cpu"
+) -> Condition:
+    """The condition the teacher saw for these pairs, on the device: a map of tracks is large, the tracks are not."""
     height, width = model_cfg.clip.height, model_cfg.clip.width
     tracks = None
     if pairs[0].points is not None:
-        tracks = Tracks.stack([_tracks(pair, height, width) for pair in pairs])
+        tracks = Tracks.stack([_tracks(pair, height, width) for pair in pairs]).to(device)
     return build_condition(
         prompt_embeds=torch.stack([pair.prompt_embeds for pair in pairs]),
         null_prompt_embeds=null_prompt_embeds,
@@ -143,7 +152,7 @@ def stack_condition(pairs: Sequence[OdePair], null_prompt_embeds: Tensor, model_
         image_latents=_stack([pair.image_latents for pair in pairs]),
         clip_embeds=_stack([pair.clip_embeds for pair in pairs]),
         track_latents=_stack([pair.track_latents for pair in pairs]),
-    )
+    ).to(device)
 
 
 def _tracks(pair: OdePair, height: int, width: int) -> Tracks:
@@ -152,7 +161,7 @@ def _tracks(pair: OdePair, height: int, width: int) -> Tracks:
 
 
 def _require_same_recipe(folder: Path, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
-    names = sorted((found.keys() | wanted.keys()) - {"num_pairs"})
+    names = sorted(found.keys() - {"num_pairs"})  # older versions wrote fewer
     fields = [name for name in names if found.get(name) != wanted.get(name)]
     if fields:
         what = ", ".join(f"{name}={found.get(name)} (now {wanted.get(name)})" for name in fields)

@@ -44,6 +44,11 @@ def contexts_of(
     rollout: RolloutConfig, sink_chunks: Sequence[int], window_chunks: Sequence[int | None]
 ) -> list[RolloutConfig]:
     """The rollout with each pair of a stage's sinks and windows. Raises ValueError where one of them cannot be."""
+    if any(window is not None and window < 1 for window in window_chunks):
+        raise ValueError(
+            f"stage.window_chunks={list(window_chunks)} must be at least 1, or null for all past chunks: a chunk that "
+            "does not see the one before it cannot continue it"
+        )
     try:
         return [
             replace(rollout, sink_chunks=sink, window_chunks=window) for sink in sink_chunks for window in window_chunks

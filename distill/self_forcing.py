@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -93,6 +94,8 @@ class SelfForcingConfig:
     def __post_init__(self) -> None:
         if self.student_every < 1:
             raise ValueError(f"student_every={self.student_every} must be at least 1 step")
+        if self.score_shift is not None and self.score_shift <= 0:
+            raise ValueError(f"stage.score_shift={self.score_shift} must be > 0, or null for model.rollout.shift")
         if not 0 <= self.min_timestep < self.max_timestep <= NUM_TRAIN_TIMESTEPS:
             raise ValueError(
                 f"min_timestep={self.min_timestep}, max_timestep={self.max_timestep} must satisfy "
@@ -126,6 +129,7 @@ class SelfForcing:
         self.limits = check_track_limits(cfg.tracks_min, cfg.tracks_max)
         self.reference: LatentReference | None = None  # of the training data
         self.smoothed: dict[str, float] = {}
+        self.measured: list[dict[str, float]] = []  # of the micro-batches of this update
         self.shared_clips: list[Clip] = []  # rollouts of this step that the critic may reuse
 
     def check(self, model_cfg: ModelConfig) -> None:
@@ -268,13 +272,17 @@ class SelfForcing:
         return metrics | self._health({"score_gap": float(gradient.score_gap.mean())}, context)
 
     def _health(self, measures: dict[str, float], context: StepContext) -> dict[str, float]:
-        """Means over the processes. Raises CollapseError where they, smoothed, are beyond the limits of the config:
-        on all processes or on none.
+        """Means over the processes. After the last micro-batch raises CollapseError where those of the update, smoothed
+        over updates, are beyond the limits of the config: on all processes or on none.
         """
         measures = average_measures(measures, context.world, self.device)
-        self.smoothed = smooth(self.smoothed, measures, self.cfg.health.smoothing)
-        if context.step >= self.cfg.health.warmup_steps:
-            check_health(self.smoothed, self.cfg.health)
+        self.measured.append(measures)
+        if context.is_last_micro:
+            means = {name: mean(one[name] for one in self.measured) for name in measures}
+            self.measured.clear()
+            self.smoothed = smooth(self.smoothed, means, self.cfg.health.smoothing)
+            if context.step >= self.cfg.health.warmup_steps:
+                check_health(self.smoothed, self.cfg.health)
         return measures
 
     # ------------------------------------------------------------------------------------------ the rest

@@ -62,10 +62,9 @@ class Parallel:
     # ------------------------------------------------------------------------------------------ modules
     def prepare(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """Move to the device and shard, where the mode shards. DeepSpeed does so in `prepare_optimizer`."""
-        if self.mode == "deepspeed" and len(modules) > 1:
+        if self.mode == "deepspeed" and len(modules) != 1:
             raise ValueError(
-                f"launch mode deepspeed trains one module and this stage has {len(modules)} "
-                f"({', '.join(modules)}); "
+                f"launch mode deepspeed trains one module and this stage has {', '.join(modules) or 'none'}; "
                 "use conf/launch/fsdp.yaml or conf/launch/ddp.yaml"
             )
         for name, module in modules.items():

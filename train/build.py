@@ -5,6 +5,7 @@ Left out: the loop (`trainer.py`). Stages are named by `stage._target_`, so noth
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from data.app import build_config, build_target
 from data.batch import Batch, collate
 from data.encode import fingerprints
 from data.loader import Loader, LoaderConfig, build_loader
-from data.shards import ShardDataset, ShardIndex
+from data.shards import INDEX_NAME, ShardDataset, ShardIndex
 from models.assemble import ModelConfig, validate
 from models.diffusion.noise import KeyedNoise
 from models.wan.config import RUNTIME_FIELDS
@@ -125,7 +126,7 @@ def build_trainer(settings: Settings) -> Trainer:
     loader, sample_clips, held_out = _build_data(settings, parallel)
     settings.stage.setup(SetupContext(
         settings.model, parallel.device, parallel.dtype, output_dir, KeyedNoise(cfg.seed), held_out,
-        sample_clips,
+        sample_clips, _data_id(settings),
     ))  # fmt: skip
     modules = settings.stage.modules()
     settings.optim.require_trained(modules)
@@ -170,6 +171,13 @@ def _build_data(
     return loader, sample_clips, held_out
 
 
+def _data_id(settings: Settings) -> str | None:
+    if not settings.stage.needs_data:
+        return None
+    index = (_shards_of(settings) / INDEX_NAME).read_bytes()
+    return f"{hashlib.sha256(index).hexdigest()[:16]}, order {settings.loader.seed}"
+
+
 def spread(total: int, count: int) -> list[int]:
     """At most `count` numbers of 0..total-1, evenly spaced."""
     count = min(count, total)
@@ -209,6 +217,8 @@ def plan(settings: Settings, trainer: Trainer) -> list[str]:
             f"{optim.schedule}, {optim.warmup_updates} warm-up, betas {list(optim.betas)}, weight decay "
             f"{optim.weight_decay:g}, clip {optim.grad_clip:g}, {ema}"
         )
+    if len(trainer.modules) > 1 and not settings.optim.modules:
+        lines.append(f"{' and '.join(trainer.modules)} learn by the same settings; optim=dmd has the paper's for each")
     each = state_bytes(trainer.modules, settings.optim, parallel.mode, parallel.world)
     lines.append(f"memory: {each / GB:.3g} GB of weights, gradients, moments and EMA per process; activations on top")
     if isinstance(settings.stage, DescribesItself):

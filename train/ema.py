@@ -78,7 +78,7 @@ class Ema:
         """Take over a saved average (whole tensors by parameter name; none where it had not started)."""
         self.updates = updates
         self.values = {}
-        if whole:
+        if whole and updates >= self.start:  # a start that was put off since
             self.values = {name: torch.empty_like(p.detach(), dtype=torch.float32) for name, p in _trainable(module)}
             fill_state(self.values, whole, "EMA")
 

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from models.assemble import ModelConfig
 
 
+class RunEndedError(RuntimeError):
+    """A stage ends the run, on all processes at once; the message says why, and what to try."""
+
+
 @dataclass(frozen=True)
 class SetupContext:
     """What a stage is built from."""
@@ -45,6 +49,7 @@ class SetupContext:
     noise: KeyedNoise  # the only source of randomness of the stage
     validation_batch: Batch | None = None  # fixed held-out clips on the CPU; None: nothing to validate on
     sample_clips: Callable[[int], Iterator[Batch]] | None = None  # n training clips, evenly spaced, in micro-batches
+    data: str | None = None  # tells the training clips and their order from others; None: without data
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class StepContext:
     world: int
     seed: int
     micro_batch: int = 1  # clips per process and pass, for stages that bring their own data
+    accumulation: int = 1  # micro-batches of the update
+
+    @property
+    def is_last_micro(self) -> bool:
+        return self.micro == self.accumulation - 1
 
 
 @dataclass

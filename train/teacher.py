@@ -31,8 +31,9 @@ from models.diffusion.guidance import Guidance
 from models.diffusion.noise import KeyedNoise
 from models.diffusion.prediction import add_noise, velocity_target
 from models.diffusion.schedule import NUM_TRAIN_TIMESTEPS, bell_weight, training_sigmas
-from models.motion.tracks import Tracks, sample_track_ids
+from models.motion.tracks import NUM_TRACK_IDS, Tracks, sample_track_ids
 from models.wan.checkpoint import load_pretrained, save_dit
+from models.wan.dit import WanDiT
 from train.conditioning import ClipEncoder
 from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
 from train.validation import show_clips, teacher_clips
@@ -80,6 +81,11 @@ class Teacher:
         self.cfg = cfg
         self.steps_done = 0
 
+    @property
+    def starts_fresh(self) -> bool:
+        """Whether the weights are drawn anew."""
+        return self.cfg.init_from is None
+
     def check(self, model_cfg: ModelConfig) -> None:
         """Refuses what the architecture cannot do, and a start that is not there."""
         dit = model_cfg.dit
@@ -90,7 +96,7 @@ class Teacher:
             )
         if self.cfg.freeze_track_head and not dit.has_track_head:
             raise ValueError("stage.freeze_track_head=true, but the model has no track head; set it to false")
-        if self.cfg.freeze_track_head and self.cfg.init_from is None:
+        if self.cfg.freeze_track_head and self.starts_fresh:
             raise ValueError("stage.freeze_track_head=true keeps a trained head: set stage.init_from, or false here")
         clip_frames = model_cfg.clip.num_frames
         if self.cfg.num_frames is not None and self.cfg.num_frames > clip_frames:
@@ -122,19 +128,23 @@ class Teacher:
     def setup(self, context: SetupContext) -> None:
         self.check(context.model_cfg)
         self.model_cfg, self.noise, self.held_out = context.model_cfg, context.noise, context.validation_batch
-        self.dit = build_dit(context.model_cfg, context.noise.seed)
-        if self.cfg.init_from is not None:
-            absent = load_pretrained(self.dit, self.cfg.init_from)
-            if absent and self.cfg.freeze_track_head:
-                raise ValueError(
-                    f"stage.init_from={self.cfg.init_from} lacks {', '.join(absent)}: with stage.freeze_track_head="
-                    "true its tracks would never be seen; set it to false, or start from a teacher that knows tracks"
-                )
+        self.dit = self.start(context.model_cfg, context.noise.seed)
         if self.cfg.freeze_track_head:
             self.dit.track_head.requires_grad_(False)
         self.dit.to(context.device).train()
         self.encoder = ClipEncoder(context.model_cfg, context.device)
         self.sigmas = training_sigmas(self.cfg.shift)
+
+    def start(self, model_cfg: ModelConfig, seed: int) -> WanDiT:
+        """The weights to train. Raises ValueError for a frozen track head that the start does not have."""
+        dit = build_dit(model_cfg, seed)
+        absent = load_pretrained(dit, self.cfg.init_from) if self.cfg.init_from is not None else []
+        if absent and self.cfg.freeze_track_head:
+            raise ValueError(
+                f"stage.init_from={self.cfg.init_from} lacks {', '.join(absent)}: with stage.freeze_track_head="
+                "true its tracks would never be seen; set it to false, or start from a teacher that knows tracks"
+            )
+        return dit
 
     def modules(self) -> dict[str, nn.Module]:
         return {TEACHER: self.dit}
@@ -297,9 +307,11 @@ def draw_track_subset(
 
 
 def fixed_identities(tracks: Tracks | None, noise: KeyedNoise, sample_ids: Sequence[int]) -> Tracks | None:
-    """All tracks under identities that depend on the sample only."""
+    """All tracks, or as many, evenly spaced, as there are identities, under ones that depend on the sample only."""
     if tracks is None:
         return None
+    if tracks.num_tracks > NUM_TRACK_IDS:
+        tracks = tracks.select(torch.linspace(0, tracks.num_tracks - 1, NUM_TRACK_IDS).long())
     ids = [sample_track_ids(1, tracks.num_tracks, noise.generator(TEACHER, "identities", s)) for s in sample_ids]
     return tracks.with_ids(torch.cat(ids))
 

@@ -29,7 +29,7 @@ from train.ema import Ema
 from train.monitor import VALIDATION, MetricWindow, Monitor
 from train.optim import OptimConfig, build_optimizer, learning_rate
 from train.preemption import PreemptionSignal
-from train.stage import Stage, StepContext, StepOutput
+from train.stage import RunEndedError, Stage, StepContext, StepOutput
 from train.state import fill_optimizer, full_state, optimizer_state, plain
 from train.timing import Clock, Timer, duration
 
@@ -160,10 +160,15 @@ class Trainer:
         clock = Clock(self.counters.step)
         with PreemptionSignal() as signal, self._progress() as bar:
             while (code := self._between_steps(signal)) is None:
-                self.train_one_step(batches)
+                try:
+                    self.train_one_step(batches)
+                except RunEndedError:
+                    self._log(clock, bar, self.counters.step + 1)  # what led to it
+                    raise
                 self.counters.step += 1
                 bar.update(1)
-                self._log_if_due(clock, bar)
+                if self.counters.step % self.cfg.log_every == 0 or self.counters.step == self.cfg.steps:
+                    self._log(clock, bar, self.counters.step)
         return code
 
     def _between_steps(self, signal: PreemptionSignal) -> int | None:
@@ -212,15 +217,14 @@ class Trainer:
     def _micro_step(self, name: str, micro: int, batch: Batch) -> None:
         context = StepContext(
             self.counters.step, name, micro, self.parallel.rank, self.parallel.world, self.cfg.seed,
-            self.cfg.micro_batch,
+            self.cfg.micro_batch, self.accumulation,
         )  # fmt: skip
         with self.parallel.autocast():
             output = self.stage.train_step(batch, context)
-        last_micro = micro == self.accumulation - 1
         total: Tensor | None = None
         for loss, last in self._losses(output):
             if name in self.modules:
-                self.parallel.backward(self.modules[name], loss / self.accumulation, last and last_micro)
+                self.parallel.backward(self.modules[name], loss / self.accumulation, last and context.is_last_micro)
             total = loss.detach() if total is None else total + loss.detach()
         measured: dict[str, float | Tensor] = {} if total is None else {"loss": total}
         self.window.add(measured | output.metrics, prefix=f"{name}/")
@@ -307,10 +311,8 @@ class Trainer:
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ telling
-    def _log_if_due(self, clock: Clock, bar: Any) -> None:
-        done = self.counters.step
-        if done % self.cfg.log_every and done != self.cfg.steps:
-            return
+    def _log(self, clock: Clock, bar: Any, done: int) -> None:
+        """Means of the steps up to number ``done`` since the last time. A collective."""
         metrics = MetricWindow.merge(self.parallel.gather(self.window.state_dict()))
         self.window.clear()
         steps, seconds = clock.lap(done)
@@ -331,14 +333,9 @@ class Trainer:
         if bar.disable:
             losses = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
             left = duration((self.cfg.steps - done) * metrics["seconds_per_step"])
-            log.info(
-                "step %d/%d: %s, %.3g s/step, %s left",
-                done,
-                self.cfg.steps,
-                losses,
-                metrics["seconds_per_step"],
-                left,
-            )
+            told = [losses] if losses else []
+            told += [f"{metrics['seconds_per_step']:.3g} s/step", f"{left} left"]
+            log.info("step %d/%d: %s", done, self.cfg.steps, ", ".join(told))
 
     def validate(self) -> None:
         """The stage's validation with EMA weights, written by the main process."""

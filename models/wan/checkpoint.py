@@ -241,7 +241,8 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"no {CONFIG_NAME} in {folder}; give a folder that save_dit wrote")
+        inside = ", ".join(str(found.parent) for found in sorted(folder.glob(f"*/{CONFIG_NAME}")))
+        raise FileNotFoundError(f"no {CONFIG_NAME} in {folder}; give {inside or 'a folder that save_dit wrote'}")
     return json.loads(path.read_text())
 
 

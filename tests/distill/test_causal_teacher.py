@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_distill import check_golden, make_batch, setup_context, step_context, train
 
 from distill.causal_teacher import CausalTeacher, CausalTeacherConfig
 from distill.roles import STUDENT
-from models.wan.checkpoint import load_dit
+from models.wan.checkpoint import load_dit, read_provenance
 from train.teacher import TEACHER
 
 
@@ -22,6 +24,17 @@ def build(model_cfg, tmp_path, **overrides) -> CausalTeacher:
 
 def test_golden_losses(model_cfg, tmp_path):
     check_golden("causal_teacher", {"losses": train(build(model_cfg, tmp_path), range(4))})
+
+
+def test_without_init_from_it_goes_on_from_the_models_teacher(model_cfg, tmp_path):
+    stage = build(model_cfg, tmp_path, init_from=None)
+    for name, value in load_dit(model_cfg.teacher).state_dict().items():
+        assert torch.equal(stage.dit.state_dict()[name], value)
+    assert f"start: {model_cfg.teacher}" in stage.describe()[0] and "no validation" in stage.describe()[-1]
+    stage.export(tmp_path, stage.modules())
+    assert read_provenance(tmp_path / STUDENT)["init_from"] == model_cfg.teacher
+    with pytest.raises(ValueError, match=r"model\.teacher is not set"):
+        build(replace(model_cfg, teacher=None), tmp_path, init_from=None)
 
 
 def test_levels_are_shared_within_a_chunk_and_some_chunks_are_clean(model_cfg, tmp_path):

@@ -43,6 +43,11 @@ def test_a_threshold_set_to_null_is_off():
     check_health(HEALTHY | {"score_gap": 5.0}, HealthThresholds(max_score_gap=None))
 
 
+def test_smoothing_that_sees_nothing_new_is_refused():
+    with pytest.raises(ValueError, match=r"stage.health.smoothing=1.0 must be in \[0, 1\)"):
+        HealthThresholds(smoothing=1.0)
+
+
 def test_smoothing_starts_at_the_first_value_and_keeps_absent_measures():
     state = smooth({}, {"a": 4.0}, 0.75)
     state = smooth(state, {"a": 0.0, "b": 1.0}, 0.75)
@@ -51,7 +56,7 @@ def test_smoothing_starts_at_the_first_value_and_keeps_absent_measures():
 
 
 def test_reference_compares_with_the_data():
-    data = torch.randn(4, 2, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    data = torch.randn(4, 2, 12, 16, 16, generator=torch.Generator().manual_seed(0))
     reference = LatentReference.measure([data])
     same = reference.compare(data)
     assert same["motion_energy_ratio"] == pytest.approx(1) and same["latent_std_ratio"] == pytest.approx(1)

@@ -106,6 +106,17 @@ def test_another_recipe_does_not_mix(model_cfg, clean_run):
         build(replace(model_cfg, guidance={"text": 1.0}), clean_run.parent)
 
 
+def test_pairs_of_other_clips_or_another_precision_do_not_mix(model_cfg, tmp_path):
+    """A killed run that goes on with other shards= or precision= would fill the rest with those."""
+    stage = OdePairs(OdePairsConfig(steps=1, global_batch=2))
+    context = replace(setup_context(model_cfg, tmp_path), data="these clips")
+    stage.setup(context)
+    for changed, said in (({"data": "others"}, "data=these clips .now others"),
+                          ({"dtype": torch.bfloat16}, "precision=float32 .now bfloat16")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            OdePairs(OdePairsConfig(steps=1, global_batch=2)).setup(replace(context, **changed))
+
+
 def test_a_missing_teacher_is_named(model_cfg, tmp_path):
     with pytest.raises(ValueError, match="teacher"):
         build(replace(model_cfg, teacher=None), tmp_path)

@@ -51,3 +51,24 @@ def test_one_folder_holds_one_recipe_but_may_grow(tmp_path):
     with pytest.raises(ValueError, match=r"shift=6.0 \(now 5.0\)"):
         PairStore.create(tmp_path, RECIPE | {"shift": 5.0}, NULL)
     assert len(PairStore.create(tmp_path, RECIPE | {"num_pairs": 5}, NULL).missing()) == 5
+
+
+def test_pairs_that_are_there_are_not_hidden_by_a_smaller_number(tmp_path):
+    store = PairStore.create(tmp_path, RECIPE | {"num_pairs": 9}, NULL)
+    for index in (0, 1, 2, 5):
+        store.write(index, make_pair(index))
+    assert PairStore.create(tmp_path, RECIPE | {"num_pairs": 2}, NULL).num_pairs == 3
+    assert PairStore.open(tmp_path).num_pairs == 3
+
+
+def test_a_recipe_of_fewer_fields_is_of_an_older_version(tmp_path):
+    PairStore.create(tmp_path, RECIPE, NULL)
+    PairStore.create(tmp_path, RECIPE | {"precision": "bfloat16"}, NULL)
+    with pytest.raises(ValueError, match=r"precision=bfloat16 \(now float32\)"):
+        PairStore.create(tmp_path, RECIPE | {"precision": "float32"}, NULL)
+
+
+def test_the_folder_of_the_run_is_told_from_that_of_its_pairs(tmp_path):
+    PairStore.create(tmp_path / "pairs", RECIPE, NULL)
+    with pytest.raises(FileNotFoundError, match=f"is a run; its pairs are in {tmp_path / 'pairs'}"):
+        PairStore.open(tmp_path)

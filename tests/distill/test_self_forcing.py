@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_distill import check_golden, make_batch, perturbed, setup_context, step_context, tiny_model, train
 
+from distill.conditions import select_samples
 from distill.health import CollapseError, HealthThresholds
 from distill.roles import CRITIC, STUDENT, contexts_of
 from distill.self_forcing import SelfForcing, SelfForcingConfig, draw_rollout
@@ -197,6 +198,17 @@ def test_collapse_stops_the_run(model_cfg, batch, tmp_path):
         stage.train_step(batch, step_context(1, CRITIC))
 
 
+def test_alarms_do_not_depend_on_the_accumulation(model_cfg, batch, tmp_path):
+    """All micro-batches of an update stop at one step: each counted for itself, one such step would end a run."""
+    split, whole = build(model_cfg, tmp_path), build(model_cfg, tmp_path)
+    whole.train_step(batch, step_context(0, CRITIC))
+    for micro, row in enumerate((0, 1)):
+        context = replace(step_context(0, CRITIC, micro=micro), accumulation=2)
+        assert not split.smoothed
+        split.train_step(select_samples(batch, [row]), context)
+    assert split.smoothed == pytest.approx(whole.smoothed, rel=1e-4) and not split.measured
+
+
 def test_state_comes_back(model_cfg, batch, tmp_path):
     stage = build(model_cfg, tmp_path)
     stage.train_step(batch, step_context(1, CRITIC))
@@ -221,11 +233,17 @@ def test_export_is_loaded_again_as_the_start(model_cfg, batch, tmp_path):
         ({"student_every": 0}, "student_every=0"),
         ({"min_timestep": 990.0}, "min_timestep=990.0"),
         ({"tracks_min": 9, "tracks_max": 3}, "tracks_min=9"),
+        ({"score_shift": 0.0}, r"stage.score_shift=0.0 must be > 0"),
     ],
 )
 def test_refused_settings_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         SelfForcing(replace(CFG, **overrides))
+
+
+def test_a_window_of_no_chunk_is_refused(model_cfg):
+    with pytest.raises(ValueError, match=r"stage.window_chunks=\[0\] must be at least 1"):
+        SelfForcing(replace(CFG, window_chunks=[0])).check(model_cfg)
 
 
 def test_other_architectures_run(tmp_path, model_cfg, batch):

@@ -322,7 +322,8 @@ def test_a_variant_that_is_the_setting_itself_decides_no_difference() -> None:
     """Else a claim would be told by a difference of exactly nothing."""
     assert same_as_full(baseline_settings("paper"), list(VARIANTS)) == ["Ln 9"]
     ours = replace(baseline_settings("marionette"), iterations=4)
-    assert "with tracks" in (same := same_as_full(ours, list(VARIANTS)))
+    same = same_as_full(ours, list(VARIANTS))
+    assert "with tracks" in same
     claim = next(claim for claim in CLAIMS if ("with tracks", "objmc_px") in claim.better)
     found = DragAblation(DragAblationConfig()).finding(1, claim, {name: [] for name in VARIANTS}, 0, same)
     assert found.verdict == "not measured" and "`drag` is itself with tracks" in found.why_absent

@@ -98,6 +98,19 @@ def test_ema_counts_updates_starts_and_swaps():
     assert torch.equal(ema.values["weight"], restored.values["weight"])
 
 
+def test_a_start_that_is_put_off_sets_a_running_average_aside():
+    """Else it would stand still at what it was, and be exported."""
+    module, ema = nn.Linear(1, 1, bias=False), Ema(0.5)
+    for _ in range(5):
+        ema.update(module)
+    later = Ema(0.5, start=8)
+    later.load(module, ema.values, ema.updates)
+    assert not later.active
+    for _ in range(3):
+        later.update(module)
+    assert later.active
+
+
 def test_ema_settles_at_its_decay():
     module, ema = nn.Linear(1, 1, bias=False), Ema(decay=0.9)
     nn.init.constant_(module.weight, 0.0)

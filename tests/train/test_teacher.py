@@ -26,7 +26,7 @@ from models.wan.checkpoint import load_dit, save_dit, without_tracks
 from models.wan.config import IMAGE_CONDITIONING
 from train.build import build_trainer, fingerprints_of, read_settings
 from train.stage import SetupContext, StepContext
-from train.teacher import Teacher, TeacherConfig, bucket_means, draw_track_subset, first_frames
+from train.teacher import Teacher, TeacherConfig, bucket_means, draw_track_subset, first_frames, fixed_identities
 
 REPO = Path(__file__).resolve().parents[2]
 GOLDEN = REPO / "tests/golden/teacher.json"
@@ -243,6 +243,12 @@ def test_frozen_track_head_and_start_from_a_folder(tiny_model, tmp_path):
     assert torch.equal(stage.dit.head.head.weight, dit.head.head.weight)
     assert not any(p.requires_grad for p in stage.dit.track_head.parameters())
     assert all(p.requires_grad for n, p in stage.dit.named_parameters() if not n.startswith("track_head"))
+
+
+def test_more_tracks_than_identities_are_thinned():
+    tracks = Tracks.from_arrays(np.zeros((2, 10_100, 2), np.float32), np.ones((2, 10_100), bool), 8, 8)
+    shown = fixed_identities(tracks, KeyedNoise(0), [3])
+    assert shown.num_tracks == 10_000 and len(set(shown.ids[0].tolist())) == 10_000
 
 
 def test_a_new_track_head_is_not_frozen(tiny_model, tmp_path):

@@ -20,6 +20,7 @@ from train.accelerator import Parallel
 from train.monitor import Alarm, AlarmError, LoggerConfig, Monitor
 from train.optim import ModuleOptim, OptimConfig, learning_rate
 from train.preemption import PreemptionSignal
+from train.stage import RunEndedError
 from train.trainer import EXIT_REQUEUE, MAX_NONFINITE, TrainConfig, Trainer, accumulation_of
 
 
@@ -92,6 +93,20 @@ def test_lazy_losses_and_accumulation_give_the_gradient_of_the_sum(tmp_path):
     for other in (whole, one_pass):
         for name, value in weights(lazy).items():
             torch.testing.assert_close(weights(other)[name], value, rtol=1e-5, atol=1e-6)
+
+
+class _Ending(Toy):
+    def train_step(self, batch, context):
+        if context.step == 5:
+            raise RunEndedError("it froze")
+        return super().train_step(batch, context)
+
+
+def test_a_run_that_its_stage_ends_leaves_the_numbers_that_led_to_it(tmp_path):
+    trainer = trainer_of(tmp_path, steps=10, stage=_Ending(KeyedNoise(0)), log_every=4)
+    with pytest.raises(RunEndedError, match="it froze"):
+        trainer.fit()
+    assert [line["step"] for line in losses(tmp_path)] == [4, 6] and "critic/loss" in losses(tmp_path)[-1]
 
 
 class _Doubled(Toy):

@@ -330,8 +330,11 @@ def test_a_config_of_other_weights_is_noticed(tmp_path: Path):
 
 
 def test_absent_files_are_named(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"no model.json in"):
+    with pytest.raises(FileNotFoundError, match=r"no model.json in .*; give a folder that save_dit wrote"):
         load_dit(tmp_path)
+    save_dit(WanDiT(T2V), tmp_path / "export" / "student")
+    with pytest.raises(FileNotFoundError, match=rf"give {tmp_path / 'export' / 'student'}"):
+        load_dit(tmp_path / "export")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_pretrained(WanDiT(T2V), tmp_path / "absent.pt")
     with pytest.raises(ValueError, match=r"0 \.safetensors files"):
