@@ -10,6 +10,7 @@ export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIS
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}" # seconds to write a checkpoint; 30 otherwise
 export TOKENIZERS_PARALLELISM=false
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 # export NCCL_SOCKET_IFNAME=ib0 # the network interface between nodes, where NCCL picks the wrong one

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What train.sbatch runs on each node: the launcher, and USR1 or TERM handed on to the training processes that are its
-# children. USR1 would kill the launcher, and after TERM it gives them 30 s, too few to write a checkpoint.
+# children. USR1 would kill the launcher, and TERM makes it stop them after TORCH_ELASTIC_SHUTDOWN_TIMEOUT (env.sh).
 set -uo pipefail
 # It ignores USR1: some set-ups signal every process of a step. The trainer sets handlers of its own.
 (

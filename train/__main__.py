@@ -28,13 +28,15 @@ def main(cfg: DictConfig) -> int:
     if int(os.environ.get("RANK", "0")) > 0:
         logging.getLogger().setLevel(logging.WARNING)  # one process tells the story
     trainer = build_trainer(read_settings(cfg))
+    failed = True
     try:
         code = trainer.fit()
+        failed = False
         if code == EXIT_REQUEUE and REQUEUE_FILE in os.environ:
             Path(os.environ[REQUEUE_FILE]).touch()
         return code
     finally:
-        trainer.close()
+        trainer.close(failed)
 
 
 if __name__ == "__main__":

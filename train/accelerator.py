@@ -251,9 +251,18 @@ def average_measures(measures: Mapping[str, float], world: int, device: torch.de
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], world: int) -> None:
-    """All-reduce in buckets. A parameter without a gradient on this process counts as zero."""
-    bucket: list[Tensor] = []
-    for parameter in parameters:
+    """All-reduce in buckets. A parameter without a gradient on this process counts as zero; one that has none on any
+    keeps none, so that weight decay does not reach it.
+    """
+    parameters, bucket = list(parameters), []
+    if not parameters:
+        return
+    has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters]).to(parameters[0].device)
+    counts = has_gradient.int()
+    dist.all_reduce(counts)
+    for parameter, count in zip(parameters, counts.tolist(), strict=True):
+        if not count:
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         bucket.append(parameter.grad)

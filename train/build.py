@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def build_trainer(settings: Settings) -> Trainer:
     cfg = settings.train
     parallel = Parallel(device=cfg.device, precision=cfg.precision)
     settings.model = settings.model.on(parallel.device)
-    accumulation_of(cfg.global_batch, cfg.micro_batch, parallel.world)
+    accumulation = accumulation_of(cfg.global_batch, cfg.micro_batch, parallel.world)
     output_dir = Path(cfg.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     loader, sample_clips, held_out = _build_data(settings, parallel)
@@ -133,7 +133,9 @@ def build_trainer(settings: Settings) -> Trainer:
     settings.logger.require_measured([*modules, *settings.stage.updates(0)])
     if parallel.device.type == "cuda":
         memory = torch.cuda.get_device_properties(parallel.device).total_memory
-        require_memory(modules, settings.optim, parallel.mode, parallel.world, memory)
+        require_memory(
+            modules, settings.optim, parallel.mode, parallel.world, memory, _accumulates(accumulation, modules)
+        )
     monitor = None
     if parallel.is_main:
         monitor = Monitor(settings.logger, output_dir, f"{settings.model.name}/{cfg.name}", settings.plain)
@@ -169,6 +171,11 @@ def _build_data(
         )
         held_out = collate([dataset[n] for n in spread(len(dataset), cfg.validation_clips)])
     return loader, sample_clips, held_out
+
+
+def _accumulates(accumulation: int, modules: Collection[str]) -> bool:
+    """Whether an update adds up several gradients; those of Self-Forcing, which trains two modules, come by chunks."""
+    return accumulation > 1 or len(modules) > 1
 
 
 def _data_id(settings: Settings) -> str | None:
@@ -219,7 +226,8 @@ def plan(settings: Settings, trainer: Trainer) -> list[str]:
         )
     if len(trainer.modules) > 1 and not settings.optim.modules:
         lines.append(f"{' and '.join(trainer.modules)} learn by the same settings; optim=dmd has the paper's for each")
-    each = state_bytes(trainer.modules, settings.optim, parallel.mode, parallel.world)
+    accumulates = _accumulates(trainer.accumulation, trainer.modules)
+    each = state_bytes(trainer.modules, settings.optim, parallel.mode, parallel.world, accumulates)
     lines.append(f"memory: {each / GB:.3g} GB of weights, gradients, moments and EMA per process; activations on top")
     if isinstance(settings.stage, DescribesItself):
         lines += settings.stage.describe()

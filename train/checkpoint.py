@@ -5,7 +5,8 @@ manifest.json (size and SHA-256 of every file). A folder gets its name by a rena
 the disk, and only then does `last_good` point at it: a process killed at any moment leaves the previous one
 valid. Loading verifies the sums; a damaged checkpoint is reported and the one before it is used.
 
-Tensors are read with torch.load(weights_only=True). Left out: what a state means (`trainer.py`), gathering of
+Tensors are read with torch.load(weights_only=True), but for what DeepSpeed writes and reads by itself, with pickle:
+resume no checkpoint of somebody else in that launch mode. Left out: what a state means (`trainer.py`), gathering of
 shards (`state.py`).
 """
 
@@ -40,17 +41,28 @@ class CheckpointStore:
 
     # ------------------------------------------------------------------------------------------ writing
     def save(self, step: int, tensors: Mapping[str, Any], trainer: Mapping[str, Any]) -> Path:
-        """Write <name>.pt for each of `tensors` and trainer.json. Main process only."""
+        """Write <name>.pt for each of `tensors` and trainer.json. Main process only.
+
+        Raises OSError, with the room that there is, where it cannot be written; what was of it is removed.
+        """
         final = self.path(step)
         partial = final.with_name(final.name + PARTIAL)
-        partial.mkdir(parents=True, exist_ok=True)
-        for name, content in tensors.items():
-            torch.save(content, partial / f"{name}.pt")
-        (partial / "trainer.json").write_text(json.dumps(dict(trainer), indent=1))
-        (partial / MANIFEST).write_text(json.dumps(_manifest(partial), indent=1))
-        for file in _files(partial):
-            _fsync(file)
-        _fsync(partial)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            for name, content in tensors.items():
+                torch.save(content, partial / f"{name}.pt")
+            (partial / "trainer.json").write_text(json.dumps(dict(trainer), indent=1))
+            (partial / MANIFEST).write_text(json.dumps(_manifest(partial), indent=1))
+            for file in _files(partial):
+                _fsync(file)
+            _fsync(partial)
+        except (OSError, RuntimeError) as error:  # torch.save has its own for a full disk
+            free = shutil.disk_usage(self.folder).free
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"the checkpoint of step {step} cannot be written to {self.folder}, where {free / 1e9:.3g} GB were "
+                f"free ({error}); make room, and the same command goes on from step {max(self.steps(), default=0)}"
+            ) from error
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)

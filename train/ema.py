@@ -75,12 +75,16 @@ class Ema:
             self._write(module, raw)
 
     def load(self, module: nn.Module, whole: Mapping[str, Tensor], updates: int) -> None:
-        """Take over a saved average (whole tensors by parameter name; none where it had not started)."""
+        """Take over a saved average (whole tensors by parameter name; none where it had not started). What is trained
+        since starts at its weights, what is frozen since is left out.
+        """
         self.updates = updates
         self.values = {}
         if whole and updates >= self.start:  # a start that was put off since
-            self.values = {name: torch.empty_like(p.detach(), dtype=torch.float32) for name, p in _trainable(module)}
-            fill_state(self.values, whole, "EMA")
+            self.values = {name: p.detach().float().clone() for name, p in _trainable(module)}
+            known = {name for name, _ in module.named_parameters()}
+            kept = {name: value for name, value in whole.items() if name in self.values or name not in known}
+            fill_state({name: value for name, value in self.values.items() if name in whole}, kept, "EMA")
 
     @torch.no_grad()
     def _write(self, module: nn.Module, values: dict[str, Tensor]) -> None:

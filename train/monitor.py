@@ -17,13 +17,14 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,10 @@ class Alarm:
     max: float | None = None
     patience: int = 1  # records
     stop: bool = False  # end the run; else a warning and the metric alarm/<name> = 1
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"patience={self.patience} of an alarm must be at least 1 record")
 
     def beyond(self, value: float) -> bool:
         low = self.min is not None and value < self.min
@@ -91,11 +96,11 @@ class Monitor:
         """One record after `step` finished steps. Raises AlarmError where an alarm says stop."""
         raised = self._alarms(metrics)
         record = {**metrics, **{f"alarm/{name}": 1.0 for name in raised}}
-        line = {"step": step, "unix_seconds": round(time.time(), 3), **record}
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no nan
+        line = {"step": step, "unix_seconds": round(time.time(), 3), **finite}
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **record})
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._send(lambda run: run.log({"step": step, **record}))
         for name, message in raised.items():
             if self.cfg.alarms[name].stop:
                 raise AlarmError(message)
@@ -115,24 +120,35 @@ class Monitor:
             import wandb
 
             sent = {VALIDATION + name: wandb.Video(str(folder / f"{name}.mp4"), format="mp4") for name in videos}
-            self._wandb.log({"step": step, **sent})
+            self._send(lambda run: run.log({"step": step, **sent}))
         return folder
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """A second call does nothing."""
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._send(lambda run: run.finish(exit_code=int(failed)))
+        self._wandb = None
+
+    def _send(self, call: Callable[[Any], object]) -> None:
+        """To W&B, whose helper process may have been stopped before this one: no reason to end the run."""
+        if self._wandb is None:
+            return
+        try:
+            call(self._wandb)
+        except Exception as error:  # of any kind, as its transport is
+            log.warning("W&B gets no more records (%s: %s); %s has them all", type(error).__name__, error, self.path)
             self._wandb = None
 
-    def _alarms(self, metrics: Mapping[str, float]) -> dict[str, str]:
+    def _alarms(self, metrics: Mapping[str, float | None]) -> dict[str, str]:
         raised = {}
         for name, alarm in self.cfg.alarms.items():
             if name not in metrics:
                 continue
-            self._beyond[name] = self._beyond.get(name, 0) + 1 if alarm.beyond(metrics[name]) else 0
+            found = metrics[name]
+            value = math.nan if found is None else found  # as metrics.jsonl has it
+            self._beyond[name] = self._beyond.get(name, 0) + 1 if alarm.beyond(value) else 0
             if self._beyond[name] >= alarm.patience:
                 limits = f"min={alarm.min}, max={alarm.max}"
-                raised[name] = f"alarm: {name}={metrics[name]:.4g} is beyond {limits} ({alarm.patience} records)"
+                raised[name] = f"alarm: {name}={value:.4g} is beyond {limits} ({alarm.patience} records)"
         return raised
 
     def _cut_after(self, step: int) -> None:
@@ -170,12 +186,9 @@ def _start_wandb(cfg: LoggerConfig, output_dir: Path, run_name: str, config: Any
         import wandb
     except ImportError as error:
         raise ImportError("logger=wandb needs the package wandb: pip install wandb, or use logger=jsonl") from error
-    id_file = output_dir / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:8])
     start = partial(
         wandb.init, project=cfg.project, entity=cfg.entity, tags=list(cfg.tags), name=run_name, config=config,
-        dir=str(output_dir), id=id_file.read_text().strip(), resume="allow",
+        dir=str(output_dir), id=_wandb_id(output_dir), resume="allow",
     )  # fmt: skip
     try:
         run = start(mode=_wandb_mode(os.environ))
@@ -186,6 +199,18 @@ def _start_wandb(cfg: LoggerConfig, output_dir: Path, run_name: str, config: Any
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _wandb_id(output_dir: Path) -> str:
+    """That of the run in this folder; a copy of it is another run, with an id of its own."""
+    file, place = output_dir / "wandb_id", str(output_dir.resolve())
+    found = file.read_text().split("\n") if file.exists() else []
+    if found and found[1:2] in ([], [""], [place]):  # older versions wrote the id alone
+        return found[0].strip()
+    if found:
+        log.warning("%s was copied from %s: it gets a W&B run of its own", output_dir, found[1])
+    file.write_text(f"{uuid.uuid4().hex[:8]}\n{place}\n")
+    return file.read_text().split("\n")[0]
 
 
 def _wandb_mode(environment: Mapping[str, str]) -> Literal["online", "offline"] | None:
@@ -199,17 +224,24 @@ class MetricWindow:
     """Means of scalars since the last record: over micro-batches, steps and (in `merge`) processes."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float | Tensor, int]] = {}
+        self._sums: dict[str, tuple[float | Tensor, int | Tensor]] = {}
 
     def add(self, metrics: Mapping[str, float | Tensor], prefix: str = "") -> None:
-        """Tensors are kept on their device: reading them here would stall it."""
+        """Tensors are kept on their device: reading them here would stall it. What is not finite is left out: the
+        trainer skips such an update, and one would spoil the mean.
+        """
         for name, value in metrics.items():
-            value = value.detach() if isinstance(value, Tensor) else value
             total, count = self._sums.get(prefix + name, (0.0, 0))
-            self._sums[prefix + name] = (total + value, count + 1)
+            if isinstance(value, Tensor):
+                finite = value.detach().isfinite()
+                kept = value.detach().where(finite, torch.zeros_like(value))
+                self._sums[prefix + name] = (total + kept, count + finite)
+            else:
+                known = math.isfinite(value)
+                self._sums[prefix + name] = (total + (value if known else 0.0), count + known)
 
     def state_dict(self) -> dict[str, list[float]]:
-        return {name: [float(total), count] for name, (total, count) in self._sums.items()}
+        return {name: [float(total), int(count)] for name, (total, count) in self._sums.items()}
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         self._sums = {name: (total, int(count)) for name, (total, count) in state.items()}
@@ -219,11 +251,11 @@ class MetricWindow:
 
     @staticmethod
     def merge(states: list[dict[str, list[float]]]) -> dict[str, float]:
-        """Means over the states of all processes."""
+        """Means over the states of all processes; nan where nothing finite was seen."""
         sums: dict[str, list[float]] = {}
         for state in states:
             for name, (total, count) in state.items():
                 merged = sums.setdefault(name, [0.0, 0])
                 merged[0] += total
                 merged[1] += count
-        return {name: total / count for name, (total, count) in sums.items()}
+        return {name: total / count if count else math.nan for name, (total, count) in sums.items()}

@@ -6,6 +6,8 @@ Left out: what is logged of it, and when (trainer.py).
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from train.accelerator import Parallel
 
@@ -39,6 +41,13 @@ class Clock:
 
     def __init__(self, step: int) -> None:
         self.step, self.time = step, time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The block is no part of the steps."""
+        start = time.perf_counter()
+        yield
+        self.time += time.perf_counter() - start
 
     def lap(self, step: int) -> tuple[int, float]:
         steps, seconds = step - self.step, time.perf_counter() - self.time

@@ -142,6 +142,7 @@ class Trainer:
         self.counters = _Counters(updates=dict.fromkeys(self.modules, 0))
         self.store = checkpoint.CheckpointStore(self.output_dir / "checkpoints", cfg.keep_last, cfg.keep_every)
         self.window = MetricWindow()
+        self._clock = Clock(0)  # of the steps, without checkpoints and validations
         self._saved: int | None = None  # step of the last checkpoint
         self._settings_differ = False  # from those of the checkpoint that the run goes on from; the same on all ranks
         self._validated: int | None = None  # step of the last validation
@@ -157,7 +158,7 @@ class Trainer:
             self.monitor.start(self.counters.step)
         self._validated = self.parallel.from_main(self.monitor.last_validation if self.monitor is not None else None)
         batches = self._batches()
-        clock = Clock(self.counters.step)
+        clock = self._clock = Clock(self.counters.step)
         with PreemptionSignal() as signal, self._progress() as bar:
             while (code := self._between_steps(signal)) is None:
                 try:
@@ -267,6 +268,7 @@ class Trainer:
         self._set_rate(name)
 
     def _skip(self, name: str, norm: float) -> None:
+        self.window.add({"skipped": 1.0}, prefix=f"{name}/")
         in_a_row = self.counters.nonfinite.get(name, 0) + 1
         self.counters.nonfinite[name] = in_a_row
         log.warning("step %d: gradient norm of %s is %s; update skipped", self.counters.step, name, norm)
@@ -340,6 +342,10 @@ class Trainer:
     def validate(self) -> None:
         """The stage's validation with EMA weights, written by the main process."""
         self._validated = self.counters.step
+        with self._clock.paused():
+            self._validate()
+
+    def _validate(self) -> None:
         with self._ema_weights(), torch.no_grad(), self.parallel.autocast():
             output = self.stage.validate(self.counters.step)
         if output is None or self.monitor is None:
@@ -357,14 +363,15 @@ class Trainer:
         (optim.ema_decay) or measure other data (the latents of stage=vae).
         """
         step = self.counters.step
-        if step != self._saved:
-            self._write_checkpoint(step)
-            self._saved = step
-        elif self._settings_differ:
+        if step == self._saved and self._settings_differ:
             return
-        self.export()
-        if self.cfg.keep_every and step % self.cfg.keep_every == 0:
-            self.export(Path("exports") / self.store.path(step).name)
+        with self._clock.paused():
+            if step != self._saved:
+                self._write_checkpoint(step)
+                self._saved = step
+            self.export()
+            if self.cfg.keep_every and step % self.cfg.keep_every == 0:
+                self.export(Path("exports") / self.store.path(step).name)
 
     def _write_checkpoint(self, step: int) -> None:
         keep = self.parallel.is_main
@@ -382,6 +389,7 @@ class Trainer:
             "ema_updates": {name: ema.updates for name, ema in self.emas.items()},
             "loader": self.loader.state_dict() if self.loader is not None else None,
             "windows": windows, "identity": self.identity, "config": self.config, "mode": self.parallel.mode,
+            "world": self.parallel.world,
         }  # fmt: skip
         if self.parallel.is_main:
             self.store.clear_partial(step)
@@ -446,8 +454,19 @@ class Trainer:
                     f"{path} was written in launch mode {trainer['mode']}, this is {self.parallel.mode}; "
                     "DeepSpeed's optimizer state can only be resumed by DeepSpeed"
                 )
+            if trainer.get("world", self.parallel.world) != self.parallel.world:
+                raise ValueError(
+                    f"{path} was written by {trainer['world']} processes, these are {self.parallel.world}; DeepSpeed's "
+                    "optimizer state can only be resumed by as many"
+                )
             self.parallel.load_engine(path)
             return
+        there, here = ((config.get("optim") or {}).get("kind") for config in (trainer.get("config") or {}, self.config))
+        if there and here and there != here:
+            raise ValueError(
+                f"{path} was trained with optim.kind={there}, this is {here}, whose moments mean something else; set "
+                f"another output_dir, and stage.init_from to what {self.output_dir} exported"
+            )
         for name, optimizer in self.optimizers.items():
             fill_optimizer(self.modules[name], optimizer, tensors["optimizers"][name])
 
@@ -463,10 +482,10 @@ class Trainer:
                 self.stage.export(self.output_dir / folder, whole)
         self.parallel.barrier()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """End the logs and leave the process group."""
         if self.monitor is not None:
-            self.monitor.close()
+            self.monitor.close(failed)
         self.parallel.close()
 
     def _ema_weights(self) -> ExitStack:

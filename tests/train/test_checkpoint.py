@@ -62,6 +62,22 @@ def test_a_crash_while_saving_leaves_the_previous_one(tmp_path, monkeypatch, cra
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 640 vs 592")])
+def test_a_full_disk_is_told_with_the_room_and_leaves_nothing_half_written(tmp_path, monkeypatch, error):
+    store = CheckpointStore(tmp_path)
+    save(store, 1, 1.0)
+
+    def full(content, path):
+        path.write_bytes(b"half")
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"GB were free \(.*\); make room.* from step 1"):
+        patch.setattr(torch, "save", full)
+        save(store, 2, 2.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last_good", "step_00000001"]
+    save(store, 2, 2.0)
+
+
 def test_nothing_whole_is_an_error_and_nothing_at_all_is_none(tmp_path):
     store = CheckpointStore(tmp_path)
     assert store.last_good() is None

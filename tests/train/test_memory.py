@@ -47,6 +47,10 @@ def test_what_does_not_fit_is_refused_and_told_what_would():
     with pytest.raises(ValueError, match=r"fsdp on 4 .* puts 25 GB .* has 24 GB; use 5 or more GPUs"):
         require_memory(FIVE_BILLION, OptimConfig(), "fsdp", 4, int(24e9))
     require_memory(FIVE_BILLION, OptimConfig(), "fsdp", 5, int(24e9))
+    with pytest.raises(ValueError, match=r"fsdp on 5 .* puts 40 GB .* has 24 GB; use 25 or more GPUs"):
+        require_memory(FIVE_BILLION, OptimConfig(), "fsdp", 5, int(24e9), accumulates=True)
+    with pytest.raises(ValueError, match=r"use GPUs of more memory"):
+        require_memory(FIVE_BILLION, OptimConfig(), "fsdp", 5, int(20e9), accumulates=True)
     require_memory(FIVE_BILLION, OptimConfig(), "ddp", 8, int(141e9))
 
 
@@ -61,4 +65,4 @@ def test_the_command_of_a_recipe_fits_80_gb(model, experiment):
     with torch.device("meta"):
         dit = WanDiT(architecture)
     modules = {"student": dit, "critic": dit} if experiment == "self_forcing" else {"teacher": dit}
-    require_memory(modules, build_config(cfg.optim), launch[1] or "ddp", 32, int(80e9))
+    require_memory(modules, build_config(cfg.optim), launch[1] or "ddp", 32, int(80e9), accumulates=True)

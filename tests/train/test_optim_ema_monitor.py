@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +41,10 @@ def test_dmd_settings_of_the_yaml():
         ({"schedule": "linear"}, "optim.schedule=linear must be constant or cosine"),
         ({"kind": "sgd"}, "optim.kind=sgd must be adamw or muon"),
         ({"ema_decay": 1.0}, "optim.ema_decay=1.0 must be in"),
+        ({"ema_start": -1}, "optim.ema_start=-1 must be >= 0"),
+        ({"decay_updates": 0}, "optim.decay_updates=0 must be at least 1, or null"),
+        ({"min_lr_ratio": 2.0}, r"optim.min_lr_ratio=2.0 must be in \[0, 1\]"),
+        ({"weight_decay": -0.1}, "optim.weight_decay=-0.1 must be >= 0"),
         ({"modules": {"critic": ModuleOptim(lr=-1.0)}}, "optim.modules.critic.lr=-1.0 must be >= 0"),
     ],
 )
@@ -133,6 +139,21 @@ def test_ema_says_what_it_comes_to(start, num_updates, said):
     assert Ema(0.99, start).describe(num_updates) == said
 
 
+def test_an_average_follows_what_is_trained():
+    """Another part may be frozen at a resume."""
+    module = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    module[0].weight.requires_grad_(False)
+    first, second = Ema(0.5), Ema(0.5)
+    first.update(module)
+    module[0].weight.requires_grad_(True)
+    module[1].bias.requires_grad_(False)
+    second.load(module, first.values, first.updates)
+    assert set(second.values) == {"0.weight", "0.bias", "1.weight"}
+    assert torch.equal(second.values["0.weight"], module[0].weight) and second.values["0.bias"] is not None
+    with pytest.raises(ValueError, match="belongs to another model"):
+        second.load(module, first.values | {"2.weight": torch.zeros(1)}, 1)
+
+
 def test_frozen_parameters_have_no_average():
     module = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(False))
     ema = Ema(0.9)
@@ -179,18 +200,42 @@ def test_window_means_over_processes():
     assert MetricWindow.merge([first.state_dict(), second.state_dict()]) == {"loss": 4.0, "only_here": 5.0}
 
 
+def test_a_value_that_is_not_finite_does_not_spoil_the_mean(tmp_path):
+    window = MetricWindow()
+    for value in (1.0, float("nan"), torch.tensor(3.0), torch.tensor(float("inf"))):
+        window.add({"loss": value})
+    window.add({"norm": float("inf")})
+    found = MetricWindow.merge([window.state_dict()])
+    assert found["loss"] == 2.0 and math.isnan(found["norm"])
+    monitor = Monitor(LoggerConfig(alarms={"norm": Alarm(patience=2, stop=True)}), tmp_path, "run", {})
+    monitor.log(1, found)
+    assert json.loads(monitor.path.read_text())["norm"] is None, "JSON has no nan"
+    monitor.start(1)
+    with pytest.raises(AlarmError, match="norm=nan"):
+        monitor.log(2, found)
+
+
+def test_an_alarm_of_no_record_is_refused():
+    with pytest.raises(ValueError, match="patience=0 of an alarm must be at least 1"):
+        Alarm(patience=0)
+
+
 @pytest.fixture
 def wandb(monkeypatch):
     """A stand-in that keeps what it is told, and cannot reach its server unless it is made to."""
-    said = SimpleNamespace(modes=[], rows=[], axes={}, reachable=False)
+    said = SimpleNamespace(modes=[], rows=[], axes={}, ids=[], ended=[], reachable=False)
 
     class Unreachable(Exception): ...
 
     def init(mode, **settings):
         said.modes.append(mode)
+        said.ids.append(settings["id"])
         if mode != "offline" and not said.reachable:
             raise Unreachable("timed out")
-        return SimpleNamespace(log=said.rows.append, define_metric=define_metric, finish=lambda: None)
+        return SimpleNamespace(log=said.rows.append, define_metric=define_metric, finish=finish)
+
+    def finish(exit_code):
+        said.ended.append(exit_code)
 
     def define_metric(name, step_metric=None):
         said.axes[name] = step_metric
@@ -213,6 +258,40 @@ def test_wandb_draws_over_the_step_so_that_a_run_may_go_back(wandb, tmp_path):
     assert wandb.rows == [
         {"step": 7, "loss": 2.0}, {"step": 3, "loss": 2.0}, {"step": 3, "validation/clip": "clip.mp4"},
     ]  # fmt: skip
+
+
+def test_a_stopped_helper_of_wandb_does_not_end_the_run(wandb, tmp_path, caplog):
+    """A preemption may signal every process of a job."""
+    monitor = Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {})
+    wandb.rows = None  # appending to it fails
+    monitor._wandb.log = lambda row: wandb.rows.append(row)
+    for step in (1, 2):
+        monitor.log(step, {"loss": 2.0})
+    monitor.close()
+    assert len(monitor.path.read_text().splitlines()) == 2 and wandb.ended == []
+    assert caplog.text.count("W&B gets no more records (AttributeError") == 1
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_wandb_is_told_how_the_run_ended(wandb, tmp_path, failed):
+    monitor = Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {})
+    for _ in range(2):
+        monitor.close(failed)
+    assert wandb.ended == [int(failed)]
+
+
+def test_a_copied_run_has_a_wandb_run_of_its_own(wandb, tmp_path, caplog):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    for _ in range(2):
+        Monitor(LoggerConfig(kind="wandb"), first, "run", {})
+    shutil.copytree(first, second)
+    Monitor(LoggerConfig(kind="wandb"), second, "run", {})
+    (second / "wandb_id").write_text("of an older version")
+    Monitor(LoggerConfig(kind="wandb"), second, "run", {})
+    own, again, copied, older = wandb.ids
+    assert own == again != copied and older == "of an older version"
+    assert f"second was copied from {first}" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -258,7 +337,7 @@ def test_the_real_wandb_goes_on_offline_where_its_server_refuses(real_wandb, tmp
     monitor.log(1, {"loss": 2.0})
     monitor.close()
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert run.name.endswith((tmp_path / "wandb_id").read_text()) and "it runs offline" in caplog.text
+    assert run.name.endswith((tmp_path / "wandb_id").read_text().split()[0]) and "it runs offline" in caplog.text
 
 
 def test_wandb_runs_offline_inside_the_output_folder(real_wandb, tmp_path):

@@ -221,6 +221,22 @@ def _records(folder, stage):
     return [{k: line[k] for k in line if k.endswith(wanted)} for line in lines if f"{stage}/loss" in line]
 
 
+def test_a_weight_without_gradient_anywhere_keeps_none(monkeypatch):
+    """A gradient of zero would let weight decay shrink what one process leaves alone."""
+    used, elsewhere, unused = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    used.grad = torch.full((2,), 4.0)
+
+    def sum_of_two(tensor):  # the other process has a gradient of 2 for the first two
+        if tensor.dtype == torch.int32:
+            tensor += torch.tensor([1, 1, 0], dtype=torch.int32)
+        else:
+            tensor += 2.0
+
+    monkeypatch.setattr(accelerator.dist, "all_reduce", sum_of_two)
+    accelerator.average_gradients([used, elsewhere, unused], 2)
+    assert used.grad.tolist() == [3.0, 3.0] and elsewhere.grad.tolist() == [1.0, 1.0] and unused.grad is None
+
+
 def test_deepspeed_takes_one_module(monkeypatch):
     parallel = Parallel(device="cpu", precision="fp32")
     parallel.mode = "deepspeed"

@@ -92,13 +92,16 @@ def test_the_cores_of_the_job_are_asked_for_on_each_node(cluster, tmp_path, core
     copy = tmp_path / "snapshots/7"
     copy.mkdir(parents=True)
     (copy / "COMMIT").write_text("abc\n")
-    (tmp_path / "bin/srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" >"$OUTPUTS/srun.log"\n')
+    (tmp_path / "bin/srun").write_text(
+        '#!/bin/bash\nprintf "%s\\n" "$@" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" >"$OUTPUTS/srun.log"\n'
+    )
     cluster.pop("SLURM_CPUS_PER_TASK", None)
     if cores is not None:
         cluster["SLURM_CPUS_PER_TASK"] = cores
     subprocess.run(["bash", "slurm/train.sbatch", "steps=1"], cwd=ROOT, env=cluster, check=True, timeout=SECONDS)
     said = (tmp_path / "srun.log").read_text().splitlines()
-    assert said == [*option, "--kill-on-bad-exit=1", "bash", f"{copy}/slurm/node.sh", "steps=1"]
+    assert said[:-1] == [*option, "--kill-on-bad-exit=1", "bash", f"{copy}/slurm/node.sh", "steps=1"]
+    assert int(said[-1]) > 300, "seconds for a checkpoint, where the launcher is told to stop"
 
 
 LAUNCHER = """

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import signal
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -175,6 +176,27 @@ def test_damaged_newest_checkpoint_falls_back(tmp_path, caplog):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("there", "here"), [("adamw", "muon"), ("muon", "adamw")])
+def test_moments_of_another_optimizer_are_refused(tmp_path, there, here):
+    def run(kind, steps):
+        optim = OptimConfig(kind=kind, ema_decay=0.0)
+        return trainer_of(tmp_path, steps=steps, optim=optim, config={"optim": {"kind": kind}})
+
+    run(there, 3).fit()
+    with pytest.raises(ValueError, match=f"was trained with optim.kind={there}, this is {here}"):
+        run(here, 6).fit()
+
+
+def test_checkpoints_and_validations_are_no_part_of_a_steps_time(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, steps=6, stage=Toy(KeyedNoise(0), validates=True), validate_every=2)
+    write, validate = trainer._write_checkpoint, trainer.stage.validate
+    monkeypatch.setattr(trainer, "_write_checkpoint", lambda step: (time.sleep(0.5), write(step)))
+    monkeypatch.setattr(trainer.stage, "validate", lambda step: (time.sleep(0.5), validate(step))[1])
+    trainer.fit()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(line.get("seconds_per_step", 0) for line in lines) < 0.5
+
+
 def test_refuses_another_run_and_a_used_folder(tmp_path):
     trainer_of(tmp_path, steps=2).fit()
     with pytest.raises(ValueError, match=r"another run .seed: 0 there, 7 here"):
@@ -206,7 +228,7 @@ def test_the_logs_end_before_other_processes_may_leave(tmp_path):
     trainer, calls = trainer_of(tmp_path, steps=8), []
     barrier, close = trainer.parallel.barrier, trainer.monitor.close
     trainer.parallel.barrier = lambda: (calls.append("barrier"), barrier())
-    trainer.monitor.close = lambda: (calls.append("logs end"), close())
+    trainer.monitor.close = lambda failed=False: (calls.append("logs end"), close(failed))
     press_ctrl_c_in(trainer, (2,))
     assert trainer.fit() == EXIT_INTERRUPTED
     assert calls[-2:] == ["logs end", "barrier"]
