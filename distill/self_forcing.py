@@ -17,6 +17,7 @@ Left out: clips longer than the teacher's horizon, GAN terms, and the metrics on
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -65,7 +66,7 @@ from models.rollout import (
 )
 from models.wan.checkpoint import save_dit
 from models.wan.dit import WanDiT
-from train.accelerator import average_measures
+from train.accelerator import average_measures, kept_whole
 from train.conditioning import ClipEncoder
 from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
 from train.teacher import fixed_identities
@@ -192,21 +193,22 @@ class SelfForcing:
         channels, _, height, width = self.model_cfg.latent_shape
         graded = context.update == STUDENT
         policy = GradientPolicy.EXIT_STEP if graded and not self.cfg.two_pass else GradientPolicy.NONE
-        chunks = list(
-            rollout(
-                self.student,
-                condition,
-                cfg,
-                num_chunks=self.model_cfg.num_chunks,
-                noise=self.noise,
-                noise_key=key,
-                sample_ids=batch.sample_ids,
-                latent_shape=(channels, height, width),
-                exit_step=draw_exit_step(self.noise, cfg, *key),
-                record=graded and self.cfg.two_pass,
-                gradient=policy,
+        with kept_whole(self.student) if policy is GradientPolicy.NONE else nullcontext():
+            chunks = list(
+                rollout(
+                    self.student,
+                    condition,
+                    cfg,
+                    num_chunks=self.model_cfg.num_chunks,
+                    noise=self.noise,
+                    noise_key=key,
+                    sample_ids=batch.sample_ids,
+                    latent_shape=(channels, height, width),
+                    exit_step=draw_exit_step(self.noise, cfg, *key),
+                    record=graded and self.cfg.two_pass,
+                    gradient=policy,
+                )
             )
-        )
         x0 = torch.cat([chunk.x0 for chunk in chunks], dim=2)
         generated = self.student.generated_frames(condition, x0.shape[2])
         return Clip(x0, chunks, condition, batch.sample_ids, generated)

@@ -17,6 +17,7 @@ from models.condition import Condition
 from models.diffusion.noise import KeyedNoise
 from models.rollout import rollout
 from models.wan.dit import WanDiT
+from train.accelerator import kept_whole
 
 
 @torch.no_grad()
@@ -29,17 +30,18 @@ def generate_clips(
 ) -> Tensor:
     """Whole clips by all steps of the student -> x0 [B, C, F, h, w]; the same noise at every call."""
     channels, _, height, width = model_cfg.latent_shape
-    chunks = rollout(
-        student,
-        condition,
-        model_cfg.rollout,
-        num_chunks=model_cfg.num_chunks,
-        noise=noise,
-        noise_key=("validation",),
-        sample_ids=sample_ids,
-        latent_shape=(channels, height, width),
-    )
-    return torch.cat([chunk.x0 for chunk in chunks], dim=2)
+    with kept_whole(student):
+        chunks = rollout(
+            student,
+            condition,
+            model_cfg.rollout,
+            num_chunks=model_cfg.num_chunks,
+            noise=noise,
+            noise_key=("validation",),
+            sample_ids=sample_ids,
+            latent_shape=(channels, height, width),
+        )
+        return torch.cat([chunk.x0 for chunk in chunks], dim=2)
 
 
 def compare_latents(x0: Tensor, reference: Tensor, chunk_frames: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -206,6 +206,25 @@ def shard(module: nn.Module, device: torch.device) -> None:
     for part in [*blocks, module]:
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
         _gather_around_entry_points(part)
+
+
+@contextlib.contextmanager
+def kept_whole(module: nn.Module) -> Iterator[None]:
+    """For many passes without gradient: under FSDP the weights are gathered once in the block, not in each pass.
+
+    They are whole in its memory until the end of the block (20 GB of a 5B model), as a gradient is later.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
 
 
 def entry_points(module: nn.Module) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from models.diffusion.sampler import sample_teacher
 from models.motion.tracks import Tracks
 from models.wan.dit import WanDiT
 from stream.codecs import to_frames
+from train.accelerator import kept_whole
 from train.conditioning import ClipEncoder
 from train.stage import ValidationOutput
 
@@ -39,10 +40,11 @@ def teacher_clips(
 ) -> Tensor:  # fmt: skip
     """Whole clips in ``num_steps`` Euler steps -> x0 [B, C, F, h, w]; guided by motion where the condition has any."""
     weights = {name: w for name, w in model_cfg.guidance.items() if name != "motion" or condition.track_map is not None}
-    x0 = sample_teacher(
-        dit, condition, Guidance(weights), num_inference_steps=num_steps, shift=shift, noise=noise,
-        sample_ids=sample_ids, latent_shape=model_cfg.latent_shape,
-    )  # fmt: skip
+    with kept_whole(dit):
+        x0 = sample_teacher(
+            dit, condition, Guidance(weights), num_inference_steps=num_steps, shift=shift, noise=noise,
+            sample_ids=sample_ids, latent_shape=model_cfg.latent_shape,
+        )  # fmt: skip
     assert isinstance(x0, Tensor), "sample_teacher returns a pair only with keep_steps"
     return x0
 

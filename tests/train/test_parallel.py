@@ -140,6 +140,15 @@ def test_every_entry_point_works_on_shards(tiny_model, tmp_path):
     run_forked(_compare_entry_points, "fsdp", (tiny_model,))
 
 
+def _count_gathered_weights():
+    """A list that grows by one with each group of weights that FSDP gathers."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+    gathered, gather = [], _fsdp_param_group.foreach_all_gather
+    _fsdp_param_group.foreach_all_gather = lambda *args, **kwargs: (gathered.append(1), gather(*args, **kwargs))[1]
+    return gathered
+
+
 def _compare_entry_points(model_cfg):
     parallel = Parallel(device="cpu", precision="fp32")
     plain, sharded = build_dit(model_cfg, seed=3), build_dit(model_cfg, seed=3)
@@ -152,6 +161,18 @@ def _compare_entry_points(model_cfg):
     assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
     for first, second in zip(_outputs(plain, model_cfg), _outputs(sharded, model_cfg), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
+    gathered = _count_gathered_weights()
+    with torch.no_grad():
+        for _ in range(2):
+            _outputs(sharded, model_cfg)
+        each_pass = len(gathered)
+        with accelerator.kept_whole(sharded):
+            twice = [_outputs(sharded, model_cfg) for _ in range(2)]
+    assert 0 < len(gathered) - each_pass < each_pass / 4, "once, not in each pass"
+    for first, *others in zip(_outputs(plain, model_cfg), *twice, strict=True):
+        for second in others:
+            torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
     assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
     parallel.backward(sharded, sharded.predict_x0(*_inputs(model_cfg)).square().mean(), last=True)
     plain.predict_x0(*_inputs(model_cfg)).square().mean().backward()
