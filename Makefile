@@ -7,7 +7,7 @@
 # Each makes the virtual environment it needs. VENV=/path uses another one; PYTHON picks the interpreter.
 VENV ?= .venv
 PYTHON ?= python3
-RUN := $(abspath $(VENV))/bin
+RUN := $(VENV)/bin
 WORKERS ?= 2
 FROM ?= zoo
 

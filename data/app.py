@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import logging
 import os
+import re
 import sys
 import traceback
 import typing
@@ -127,6 +128,7 @@ def _unchecked(self: Any) -> None:
 def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Compose conf/<config_name>.yaml as the command line would. Raises ConfigError (one line)."""
     GlobalHydra.instance().clear()
+    overrides = [as_value(override) for override in overrides]
     try:
         register_schemas()
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
@@ -135,6 +137,23 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
         return cfg
     except REFUSALS as error:
         raise explain(error, CONF_DIR, _schema_failures, lambda: _known_keys(config_name, overrides)) from error
+
+
+def as_value(override: str, sweeps: bool = False) -> str:
+    """`key=value` with the value quoted where Hydra's grammar would not take it for one: a sentence, a path with
+    letters beyond ASCII. What parses, and choices of a group, stay as they are; with ``sweeps`` also `key=a,b`.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or (CONF_DIR / key.lstrip("+")).is_dir():
+        return override
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        if sweeps or not parsed.is_sweep_override():
+            return override
+    except HydraException:
+        log.debug("%s is quoted", key)
+    escaped = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), value)
+    return f'{key}="{escaped}"'
 
 
 def _known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
@@ -201,6 +220,7 @@ def run_app(config_name: str, main: Callable[[DictConfig], int | None], kept: st
     """
     overrides = [arg for arg in sys.argv[1:] if arg.startswith("~") or ("=" in arg and arg[0] != "-")]
     options = [arg for arg in sys.argv[1:] if arg not in overrides]
+    overrides = [as_value(override, sweeps=bool({"-m", "--multirun"} & set(options))) for override in overrides]
     try:
         if {"-h", "--help"} & set(options):
             print(help_text(CONF_DIR, config_name, compose_config(config_name, overrides), overrides))
@@ -240,6 +260,8 @@ def _run_hydra(
     except (FileExistsError, NotADirectoryError) as error:  # Hydra could not make the run directory
         require_folder(Path(str(error.filename)), str(error.filename))
         raise
+    except PermissionError as error:
+        raise ConfigError(f"{error.filename} cannot be written ({error.strerror}); name another place") from error
 
 
 def _give_own_places(cfg: DictConfig, overrides: list[str]) -> None:

@@ -100,7 +100,7 @@ def explain(
     if unmatched:
         return _unknown_field(unmatched[1], known())
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"{_first_line(error)}; a text with commas, quotes or brackets is quoted: 'prompt=\"a, b\"'")
+        return ConfigError(f"{_first_line(error)}; a text is quoted: 'prompt=\"a, b\"'")
     return ConfigError(f"{_first_line(error)}")
 
 
@@ -126,10 +126,13 @@ def _missing_choice(
     if file in schema_failures:
         cause = schema_failures[file]
         return ConfigError(f"conf/{file}.yaml: its _target_ cannot be imported: {type(cause).__name__}: {cause}")
-    group, _, name = wanted.rpartition("/")
-    choices = sorted(path.stem for path in (conf_dir / group).glob("*.yaml"))
-    if not choices:
-        return ConfigError(f"{_first_line(error)}")
+    group, _, name = wanted.partition("/")
+    choices = sorted(
+        path.relative_to(conf_dir / group).with_suffix("").as_posix() for path in (conf_dir / group).rglob("*.yaml")
+    )
+    if not name or not choices:
+        groups = ", ".join(sorted(path.name for path in conf_dir.iterdir() if path.is_dir()))
+        return ConfigError(f"{_first_line(error)}; groups of choices: {groups}")
     close = difflib.get_close_matches(name, choices, 1, 0.4)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return ConfigError(f"no choice '{name}' for '{group}'; {hint}choices: {', '.join(choices)}")

@@ -22,7 +22,7 @@ from models.rollout import RolloutConfig
 from models.vae.latent_space import LatentSpace
 from models.vae.tiny_vae import TinyVae
 from models.vae.wan_vae import VaeConfig, WanVae
-from models.wan.checkpoint import load_dit, load_pretrained
+from models.wan.checkpoint import load_dit, load_pretrained, read_provenance
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
 from models.wan.image_encoder import ClipImageEncoder
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 TEXT_KINDS = ("vocabulary", "hashed", "umt5")
 REPO_DIR = Path(__file__).resolve().parents[1]
 ROLE_STAGES = {"teacher": "teacher", "student": "self_forcing"}  # role: the stage that makes it
+OTHER_ROLES = {"teacher": ("causal_init", "causal_teacher", "self_forcing"), "student": ("teacher",)}
 
 
 def located(path: str) -> str:
@@ -271,7 +272,10 @@ def load_role(cfg: ModelConfig, role: str) -> WanDiT:
     if not Path(path).exists():
         raise FileNotFoundError(f"model.{role}={path}: there is nothing; {made_by}")
     if (Path(path) / "model.json").is_file():
-        return load_dit(path, expected=cfg.dit)
+        dit = load_dit(path, expected=cfg.dit)
+        if (made := read_provenance(path).get("stage")) in OTHER_ROLES[role]:
+            log.warning("model.%s=%s was made by stage=%s: it is no %s", role, path, made, role)
+        return dit
     log.info("%s: published checkpoint %s", role, path)
     dit = build_dit(cfg, seed=0)
     if absent := load_pretrained(dit, path):

@@ -23,7 +23,7 @@ from data.progress import stamp
 from models.files import write_json
 from models.vae.folder import replace_folder
 from models.wan.checkpoint import load_dit, save_dit, without_tracks
-from train.pipeline import PROCESSES, ROOT, Step, run, run_chain
+from train.pipeline import PROCESSES, ROOT, Step, forget_outdated, run, run_chain
 from train.zoo import ZOO
 
 VAE, TEACHER = ZOO / "vae", ZOO / "teacher"  # shipped: what every run starts from, sees the clips through or follows
@@ -326,7 +326,9 @@ def main() -> None:
         print(f"seed {seed}: {len(steps)} steps" if steps else f"seed {seed}: {arguments.result} has what is wanted")
         for number, (step, judged) in enumerate(steps, start=1):
             is_shared = judged is None and (step.name not in BY_NAME or BY_NAME[step.name].shared)
-            run(step, number, len(steps), plan.out / ("shared" if is_shared else f"seed_{seed}"))
+            where = plan.out / ("shared" if is_shared else f"seed_{seed}")
+            forget_outdated([step], where)
+            run(step, number, len(steps), where)
             if judged is not None:
                 store(arguments.result, judged, seed, plan.judged_in(judged, seed))
 

@@ -55,7 +55,9 @@ class Settings:
         model = {f"model.dit.{key}": value for key, value in self.model.dit.to_dict().items()}
         for runtime in RUNTIME_FIELDS:
             model.pop(f"model.dit.{runtime}")
-        return {"stage": self.stage_target, "seed": self.train.seed, **model}
+        model["model.text.kind"] = self.model.text.kind
+        encoders = {f"the content of the {name} encoder": value for name, value in self.fingerprints.items()}
+        return {"stage": self.stage_target, "seed": self.train.seed, **model, **encoders}
 
 
 def read_settings(cfg: DictConfig) -> Settings:

@@ -96,10 +96,16 @@ class Step:
         return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **os.environ, **own}
 
     @property
+    def product(self) -> Path | None:
+        """Where it leaves what it makes; None for a command that names no place."""
+        key = "output_dir=" if self.arguments[0] == "train" else "out="
+        found = [given.removeprefix(key) for given in self.arguments if given.startswith(key)]
+        return Path(found[0]) if found else None
+
+    @property
     def training_run(self) -> Path | None:
         """Folder of the checkpoints that the command would go on from; None where it does not train."""
-        found = [given.removeprefix("output_dir=") for given in self.arguments if given.startswith("output_dir=")]
-        return Path(found[0]) if self.arguments[0] == "train" and found else None
+        return self.product if self.arguments[0] == "train" else None
 
     def record_files(self, out: Path) -> tuple[Path, Path]:
         """Where its record is when it is finished, and while it is in work: by name, as steps may come before it."""
@@ -176,11 +182,10 @@ def forget_outdated(steps: Sequence[Step], out: Path) -> None:
 
     Their training runs get another name: the commands would go on from the checkpoints.
     """
-    records = [record_of(step, out) for step in steps]
-    changes = [[] if record is None else record.changes(step) for record, step in zip(records, steps, strict=True)]
-    first = next((number for number, found in enumerate(changes) if found), len(steps))
+    reasons = [_why_outdated(step, out) for step in steps]
+    first = next((number for number, found in enumerate(reasons) if found), len(steps))
     if first < len(steps):
-        print(f"made anew from {steps[first].name} on, where settings differ: {'; '.join(changes[first])}", flush=True)
+        print(f"made anew from {steps[first].name} on, {reasons[first]}", flush=True)
     for step in reversed(steps[first:]):  # backwards: what is forgotten last tells of the rest
         folder = step.training_run
         if folder is not None and folder.exists():
@@ -189,6 +194,16 @@ def forget_outdated(steps: Sequence[Step], out: Path) -> None:
             print(f"what {step.name} had made is in {aside}", flush=True)
         for file in step.record_files(out):
             file.unlink(missing_ok=True)
+
+
+def _why_outdated(step: Step, out: Path) -> str:
+    """Empty for a step that was not begun, or as it is now and with what it made in its place."""
+    if (record := record_of(step, out)) is None:
+        return ""
+    if changes := record.changes(step):
+        return f"where settings differ: {'; '.join(changes)}"
+    is_done = step.record_files(out)[0].exists()
+    return f"as {step.product} is gone" if is_done and step.product and not step.product.exists() else ""
 
 
 def run(step: Step, number: int, total: int, out: Path) -> Record:
@@ -266,7 +281,11 @@ def _wait_for_end(process: subprocess.Popen, stop: BaseException) -> None:
 def _failure(step: Step, code: int, log_path: Path, begin: int) -> str:
     """What to say of a command that failed: itself and the end of what it wrote, from byte ``begin`` of the log on."""
     written = log_path.read_bytes()[begin:].decode(errors="replace")
-    tail = "\n".join(written.replace("\r", "\n").splitlines()[-25:])
+    lines = written.replace("\r", "\n").splitlines()
+    refusals = [
+        line for line in dict.fromkeys(lines[:-25]) if line.startswith("error: ")
+    ]  # a launcher tells its own after
+    tail = "\n".join([*refusals, *lines[-25:]])
     command = shlex.join(["python", *step.command])
     return f"\n{step.name} failed with code {code}\n$ {command}\n{tail}\n\nlog: {log_path}"
 

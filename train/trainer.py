@@ -67,6 +67,8 @@ class TrainConfig:
     resume: str = "auto"  # auto: continue from the last good checkpoint | never: refuse a used output_dir
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be >= 0")
         counts = ("steps", "global_batch", "micro_batch", "log_every", "checkpoint_every", "keep_last")
         for name in (*counts, "validation_clips"):
             if vars(self)[name] < 1:
@@ -446,6 +448,8 @@ class Trainer:
             )  # fmt: skip
         elif changed:
             log.warning("settings differ from those of %s and hold from here on: %s", path, changed)
+            if "stage.init_from" in changed:
+                log.warning("stage.init_from changes nothing: the weights are those of %s", path)
 
     def _load_optimizers(self, path: Path, tensors: dict[str, Any], trainer: dict[str, Any]) -> None:
         if self.parallel.mode == "deepspeed" or trainer["mode"] == "deepspeed":
@@ -471,7 +475,7 @@ class Trainer:
             fill_optimizer(self.modules[name], optimizer, tensors["optimizers"][name])
 
     def _require_same(self, path: Path, identity: dict[str, Any]) -> None:
-        there = {key: identity.get(key) for key in self.identity}
+        there = {key: identity.get(key, own) for key, own in self.identity.items()}  # older ones had fewer
         if differing := checkpoint.changed_fields(there, self.identity):
             raise ValueError(f"{path} is of another run ({'; '.join(differing)}); choose another name or output_dir")
 

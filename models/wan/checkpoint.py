@@ -115,7 +115,10 @@ def load_pretrained(model: WanDiT, path: str | Path) -> list[str]:
     read a new track head, itself the zero map, keep their initial values, for behind two zeros no gradient would
     ever reach it. Raises ValueError naming the fields where the checkpoint is of another architecture.
     """
-    state, saved = to_official(read_state(path)), _saved_config(Path(path))
+    try:
+        state, saved = to_official(read_state(path)), _saved_config(Path(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is not of a DiT: {error}") from error
     _check_architecture(state, saved, model.config, path)
     layout = _input_layout(state[INPUTS].shape[1], model.config) if saved is None else saved.input_layout
     if layout != model.config.input_layout:
@@ -171,8 +174,13 @@ def without_tracks(model: WanDiT) -> WanDiT:
 
 
 def read_dit_config(folder: str | Path) -> WanConfig:
-    """Config of a folder that `save_dit` wrote; raises FileNotFoundError where there is none."""
-    return WanConfig.from_dict(_read_description(Path(folder))["config"])
+    """Config of a folder that `save_dit` wrote; raises FileNotFoundError where there is none, ValueError where it is of
+    another network.
+    """
+    try:
+        return WanConfig.from_dict(_read_description(Path(folder))["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is not of a DiT: {error}") from error
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:

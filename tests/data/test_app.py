@@ -340,3 +340,42 @@ def test_freed_buffers_are_used_again():
     if done.returncode == 77:
         pytest.skip("not glibc")
     assert int(done.stdout) < 100, "page faults; ten buffers that are mapped afresh make thousands"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a bear, walking",
+        "ein Bär",
+        "what? (yes) = no!",
+        'say "hi"',
+        "back\\slash\\",
+        "一只熊",
+        "/tmp/ünï/x (1).mp4",
+        "it's; so",
+    ],
+)
+def test_any_text_is_a_value(text):
+    """A caption or a path as a shell hands it over, without a second pair of quotes."""
+    cfg = app.compose_config("stream", [f"prompt={text}", "image=x"])
+    assert cfg.prompt == text
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["steps=3", "a=[1,2]", "a={b:1}", 'a="x, y"', "stage=teacher,vae", "~a", "+a.b=null", "prompt=a bear", "a="],
+)
+def test_what_parses_and_choices_of_a_group_stay_as_they_are(override):
+    assert app.as_value(override) == override
+
+
+def test_sweeps_are_for_multirun():
+    assert app.as_value("seed=1,2", sweeps=True) == "seed=1,2" and app.as_value("seed=1,2") == 'seed="1,2"'
+    with pytest.raises(ConfigError, match=r"optim.lr='0,001'.* could not be converted to Float"):
+        app.compose_config("train", ["optim.lr=0,001"])
+
+
+@pytest.mark.parametrize("choice", ["teacher", "wan_1.3b/teacher_stage1"])
+def test_a_choice_in_a_folder_of_its_group_is_named(choice):
+    with pytest.raises(ConfigError, match=rf"no choice '{choice}' for 'experiment'; did you mean '\w+/teacher"):
+        app.compose_config("train", [f"experiment={choice}"])

@@ -255,6 +255,15 @@ def test_roles_are_loaded_from_their_folders(tmp_path):
         load_role(cfg, "teacher")
 
 
+@pytest.mark.parametrize(("stage", "warned"), [("teacher", True), ("self_forcing", False), (None, False)])
+def test_weights_of_the_other_role_are_told(stage, warned, tmp_path, caplog):
+    cfg = load("tiny")
+    cfg.student = str(tmp_path / "weights")
+    save_dit(build_dit(cfg, seed=5), cfg.student, **({"stage": stage} if stage else {}))
+    load_role(cfg, "student")
+    assert ("was made by stage=teacher: it is no student" in caplog.text) == warned
+
+
 def test_a_published_checkpoint_is_a_teacher_too(tmp_path):
     from safetensors.torch import save_file
 

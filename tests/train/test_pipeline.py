@@ -140,6 +140,27 @@ def test_a_step_is_made_anew_where_a_file_of_its_configuration_has_changed(tmp_p
     assert not (tmp_path / "done/render.json").exists()
 
 
+def test_a_step_whose_product_is_gone_is_made_anew_with_all_after_it(tmp_path, capsys):
+    steps = [Step(name, ("train", f"output_dir={tmp_path / name}")) for name in ("vae", "teacher", "student")]
+    for step in steps:
+        write_record(step, tmp_path, "done")
+        step.product.mkdir()
+    forget_outdated(steps, tmp_path)
+    assert all(step.record_files(tmp_path)[0].exists() for step in steps)
+    (tmp_path / "teacher").rmdir()
+    forget_outdated(steps, tmp_path)
+    assert [step.record_files(tmp_path)[0].exists() for step in steps] == [True, False, False]
+    assert f"made anew from teacher on, as {tmp_path / 'teacher'} is gone" in capsys.readouterr().out
+    assert not (tmp_path / "student").exists() and list(tmp_path.glob("student_until_*")), "it would go on from there"
+
+
+def test_a_refusal_is_shown_above_what_a_launcher_says_of_it(tmp_path):
+    log = tmp_path / "vae.log"
+    log.write_text("\n".join(["error: global_batch=3 must be 4", *(f"torch {n}" for n in range(40))]))
+    shown = pipeline._failure(Step("vae", ("train",)), 2, log, 0).splitlines()
+    assert shown.index("error: global_batch=3 must be 4") < shown.index("torch 39") and "torch 3" not in shown
+
+
 def test_records_of_paths_in_the_checkout_hold_where_it_is_moved():
     step = Step("render", ("data", "experiment=quickstart_zoo/data", f"out={ROOT}/outputs/there"))
     assert step.config["out"] == "outputs/there"
@@ -154,8 +175,8 @@ def test_a_configuration_that_does_not_compose_is_told_in_a_line(tmp_path, capsy
 
 
 def test_a_record_holds_where_the_checkout_is_moved(tmp_path):
-    step = Step("vae", ("train", f"output_dir={ROOT}/outputs/vae"))
-    write_record(step, tmp_path, "done", arguments=["train", "output_dir=outputs/vae"])
+    step = Step("vae", ("train", f"output_dir={ROOT}/train"))  # a folder that is there
+    write_record(step, tmp_path, "done", arguments=["train", "output_dir=train"])
     forget_outdated([step], tmp_path)
     assert run(step, 1, 1, tmp_path).seconds == 100
 

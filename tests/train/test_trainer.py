@@ -17,6 +17,7 @@ from toy_stage import Toy
 from data.app import EXIT_INTERRUPTED
 from models.diffusion.noise import KeyedNoise
 from train import checkpoint
+from train.__main__ import claim
 from train.accelerator import Parallel
 from train.monitor import Alarm, AlarmError, LoggerConfig, Monitor
 from train.optim import ModuleOptim, OptimConfig, learning_rate
@@ -195,6 +196,32 @@ def test_checkpoints_and_validations_are_no_part_of_a_steps_time(tmp_path, monke
     trainer.fit()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(line.get("seconds_per_step", 0) for line in lines) < 0.5
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    """Each would take the other's unfinished checkpoints for leftovers of a crash."""
+    first = claim(tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"output_dir=\S+/run is being written by process {os.getpid()} on"):
+        claim(tmp_path / "run")
+    first.close()
+    claim(tmp_path / "run").close()
+
+
+def test_a_start_that_changes_nothing_is_told(tmp_path, caplog):
+    trainer_of(tmp_path, steps=3, config={"stage": {"init_from": "a"}}).fit()
+    trainer_of(tmp_path, steps=4, config={"stage": {"init_from": "b"}}).fit()
+    assert "stage.init_from changes nothing: the weights are those of" in caplog.text
+
+
+def test_what_an_older_checkpoint_does_not_say_of_itself_is_no_difference(tmp_path):
+    trainer_of(tmp_path, steps=3).fit()
+    newer = trainer_of(tmp_path, steps=4)
+    newer.identity = {**newer.identity, "model.text.kind": "hashed"}
+    newer.fit()
+    later = trainer_of(tmp_path, steps=5)
+    later.identity = {**later.identity, "model.text.kind": "vocabulary"}
+    with pytest.raises(ValueError, match="model.text.kind: hashed there, vocabulary here"):
+        later.fit()
 
 
 def test_refuses_another_run_and_a_used_folder(tmp_path):

@@ -329,6 +329,14 @@ def test_a_config_of_other_weights_is_noticed(tmp_path: Path):
         load_dit(tmp_path)
 
 
+def test_a_folder_of_another_network_is_named(tmp_path: Path):
+    (tmp_path / "model.json").write_text(json.dumps({"config": {"widths": [1]}, "provenance": {}}))
+    save_file({"decoder.0.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    for read in (load_dit, lambda folder: load_pretrained(WanDiT(T2V), folder)):
+        with pytest.raises(ValueError, match=f"{tmp_path} is not of a DiT: "):
+            read(tmp_path)
+
+
 def test_absent_files_are_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"no model.json in .*; give a folder that save_dit wrote"):
         load_dit(tmp_path)
