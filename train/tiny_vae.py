@@ -55,7 +55,7 @@ class TinyVaeStageConfig:
     gan_weight: float = 0.05  # of the adversarial term
     feature_weight: float = 1.0  # of the discriminator's features
     gan_start: int = 10_000  # step at which the discriminator joins
-    encoder_weight: float = 1.0  # of the encoder's own loss
+    encoder_weight: float = 1.0  # of the encoder's own loss; 0: it learns nothing (the paper trains the decoder alone)
     discriminator_widths: list[int] = field(default_factory=lambda: [64, 128, 256])  # per halving
     replay_size: int = 4096  # decoded stretches that the discriminator sees again, per process
 
