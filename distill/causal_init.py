@@ -34,13 +34,13 @@ from data.encode import fingerprint
 from data.loader import ResumableSampler
 from distill.health import has_seams, seam_score
 from distill.pair_store import PairStore, stack_condition, stack_states
-from distill.roles import STUDENT, contexts_of, copy_of_teacher, require_weights, trainable
+from distill.roles import STUDENT, contexts_of, copy_of_teacher, load_student, require_weights, trainable
 from distill.validation import compare_latents, generate_clips
 from models.assemble import ModelConfig
 from models.condition import Condition
 from models.diffusion.noise import KeyedNoise
 from models.wan.attention import ChunkMask
-from models.wan.checkpoint import load_dit, save_dit
+from models.wan.checkpoint import save_dit
 from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
 
 TINY = 1e-8
@@ -98,7 +98,7 @@ class CausalInit:
         self.store = PairStore.open(self.cfg.pairs)
         self.sigmas = torch.tensor([*context.model_cfg.rollout.sigmas, 0.0], device=context.device)
         found = self.cfg.init_from
-        student = load_dit(found, expected=context.model_cfg.dit) if found else copy_of_teacher(context.model_cfg)
+        student = load_student(context.model_cfg, found) if found else copy_of_teacher(context.model_cfg)
         self.student = trainable(student, context.device, self.cfg.train_track_head)
 
     def describe(self) -> list[str]:

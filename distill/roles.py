@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from models.assemble import ModelConfig, load_role
+from models.assemble import ModelConfig, load_exported, load_role
 from models.rollout import RolloutConfig
-from models.wan.checkpoint import load_dit
 from models.wan.dit import WanDiT
 
 log = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ def load_frozen_teacher(model_cfg: ModelConfig, device: torch.device) -> WanDiT:
 def load_student(model_cfg: ModelConfig, init_from: str | None) -> WanDiT:
     """The student to start from: ``init_from`` (an export of causal_init), else a copy of the teacher."""
     if init_from:
-        return load_dit(init_from, expected=model_cfg.dit)
+        return load_exported(model_cfg, init_from, owner=f"stage.init_from={init_from}")
     log.warning("stage.init_from is empty: the student starts as the teacher, which has never seen causal attention")
     return copy_of_teacher(model_cfg)
 

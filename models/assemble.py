@@ -21,7 +21,7 @@ from models.diffusion.guidance import Guidance
 from models.rollout import RolloutConfig
 from models.vae.latent_space import LatentSpace
 from models.vae.tiny_vae import TinyVae
-from models.vae.wan_vae import VaeConfig, WanVae
+from models.vae.wan_vae import VaeConfig, WanVae, latent_space_of
 from models.wan.checkpoint import load_dit, load_pretrained, read_provenance
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
@@ -96,6 +96,11 @@ class ModelConfig:
     def latent_shape(self) -> tuple[int, int, int, int]:
         """[C, F, h, w] of a clip's latents."""
         return (self.vae.z_dim, self.clip.num_latents, *self.latent_size)
+
+    @property
+    def latent_space(self) -> LatentSpace | None:
+        """That of the VAE at vae.path; None where there is none: latents that are stored need no VAE."""
+        return latent_space_of(self.vae.path) if self.vae.path else None
 
     @property
     def num_chunks(self) -> int:
@@ -260,8 +265,8 @@ def load_role(cfg: ModelConfig, role: str) -> WanDiT:
     """The trained "teacher" or "student": a folder that a stage exported, or a published checkpoint of any
     format.
 
-    Raises ValueError where the path is unset or the checkpoint lacks what this model needs to see its tracks and
-    image, FileNotFoundError where nothing is there.
+    Raises ValueError where the path is unset, the checkpoint lacks what this model needs to see its tracks and
+    image, or was made for another VAE than model.vae; FileNotFoundError where nothing is there.
     """
     if role not in ROLE_STAGES:
         raise ValueError(f"role={role!r} must be {' or '.join(ROLE_STAGES)}")
@@ -272,10 +277,9 @@ def load_role(cfg: ModelConfig, role: str) -> WanDiT:
     if not Path(path).exists():
         raise FileNotFoundError(f"model.{role}={path}: there is nothing; {made_by}")
     if (Path(path) / "model.json").is_file():
-        dit = load_dit(path, expected=cfg.dit)
         if (made := read_provenance(path).get("stage")) in OTHER_ROLES[role]:
             log.warning("model.%s=%s was made by stage=%s: it is no %s", role, path, made, role)
-        return dit
+        return load_exported(cfg, path, owner=f"model.{role}={path}")
     log.info("%s: published checkpoint %s", role, path)
     dit = build_dit(cfg, seed=0)
     if absent := load_pretrained(dit, path):
@@ -283,6 +287,21 @@ def load_role(cfg: ModelConfig, role: str) -> WanDiT:
             f"model.{role}={path} lacks {', '.join(absent)}, which model.dit has: it would not see these inputs; "
             f"change model.dit, or train them with `python -m train stage=teacher stage.init_from={path}`"
         )
+    return _in_space_of_vae(dit, cfg, owner=f"model.{role}={path}")
+
+
+def load_exported(cfg: ModelConfig, path: str, owner: str) -> WanDiT:
+    """The DiT in a folder that a stage exported.
+
+    Raises ValueError where it is not of model.dit, or was made for another latent space than that of model.vae.
+    """
+    return _in_space_of_vae(load_dit(path, expected=cfg.dit), cfg, owner)
+
+
+def _in_space_of_vae(dit: WanDiT, cfg: ModelConfig, owner: str) -> WanDiT:
+    """A DiT of unknown latent space, as published ones are, is taken to be in that of the VAE it is used with."""
+    owner = f"{owner}, to be used with model.vae.path={cfg.vae.path},"
+    dit.latent_space = LatentSpace.shared(cfg.latent_space, dit.latent_space, owner)
     return dit
 
 

@@ -19,6 +19,11 @@ from torch.nn import functional as F
 STRETCH_FRAMES = 3
 
 
+def norm_groups(width: int) -> int:
+    """Groups of the norm of a block; they must divide its width."""
+    return max(1, width // 16)
+
+
 class PatchDiscriminator(nn.Module):
     """Logits per patch, above 0 for a filmed stretch; `len(widths)` blocks of stride 2."""
 
@@ -29,7 +34,7 @@ class PatchDiscriminator(nn.Module):
             blocks.append(
                 nn.Sequential(
                     nn.Conv2d(fan_in, width, 4, stride=2, padding=1),
-                    nn.GroupNorm(max(1, width // 16), width),
+                    nn.GroupNorm(norm_groups(width), width),
                     nn.LeakyReLU(0.2),
                 )
             )
@@ -52,43 +57,47 @@ class ReplayBuffer:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.stretches: list[Tensor] = []
-        self.latents: list[Tensor] = []
+        self.stored: list[tuple[Tensor, Tensor]] = []
         self.next = 0  # where the next one goes once the buffer is full
 
     def exchange(self, stretch: Tensor, latent: Tensor, picks: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Store a batch, and return it with the samples of odd picks replaced by stored ones.
 
         picks: for each sample, any non-negative integer; where it is odd, its half names the stored one modulo
-        their number. Each sample is drawn by itself, so that a batch may be split anyhow.
+        their number. Each sample is drawn by itself, so that a batch may be split anyhow. Stored ones of another
+        size, from before a run was resumed with another crop, are forgotten.
         """
+        if self.stored and self.stored[0][0].shape != stretch.shape[1:]:
+            self.stored, self.next = [], 0
         mixed, conditions = list(stretch), list(latent)
         for row, pick in enumerate(picks):
-            if self.stretches and pick % 2:
-                slot = pick // 2 % len(self.stretches)
-                mixed[row], conditions[row] = self.stretches[slot].to(stretch), self.latents[slot].to(latent)
+            if self.stored and pick % 2:
+                older, its_latent = self.stored[pick // 2 % len(self.stored)]
+                mixed[row], conditions[row] = older.to(stretch), its_latent.to(latent)
         for one, condition in zip(stretch, latent, strict=True):
             self._store(one.detach().to("cpu", torch.float16), condition.detach().to("cpu", torch.float16))
         return torch.stack(mixed), torch.stack(conditions)
 
     def _store(self, stretch: Tensor, latent: Tensor) -> None:
-        if len(self.stretches) < self.size:
-            self.stretches.append(stretch)
-            self.latents.append(latent)
-        else:
-            self.stretches[self.next], self.latents[self.next] = stretch, latent
+        self.stored[self.next : self.next + 1] = [(stretch, latent)]
         self.next = (self.next + 1) % self.size
 
     def state_dict(self) -> dict[str, Any]:
-        if not self.stretches:
+        if not self.stored:
             return {"next": self.next}
-        return {"next": self.next, "stretches": torch.stack(self.stretches), "latents": torch.stack(self.latents)}
+        stretches, latents = (torch.stack(each) for each in zip(*self.stored, strict=True))
+        return {"next": self.next, "stretches": stretches, "latents": latents}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.next = int(state["next"])
+        """Of a buffer of another size, the newest that this one holds."""
+        oldest = int(state["next"])
         # copies: views would keep the checkpoint's file mapped, and all of it while one of them is left
-        stored = ([each.clone() for each in state.get(name, ())] for name in ("stretches", "latents"))
-        self.stretches, self.latents = stored
+        parts = ([each.clone() for each in state.get(name, ())] for name in ("stretches", "latents"))
+        stored = list(zip(*parts, strict=True))
+        if len(stored) != self.size:  # else each stays in its place, so that the same ones are drawn
+            stored = (stored[oldest:] + stored[:oldest])[-self.size :]
+            oldest = len(stored)
+        self.stored, self.next = stored, oldest % self.size
 
 
 def stretch_of(video: Tensor, latents: Tensor, starts: Sequence[int]) -> tuple[Tensor, Tensor]:

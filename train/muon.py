@@ -39,7 +39,12 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Matrices between hidden features; input and output layers, embeddings, gains and biases are AdamW's."""
+    """Whether Muon updates it; gains, biases, embeddings, input and output layers are AdamW's.
+
+    Layers are known by their names in `WanDiT`, `AutoencoderKLWan` and `SpritesNetwork`. Those of `TinyVae` have
+    numbers, so that its first and last convolutions count as hidden too; so does the first one of
+    `PatchDiscriminator`. The shipped tiny VAE was trained like this.
+    """
     outer = ("patch_embedding", "conv_in", "conv_out", "head", "embed")
     return (
         parameter.ndim >= 2

@@ -16,6 +16,7 @@ identity range. Left out: the choice of data and resolution per stage (conf/expe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,11 +33,14 @@ from models.diffusion.noise import KeyedNoise
 from models.diffusion.prediction import add_noise, velocity_target
 from models.diffusion.schedule import NUM_TRAIN_TIMESTEPS, bell_weight, training_sigmas
 from models.motion.tracks import NUM_TRACK_IDS, Tracks, sample_track_ids
+from models.vae.latent_space import LatentSpace
 from models.wan.checkpoint import load_pretrained, save_dit
 from models.wan.dit import WanDiT
 from train.conditioning import ClipEncoder
 from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
 from train.validation import show_clips, teacher_clips
+
+log = logging.getLogger(__name__)
 
 TEACHER = "teacher"
 
@@ -131,6 +135,10 @@ class Teacher:
         self.dit = self.start(context.model_cfg, context.noise.seed)
         if self.cfg.freeze_track_head:
             self.dit.track_head.requires_grad_(False)
+        before, self.dit.latent_space = self.dit.latent_space, context.model_cfg.latent_space
+        if before is not None and self.dit.latent_space not in (None, before):
+            told = "stage.init_from=%s was made for another latent space than that of model.vae; it has to learn anew"
+            log.warning(told, self.cfg.init_from)
         self.dit.to(context.device).train()
         self.encoder = ClipEncoder(context.model_cfg, context.device)
         self.sigmas = training_sigmas(self.cfg.shift)
@@ -251,10 +259,15 @@ class Teacher:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps_done": self.steps_done}
+        space = self.dit.latent_space
+        return {"steps_done": self.steps_done, "latent_space": None if space is None else space.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError where the VAE is another one than the run began with."""
         self.steps_done = int(state["steps_done"])
+        if saved := state.get("latent_space"):  # checkpoints of an older version do not know
+            owner = "the checkpoint of this run"
+            self.dit.latent_space = LatentSpace.shared(self.dit.latent_space, LatentSpace(**saved), owner)
 
     def export(self, folder: Path, weights: Mapping[str, nn.Module]) -> None:
         save_dit(

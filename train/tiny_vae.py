@@ -17,7 +17,7 @@ works on larger frames and longer clips.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.batch import Batch
-from eval.metrics.lpips import Lpips, load_lpips
+from eval.metrics.lpips import Lpips, load_lpips, require_lpips
 from models.assemble import ModelConfig, build_vae
 from models.condition import num_latent_frames
+from models.vae.latent_space import LatentSpace
 from models.vae.tiny_vae import PRESETS, TinyVae, TinyVaeConfig
 from stream.codecs import to_frames
-from train.discriminator import STRETCH_FRAMES, PatchDiscriminator, ReplayBuffer, stretch_of
+from train.discriminator import STRETCH_FRAMES, PatchDiscriminator, ReplayBuffer, norm_groups, stretch_of
 from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
-from train.vae import edge_difference, psnr_db
+from train.vae import edge_difference, psnr_db, random_crops
 
 TINY_VAE = "tiny_vae"
 DISCRIMINATOR = "discriminator"
@@ -45,7 +46,7 @@ class TinyVaeStageConfig:
     """Settings of stage=tiny_vae."""
 
     preset: str = "taew2_1"  # architecture: taew2_1 | taew2_2 | wan_2_2_large | sprites
-    init_from: str | None = None  # folder of a tiny VAE to continue from; null: fresh weights from the seed
+    init_from: str | None = None  # folder of a tiny VAE of this preset to continue from; null: fresh weights
     num_frames: int = 21  # of a crop in time, 1 + 4k (paper: 21, i.e. 6 latents)
     crop_px: int = 144  # side of a square crop, a multiple of the VAE's stride (paper: 144)
     edge_weight: float = 0.5  # of the spatial gradient term
@@ -54,7 +55,7 @@ class TinyVaeStageConfig:
     gan_weight: float = 0.05  # of the adversarial term
     feature_weight: float = 1.0  # of the discriminator's features
     gan_start: int = 10_000  # step at which the discriminator joins
-    encoder_weight: float = 1.0  # of the encoder's own loss
+    encoder_weight: float = 1.0  # of the encoder's own loss; 0: it learns nothing (the paper trains the decoder alone)
     discriminator_widths: list[int] = field(default_factory=lambda: [64, 128, 256])  # per halving
     replay_size: int = 4096  # decoded stretches that the discriminator sees again, per process
 
@@ -70,6 +71,17 @@ class TinyVaeStageConfig:
         for name in ("crop_px", "replay_size"):
             if vars(self)[name] < 1:
                 raise ValueError(f"stage.{name}={vars(self)[name]} must be >= 1")
+        widths = list(self.discriminator_widths)
+        if not widths or any(width < 1 or width % norm_groups(width) for width in widths):
+            raise ValueError(
+                f"stage.discriminator_widths={widths} must name at least one width, each below 32 or a multiple of 16, "
+                "as its norm has a group for 16 channels"
+            )
+        if self.crop_px < 2 ** len(widths):
+            raise ValueError(
+                f"stage.discriminator_widths={widths} halves stage.crop_px={self.crop_px} {len(widths)} times, to "
+                f"nothing; name fewer widths, or set crop_px to at least {2 ** len(widths)}"
+            )
 
 
 class TinyVaeStage:
@@ -82,7 +94,7 @@ class TinyVaeStage:
         self.cfg = cfg
 
     def check(self, model_cfg: ModelConfig) -> None:
-        """Refuses a crop that the clip does not hold or the VAE cannot encode."""
+        """Refuses a crop that the clip does not hold or the VAE cannot encode, another VAE's preset, absent weights."""
         cfg, clip, stride = self.cfg, model_cfg.clip, model_cfg.vae.spatial_stride
         if cfg.num_frames > clip.num_frames:
             raise ValueError(
@@ -95,6 +107,16 @@ class TinyVaeStage:
                 f"stage.crop_px={cfg.crop_px} must be a multiple of {stride}, the VAE's stride, and at most "
                 f"{largest}, the clip's; nearest valid: {nearest}"
             )
+        shapes = {name: TinyVaeConfig.preset(name, model_cfg.vae.z_dim).latent_shape for name in PRESETS}
+        wanted = (model_cfg.vae.z_dim, stride)
+        if shapes[cfg.preset] != wanted:
+            fitting = [name for name, shape in shapes.items() if shape == wanted]
+            raise ValueError(
+                f"stage.preset={cfg.preset} decodes {shapes[cfg.preset]}, latent channels and stride in px, model.vae "
+                f"has {wanted}; fitting presets: {', '.join(fitting) or 'none'}"
+            )
+        if cfg.lpips_weights is not None:
+            require_lpips(cfg.lpips_weights, "stage.lpips_weights")
 
     def data_fields(self, model_cfg: ModelConfig, available: Sequence[str]) -> list[str]:
         return ["pixels"]
@@ -106,11 +128,16 @@ class TinyVaeStage:
         self.held_out = context.validation_batch
         self.vae = build_vae(context.model_cfg).eval().requires_grad_(False).to(device)
         space = self.vae.latent_space
+        architecture = TinyVaeConfig.preset(cfg.preset, space.channels)
         if cfg.init_from is None:
-            architecture = TinyVaeConfig.preset(cfg.preset, space.channels)
             self.tiny_vae = TinyVae.from_config(architecture, space, seed=context.noise.seed)
         else:
             self.tiny_vae = TinyVae.from_folder(cfg.init_from, expected=space)
+            if self.tiny_vae.config != architecture:
+                raise ValueError(
+                    f"stage.init_from={cfg.init_from} is not of stage.preset={cfg.preset}: it holds "
+                    f"{self.tiny_vae.config}; set the preset that it was made with"
+                )
         self.tiny_vae.to(device).train()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.noise.seed)
@@ -118,9 +145,8 @@ class TinyVaeStage:
         self.replay = ReplayBuffer(cfg.replay_size)
         self.lpips: Lpips | None = None
         if cfg.lpips_weights is not None:
-            found = load_lpips(cfg.lpips_weights)
-            if isinstance(found, str):
-                raise ValueError(f"stage.lpips_weights={cfg.lpips_weights}: {found}")
+            found = load_lpips(cfg.lpips_weights, "stage.lpips_weights")
+            assert isinstance(found, Lpips), "a folder is given"
             self.lpips = found.to(device)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -137,7 +163,7 @@ class TinyVaeStage:
         return wanted and step >= self.cfg.gan_start
 
     def train_step(self, batch: Batch, context: StepContext) -> StepOutput:
-        pixels = self.crop(batch.model_pixels(), batch.sample_ids, context.step)
+        pixels = self.crop(batch, context.step)
         latents = self._encode(pixels)
         starts = [
             self.noise.integers(pixels.shape[2] - STRETCH_FRAMES + 1, TINY_VAE, "stretch", context.step, sample)
@@ -185,30 +211,27 @@ class TinyVaeStage:
         with torch.autocast(self.device.type, enabled=False):  # as stored latents were made
             return self.vae.encode(pixels)
 
-    def crop(self, pixels: Tensor, sample_ids: Sequence[int], step: int) -> Tensor:
-        """num_frames x crop_px x crop_px of each clip, from a place of its own: [B, 3, T, H, W]."""
-        lengths = (self.cfg.num_frames, self.cfg.crop_px, self.cfg.crop_px)
-        crops = []
-        for clip, sample in zip(pixels, sample_ids, strict=True):
-            for axis, length in enumerate(lengths, start=1):
-                start = self.noise.integers(clip.shape[axis] - length + 1, TINY_VAE, "crop", step, sample, axis)
-                clip = clip.narrow(axis, start, length)
-            crops.append(clip)
-        return torch.stack(crops)
+    def crop(self, batch: Batch, step: int) -> Tensor:
+        """num_frames x crop_px x crop_px of each clip, from a place of its own: [B, 3, T, H, W] in [-1, 1]."""
+        lengths = dict(enumerate((self.cfg.num_frames, self.cfg.crop_px, self.cfg.crop_px), start=1))
+        return random_crops(
+            batch, lengths, lambda places, *key: self.noise.integers(places, TINY_VAE, "crop", step, *key)
+        )
 
     def validate(self, step: int) -> ValidationOutput | None:
         """PSNR of held-out clips, whole, beside that of the full VAE; original, full and tiny side by side."""
         if self.held_out is None:
             return None
-        pixels = self.held_out.to(self.device).model_pixels()
-        latents = self._encode(pixels)
-        tiny, full = self.tiny_vae.decode(latents), self.vae.decode(latents)
-        rows = zip(*(to_frames(video) for video in (pixels, full, tiny)), strict=True)
-        videos = {f"clip_{number}": np.concatenate(row, axis=2) for number, row in enumerate(rows)}
-        metrics = {
-            "psnr_db": float(psnr_db(tiny, pixels).mean()),
-            "full_psnr_db": float(psnr_db(full.float(), pixels).mean()),
-        }
+        assert self.held_out.pixels is not None, "data_fields asks for pixels"
+        videos, psnr = {}, []
+        for number, clip in enumerate(self.held_out.pixels.split(1)):  # one at a time, for they are large
+            pixels = replace(self.held_out, pixels=clip.to(self.device)).model_pixels()
+            latents = self._encode(pixels)
+            tiny, full = self.tiny_vae.decode(latents), self.vae.decode(latents)
+            psnr.append(torch.cat([psnr_db(tiny, pixels), psnr_db(full.float(), pixels)]))
+            videos[f"clip_{number}"] = np.concatenate([to_frames(each)[0] for each in (pixels, full, tiny)], axis=2)
+        means = torch.stack(psnr).mean(dim=0).tolist()
+        metrics = dict(zip(("psnr_db", "full_psnr_db"), means, strict=True))
         return ValidationOutput(metrics, videos, self.model_cfg.clip.fps)
 
     def describe(self) -> list[str]:
@@ -220,10 +243,14 @@ class TinyVaeStage:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """The replay buffer of the main process; others restart from it."""
-        return {"replay": self.replay.state_dict()}
+        """The replay buffer of the main process, from which others restart too, and what the weights decode."""
+        return {"replay": self.replay.state_dict(), "latent_space": self.vae.latent_space.to_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError where the VAE is another one than the run began with."""
+        if "latent_space" in state:  # checkpoints of an older version do not know
+            owner = "the checkpoint of this run"
+            self.vae.latent_space.require(LatentSpace(**state["latent_space"]), owner)
         self.replay.load_state_dict(state["replay"])
 
     def export(self, folder: Path, weights: Mapping[str, nn.Module]) -> None:

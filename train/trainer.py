@@ -414,11 +414,11 @@ class Trainer:
             raise ValueError(f"resume=never, but {path} exists; choose another output_dir or use resume=auto")
         tensors, trainer = checkpoint.load(path)
         self._require_same(path, trainer["identity"])
+        self.stage.load_state_dict(tensors["stage"])  # first, for it may refuse to go on
         self.parallel.load_modules(self.modules, tensors["modules"])
         self._load_optimizers(path, tensors, trainer)
         for name, ema in self.emas.items():
             ema.load(self.modules[name], tensors["ema"].get(name, {}), trainer["ema_updates"].get(name, 0))
-        self.stage.load_state_dict(tensors["stage"])
         if self.loader is not None:
             self.loader.load_state_dict(trainer["loader"])
         windows = trainer["windows"]

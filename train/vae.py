@@ -4,7 +4,8 @@
 
 with z drawn from the posterior, means over pixels and over latent values. At each export the mean and spread of
 each latent channel are measured on training clips and stored with the weights: `WanVae` normalises by them. With a
-frozen encoder they are kept.
+frozen encoder they are kept, and a DiT or a tiny VAE of the old VAE goes with the new one. Shards do not: they know a
+VAE by its files. Train on with model.vae.path at the old folder, or encode again; decode with the new one.
 
 Left out: adversarial and perceptual terms; the spatial gradient term keeps the sprites' edges sharp without
 them.
@@ -13,8 +14,8 @@ them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
 log = logging.getLogger(__name__)
 
 VAE = "vae"
+TIME_AXIS = 1  # of a clip [3, T, H, W]
 
 
 @dataclass
@@ -39,7 +41,7 @@ class VaeStageConfig:
     """Settings of stage=vae."""
 
     init_from: str | None = None  # folder of a VAE to continue from; null: fresh weights from the seed
-    freeze_encoder: bool = False  # train the decoder alone: the latent space, and what reads it, stays as it is
+    freeze_encoder: bool = False  # train the decoder alone, in the same latent space
     num_frames: int | None = None  # random temporal crop of each clip, 1 + 4k; null: whole clips
     edge_weight: float = 0.5  # of the spatial gradient term
     kl_weight: float = 1e-5  # per latent value
@@ -94,6 +96,7 @@ class VaeStage:
         if self.cfg.channels_last:
             self.vae.use_channels_last()
         self.vae.to(context.device).train()
+        self.normalisation = [self.vae.latents_mean, self.vae.latents_std]  # of a frozen encoder
         if self.cfg.freeze_encoder:
             self.vae.autoencoder.encoder.requires_grad_(False)
             self.vae.autoencoder.quant_conv.requires_grad_(False)
@@ -108,7 +111,7 @@ class VaeStage:
         return [VAE]
 
     def train_step(self, batch: Batch, context: StepContext) -> StepOutput:
-        pixels = self.crop(batch.model_pixels(), batch.sample_ids, context.step)
+        pixels = self.crop(batch, context.step)
         posterior = self.vae.posterior(pixels)
         shape = posterior.mean.shape[1:]
         eps = self.noise.normal(shape, batch.sample_ids, VAE, "posterior", context.step, device=pixels.device)
@@ -121,13 +124,12 @@ class VaeStage:
         psnr = psnr_db(reconstruction.detach(), pixels).mean()
         return StepOutput(loss, {"l1": l1, "edge": edges, "kl": kl, "psnr_db": psnr})
 
-    def crop(self, pixels: Tensor, sample_ids: Sequence[int], step: int) -> Tensor:
-        """cfg.num_frames consecutive frames of each clip, from a random first one."""
-        length = self.cfg.num_frames
-        if length is None or length == pixels.shape[2]:
-            return pixels
-        starts = [self.noise.integers(pixels.shape[2] - length + 1, VAE, "crop", step, s) for s in sample_ids]
-        return torch.stack([clip[:, start : start + length] for clip, start in zip(pixels, starts, strict=True)])
+    def crop(self, batch: Batch, step: int) -> Tensor:
+        """cfg.num_frames consecutive frames of each clip, from a random first one: [B, 3, T, H, W] in [-1, 1]."""
+        lengths = {} if self.cfg.num_frames is None else {TIME_AXIS: self.cfg.num_frames}
+        return random_crops(
+            batch, lengths, lambda places, sample, _: self.noise.integers(places, VAE, "crop", step, sample)
+        )
 
     def validate(self, step: int) -> ValidationOutput | None:
         """PSNR of held-out clips through the posterior mode; original beside reconstruction."""
@@ -145,15 +147,25 @@ class VaeStage:
         return [f"{frames} frames per clip; edge weight {cfg.edge_weight:g}, KL weight {cfg.kl_weight:g}"]
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"freeze_encoder": self.cfg.freeze_encoder, "normalisation": self.normalisation}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore: the noise is keyed by the step."""
+        """The folder at init_from may hold another VAE by now; a frozen encoder is the checkpoint's."""
+        if not state:  # of an older version
+            return
+        if state["freeze_encoder"] != self.cfg.freeze_encoder:
+            raise ValueError(
+                f"stage.freeze_encoder={str(self.cfg.freeze_encoder).lower()} must stay as the run began; to change it "
+                "set another output_dir and stage.init_from to this run's export/vae"
+            )
+        self.normalisation = state["normalisation"]
 
     def export(self, folder: Path, weights: Mapping[str, nn.Module]) -> None:
         vae = weights[VAE]
         assert isinstance(vae, WanVae), "the module of stage=vae is a WanVae"
-        if not self.cfg.freeze_encoder:
+        if self.cfg.freeze_encoder:
+            vae.normalise_by(*self.normalisation)
+        else:
             device = next(vae.parameters()).device  # an unsharded copy may live on the CPU
             vae.measure_normalisation(self._normalisation_pixels(device))
         vae.save(folder / VAE)
@@ -163,6 +175,20 @@ class VaeStage:
             raise ValueError("the VAE's latents cannot be normalised without training clips: no sample_clips given")
         for batch in self.sample_clips(self.cfg.normalisation_clips):
             yield batch.to(device).model_pixels()
+
+
+def random_crops(batch: Batch, lengths: Mapping[int, int], draw: Callable[[int, int, int], int]) -> Tensor:
+    """A piece of each clip, [B, 3, T, H, W] in [-1, 1]; cut out as uint8, for most of a long clip is thrown away.
+
+    lengths: by axis of a clip [3, T, H, W]. draw: (number of places, sample id, axis) -> place.
+    """
+    assert batch.pixels is not None, "data_fields asks for pixels"
+    clips = []
+    for clip, sample in zip(batch.pixels, batch.sample_ids, strict=True):
+        for axis, length in lengths.items():
+            clip = clip.narrow(axis, draw(clip.shape[axis] - length + 1, sample, axis), length)
+        clips.append(clip)
+    return replace(batch, pixels=torch.stack(clips)).model_pixels()
 
 
 @torch.no_grad()

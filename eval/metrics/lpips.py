@@ -19,9 +19,8 @@ from eval.metrics.image import unit_images
 BACKBONE_FILE = "alexnet-owt-7be5be79.pth"
 HEADS_FILE = "alex.pth"
 HOW_TO_GET = (
-    f"unavailable: put {BACKBONE_FILE} (https://download.pytorch.org/models/{BACKBONE_FILE}) and "
-    f"{HEADS_FILE} (lpips/weights/v0.1 of github.com/richzhang/PerceptualSimilarity) in one folder and set "
-    "bench.lpips_weights=FOLDER"
+    f"put {BACKBONE_FILE} (https://download.pytorch.org/models/{BACKBONE_FILE}) and "
+    f"{HEADS_FILE} (lpips/weights/v0.1 of github.com/richzhang/PerceptualSimilarity) in one folder"
 )
 # (torchvision's index in `features`, in, out, kernel, stride, padding, max-pool first)
 LAYERS = (
@@ -69,17 +68,24 @@ class Lpips(nn.Module):
         return torch.cat([self(2 * ours - 1, 2 * theirs - 1) for ours, theirs in unit_images(frames, reference)])
 
 
-def load_lpips(folder: str | None) -> Lpips | str:
+def require_lpips(folder: str, setting: str) -> None:
+    """Raises FileNotFoundError, naming the setting, where the folder lacks one of the files."""
+    if missing := [name for name in (BACKBONE_FILE, HEADS_FILE) if not (Path(folder) / name).is_file()]:
+        raise FileNotFoundError(f"{setting}={folder} holds no {' and no '.join(missing)}; {HOW_TO_GET}")
+
+
+def load_lpips(folder: str | None, setting: str = "bench.lpips_weights") -> Lpips | str:
     """The metric, or the text that says how to get it.
+
+    setting: of the folder, for messages.
 
     Raises:
         FileNotFoundError: the folder lacks one of the files.
         ValueError: a file is there but is not the checkpoint it should be.
     """
     if folder is None:
-        return HOW_TO_GET
-    if missing := [name for name in (BACKBONE_FILE, HEADS_FILE) if not (Path(folder) / name).is_file()]:
-        raise FileNotFoundError(f"{folder} holds no {' and no '.join(missing)}; {HOW_TO_GET.split(': ', 1)[1]}")
+        return f"unavailable: {HOW_TO_GET} and set {setting}=FOLDER"
+    require_lpips(folder, setting)
     backbone = torch.load(Path(folder) / BACKBONE_FILE, map_location="cpu", weights_only=True)
     heads = torch.load(Path(folder) / HEADS_FILE, map_location="cpu", weights_only=True)
     metric = Lpips()
@@ -93,5 +99,5 @@ def load_lpips(folder: str | None) -> Lpips | str:
     try:
         metric.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{folder} does not hold LPIPS (AlexNet, v0.1) weights: {error}") from error
+        raise ValueError(f"{setting}={folder} does not hold LPIPS (AlexNet, v0.1) weights: {error}") from error
     return metric.eval().requires_grad_(False)

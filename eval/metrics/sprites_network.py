@@ -13,7 +13,6 @@ many times faster. Trained by train/features.py. Left out: textures.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,13 +21,12 @@ from pathlib import Path
 
 import torch
 from einops import rearrange, reduce
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.sprites import COLORS, SHAPES, TEXTURES
 from models.assemble import located
-from models.vae.folder import replace_folder
+from models.vae.folder import read_model, save_model
 
 LABELS = {"shapes": list(SHAPES), "colors": list(COLORS)}  # what each logit stands for
 BEARERS = ("nothing", "background", *SHAPES)  # what can have a colour
@@ -208,12 +206,13 @@ class SpritesNetwork(nn.Module):
         """
         totals = []
         for ours, theirs in zip(videos, references, strict=True):
-            pairs = zip(self._layers(ours[None, :, 1:]), self._layers(theirs[None, :, 1:]), strict=True)
+            layers = (self._layers(_as_floats(video[None])[0, :, 1:]) for video in (ours, theirs))
+            pairs = zip(*layers, strict=True)
             totals.append(sum((F.normalize(a) - F.normalize(b)).square().sum(1).mean() for a, b in pairs))
         return torch.stack(totals)
 
-    def _layers(self, video: Tensor) -> Iterator[Tensor]:  # [1, 3, T, H, W] -> [T, D, h, w] for each
-        x = self.conv_in(rearrange(_as_floats(video).to(self.conv_in.weight.dtype), "1 c t h w -> t c h w"))
+    def _layers(self, video: Tensor) -> Iterator[Tensor]:  # [3, T, H, W] in [-1, 1] -> [T, D, h, w] for each
+        x = self.conv_in(rearrange(video.to(self.conv_in.weight.dtype), "c t h w -> t c h w"))
         for layer in self.frame_part:
             x = layer(x)
             yield x
@@ -228,24 +227,16 @@ class SpritesNetwork(nn.Module):
     def from_folder(cls, folder: str | Path) -> SpritesNetwork:
         """A folder written by ``save``, in float32 whatever it was written in."""
         folder = Path(located(str(folder)))
-        if not (folder / "model.json").is_file():
-            raise FileNotFoundError(
-                f"no sprites network in {folder}: there is no model.json; pass a folder made by stage=features"
-            )
-        saved = json.loads((folder / "model.json").read_text())
+        saved, weights = read_model(folder, "sprites network", made_by="stage=features")
         if saved["labels"] != LABELS:
             raise ValueError(f"{folder} was trained on the labels {saved['labels']}, here are {LABELS}; train it again")
         network = cls(SpritesNetworkConfig(**saved["config"]))
-        network.load_state_dict(load_file(folder / "model.safetensors"))
+        network.load_state_dict(weights)
         return network
 
     def save(self, folder: str | Path) -> None:
         """Writes model.safetensors and model.json (architecture and labels). Atomic."""
-        description = {"config": asdict(self.config), "labels": LABELS}
-        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        with replace_folder(Path(folder)) as fresh:
-            save_file(weights, fresh / "model.safetensors")
-            (fresh / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+        save_model(self, folder, {"config": asdict(self.config), "labels": LABELS})
 
 
 def _activated(conv: nn.Module, width: int) -> nn.Sequential:

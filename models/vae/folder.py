@@ -1,22 +1,35 @@
-"""Writing a model folder so that a reader finds the whole of it or nothing of it."""
+"""Model folders: a reader finds the whole of one or nothing of it."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from models.files import bring_to_disk, follow_umask
+
+DESCRIPTION, WEIGHTS = "model.json", "model.safetensors"
+REPLACED = "replaced"  # name of the old folder in the one that it is set aside in
+RANDOM_LENGTH = 8  # of the end that tempfile gives a name
 
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``folder``; when the block ends without error it takes that name."""
+    """Yields an empty folder beside ``folder``; when the block ends without error it takes that name.
+
+    One process writes a folder: what killed ones left is removed, or put back where it was all that is left.
+    """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    _clear_unfinished(folder)
+    fresh = _beside(folder)
     try:
         yield fresh
         for path in fresh.iterdir():
@@ -24,8 +37,8 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             follow_umask(path)
         follow_umask(fresh)
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            folder.rename(old / "replaced")
+            old = _beside(folder)
+            folder.rename(old / REPLACED)
             fresh.rename(folder)
             shutil.rmtree(old)
         else:
@@ -33,3 +46,29 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     finally:
         if fresh.exists():
             shutil.rmtree(fresh)
+
+
+def save_model(module: nn.Module, folder: str | Path, description: dict[str, Any]) -> None:
+    """Writes model.safetensors and model.json (the description, JSON values). Atomic."""
+    with replace_folder(Path(folder)) as fresh:
+        save_file({name: value.contiguous() for name, value in module.state_dict().items()}, fresh / WEIGHTS)
+        (fresh / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def read_model(folder: str | Path, what: str, made_by: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and weights of a folder that `save_model` wrote; FileNotFoundError, in these words, for another."""
+    folder = Path(folder)
+    if not (folder / DESCRIPTION).is_file():
+        raise FileNotFoundError(f"no {what} in {folder}: there is no {DESCRIPTION}; pass a folder made by {made_by}")
+    return json.loads((folder / DESCRIPTION).read_text()), load_file(folder / WEIGHTS)
+
+
+def _beside(folder: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+
+
+def _clear_unfinished(folder: Path) -> None:
+    for leftover in folder.parent.glob(f".{folder.name}-{'?' * RANDOM_LENGTH}"):
+        if not folder.exists() and (leftover / REPLACED).exists():  # killed between the two renames
+            (leftover / REPLACED).rename(folder)
+        shutil.rmtree(leftover)

@@ -56,6 +56,13 @@ class LatentSpace:
     def to_dict(self) -> dict[str, int | str | bool]:
         return asdict(self)
 
+    @classmethod
+    def shared(cls, first: LatentSpace | None, second: LatentSpace | None, owner: str) -> LatentSpace | None:
+        """The space of both, as far as it is known. Raises ValueError where that of ``owner``, the second, differs."""
+        if first is not None and second is not None:
+            first.require(second, owner)
+        return first or second
+
     def require(self, other: LatentSpace, owner: str) -> None:
         """Raises ValueError naming the fields in which ``other``, the space of ``owner``, is not this one."""
         mine, theirs = asdict(self), asdict(other)

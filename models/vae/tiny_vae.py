@@ -16,22 +16,22 @@ Left out: TAEHV's "super" decoder. Training: ``train/tiny_vae.py``.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.vae.folder import replace_folder
+from models.vae.folder import read_model, save_model
 from models.vae.latent_space import LatentSpace
 from models.vae.streaming_decode import StreamingDecoder
 
 PRESETS = ("taew2_1", "taew2_2", "wan_2_2_large", "sprites")
 TEMPORAL_STRIDE = 4
+LATENTS_PER_CALL = 3  # of a whole clip
 Memory = tuple[Tensor, ...]  # the last input [B, 1, h, w, C] of each memory block
 
 
@@ -65,6 +65,11 @@ class TinyVaeConfig:
     @property
     def spatial_stride(self) -> int:  # pixels per latent cell, each way
         return 2 ** len(self.time_upscale) * self.patch_size
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """Channels and spatial stride, as a latent space has them."""
+        return self.latent_channels, self.spatial_stride
 
     @classmethod
     def taew2_1(cls) -> TinyVaeConfig:
@@ -184,7 +189,7 @@ class TinyVae(nn.Module):
         super().__init__()
         if not latent_space.normalised:
             raise ValueError("a tiny VAE reads normalised latents; its latent space says normalised=False")
-        mine = (cfg.latent_channels, cfg.spatial_stride)
+        mine = cfg.latent_shape
         if mine != (latent_space.channels, latent_space.spatial_stride):
             raise ValueError(
                 f"tiny VAE of {mine[0]} channels and stride {mine[1]} cannot decode a latent space of "
@@ -219,28 +224,17 @@ class TinyVae(nn.Module):
     @classmethod
     def from_folder(cls, folder: str | Path, expected: LatentSpace | None = None) -> TinyVae:
         """A folder written by ``save``; ValueError where its latent space is not the expected one."""
-        folder = Path(folder)
-        if not (folder / "model.json").is_file():
-            raise FileNotFoundError(
-                f"no tiny VAE in {folder}: there is no model.json; pass a folder made by training one"
-            )
-        saved = json.loads((folder / "model.json").read_text())
+        saved, weights = read_model(folder, "tiny VAE", made_by="stage=tiny_vae")
         latent_space = LatentSpace(**saved["latent_space"])
         if expected is not None:
             expected.require(latent_space, owner=f"the tiny VAE in {folder}")
         vae = cls(TinyVaeConfig(**saved["config"]), latent_space)
-        vae.load_state_dict(load_file(folder / "model.safetensors"))
+        vae.load_state_dict(weights)
         return vae
 
     def save(self, folder: str | Path) -> None:
         """Writes model.safetensors and model.json (architecture and latent space). Atomic."""
-        description = {"config": asdict(self.config), "latent_space": self.latent_space.to_dict()}
-        with replace_folder(Path(folder)) as fresh:
-            save_file(
-                {name: value.contiguous() for name, value in self.state_dict().items()},
-                fresh / "model.safetensors",
-            )
-            (fresh / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+        save_model(self, folder, {"config": asdict(self.config), "latent_space": self.latent_space.to_dict()})
 
     def use_channels_last(self) -> TinyVae:
         """Weights with channels last: on a CPU a third faster; results differ by rounding only."""
@@ -249,8 +243,12 @@ class TinyVae(nn.Module):
     # ------------------------------------------------------------------ decoding
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, C, F, h, w] -> pixels [B, 3, 1 + 4(F-1), H, W] in [-1, 1], float32."""
-        return self.decode_chunk(latents, None)[0]
+        """Normalised latents [B, C, F, h, w] -> pixels [B, 3, 1 + 4(F-1), H, W] in [-1, 1], float32.
+
+        A few latents at a time: the features of a whole clip of 81 x 480 x 832 take 19 GB in bfloat16.
+        """
+        stream = self.streaming()
+        return torch.cat([stream.push(part) for part in latents.split(LATENTS_PER_CALL, dim=2)], dim=2)
 
     def streaming(self) -> StreamingDecoder:
         """A decoder for one video that arrives in chunks of latents."""

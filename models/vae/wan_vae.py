@@ -14,8 +14,9 @@ Left out: spatial tiling, and the losses of VAE training (``train/vae.py``).
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from models.vae.channel_norm import replace_norms
 from models.vae.folder import replace_folder
-from models.vae.latent_space import LatentSpace
+from models.vae.latent_space import WAN_2_1_MEAN, WAN_2_1_STD, LatentSpace
 from models.vae.streaming_decode import StreamingDecoder, StreamingEncoder
 
 if TYPE_CHECKING:
@@ -149,9 +150,14 @@ class WanVae(nn.Module):
         return cls(autoencoder, expected.latents_per_call if expected is not None else 1)
 
     def save(self, folder: str | Path) -> None:
-        """Writes a diffusers folder: weights in safetensors, config.json with the normalisation. Atomic."""
+        """Writes a diffusers folder: weights in safetensors, config.json with the normalisation. Atomic.
+
+        Not where it was loaded from: shards know a VAE by the content of its files.
+        """
+        settings = json.loads(self.autoencoder.to_json_string())
+        settings.pop("_name_or_path", None)
         with replace_folder(Path(folder)) as fresh:
-            self.autoencoder.save_config(fresh)
+            (fresh / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
             weights = {name: value.contiguous() for name, value in self.autoencoder.state_dict().items()}
             save_file(weights, fresh / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
@@ -211,7 +217,11 @@ class WanVae(nn.Module):
         if dead := [index for index, value in enumerate(std.tolist()) if value <= floor]:
             log.warning("latent channels %s carry no information: lower the KL weight or z_dim", dead)
         std = std.clamp(min=floor if floor > 0 else 1.0)
-        self.autoencoder.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        self.normalise_by(mean.tolist(), std.tolist())
+
+    def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Sets mean and std per channel; kept by ``save``."""
+        self.autoencoder.register_to_config(latents_mean=list(mean), latents_std=list(std))
 
     # ------------------------------------------------------------------ whole clips
     @torch.no_grad()
@@ -301,6 +311,17 @@ class WanVae(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         return self.autoencoder.quant_conv.weight.dtype
+
+
+def latent_space_of(folder: str | Path) -> LatentSpace | None:
+    """The latent space of the VAE in a folder, read of its config.json alone; None where there is none."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return None
+    defaults = {"latents_mean": WAN_2_1_MEAN, "latents_std": WAN_2_1_STD, "temperal_downsample": [False, True, True]}
+    settings = defaults | json.loads(path.read_text())
+    stride = 2 ** len(settings["temperal_downsample"]) * (settings.get("patch_size") or 1)
+    return LatentSpace.of(tuple(settings["latents_mean"]), tuple(settings["latents_std"]), stride)
 
 
 def _count_slots(part: nn.Module) -> int:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.files import remove_unfinished, replace_file
+from models.vae.latent_space import LatentSpace
 from models.wan.config import INPUT_FIELDS, MASK_CHANNELS, TRACK_HEAD_FIELDS, WanConfig
 from models.wan.dit import WanDiT
 
@@ -113,7 +114,8 @@ def load_pretrained(model: WanDiT, path: str | Path) -> list[str]:
     "patch_embedding.weight[track]"; nothing else may be absent. The columns of patch_embedding go to the channels
     that mean the same, and those of new channels are zero, so that the model starts as the old one; those that
     read a new track head, itself the zero map, keep their initial values, for behind two zeros no gradient would
-    ever reach it. Raises ValueError naming the fields where the checkpoint is of another architecture.
+    ever reach it. The model's latent space becomes the checkpoint's, as far as that tells. Raises ValueError naming
+    the fields where the checkpoint is of another architecture.
     """
     try:
         state, saved = to_official(read_state(path)), _saved_config(Path(path))
@@ -123,6 +125,7 @@ def load_pretrained(model: WanDiT, path: str | Path) -> list[str]:
     layout = _input_layout(state[INPUTS].shape[1], model.config) if saved is None else saved.input_layout
     if layout != model.config.input_layout:
         state[INPUTS] = _grown_inputs(state[INPUTS], layout, model)
+    model.latent_space = _saved_latent_space(Path(path))
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or [name for name in missing if not name.startswith(TRACK_HEAD)]:
         raise ValueError(f"{path} does not fit the model: missing {missing}, unexpected {unexpected}")
@@ -134,10 +137,10 @@ def load_pretrained(model: WanDiT, path: str | Path) -> list[str]:
 
 
 def save_dit(model: WanDiT, folder: str | Path, **provenance: Any) -> None:
-    """Writes folder/model.safetensors and folder/model.json (config, provenance); each appears whole or not
-    at all.
+    """Writes folder/model.safetensors and folder/model.json (config, latent space where it is known, provenance);
+    each appears whole or not at all.
 
-    The weights carry both too, so that a crash between the two files is told. One process writes a folder: what
+    The weights carry all of it too, so that a crash between the two files is told. One process writes a folder: what
     killed ones left half written there is removed.
 
     ``provenance``: JSON values, such as stage, step or the data used.
@@ -146,12 +149,14 @@ def save_dit(model: WanDiT, folder: str | Path, **provenance: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         remove_unfinished(folder / name)
-    config = model.config.to_dict()
-    about = {"format": "pt", "config": json.dumps(config, sort_keys=True), "provenance": json.dumps(provenance)}
+    about = {"config": model.config.to_dict(), "provenance": provenance}
+    if model.latent_space is not None:
+        about["latent_space"] = model.latent_space.to_dict()
+    metadata = {"format": "pt"} | {name: json.dumps(value, sort_keys=True) for name, value in about.items()}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with replace_file(folder / CONFIG_NAME) as description, replace_file(folder / WEIGHTS_NAME) as weights:
-        save_file(state, weights, metadata=about)
-        description.write_text(json.dumps({"config": config, "provenance": provenance}, indent=2) + "\n")
+        save_file(state, weights, metadata=metadata)
+        description.write_text(json.dumps(about, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -170,6 +175,7 @@ def without_tracks(model: WanDiT) -> WanDiT:
         state["patch_embedding.bias"] += torch.einsum("dcfpq,c->d", track, model.track_head(nothing).flatten())
     bare = WanDiT(config)
     bare.load_state_dict(state)
+    bare.latent_space = model.latent_space
     return bare
 
 
@@ -186,7 +192,7 @@ def read_dit_config(folder: str | Path) -> WanConfig:
 def read_provenance(folder: str | Path) -> dict[str, Any]:
     """What `save_dit` was told about where the weights come from: by the weights, where they say so themselves."""
     described = _read_description(Path(folder))["provenance"]
-    carried = _metadata(Path(folder) / WEIGHTS_NAME).get("provenance")
+    carried = _metadata(Path(folder)).get("provenance")
     return described if carried is None else json.loads(carried)
 
 
@@ -210,6 +216,7 @@ def load_dit(folder: str | Path, expected: WanConfig | None = None) -> WanDiT:
     with torch.device("meta"):  # no memory and no time for weights that are replaced
         model = WanDiT(config)
     model.load_state_dict(state, strict=True, assign=True)
+    model.latent_space = _saved_latent_space(folder)
     return model.requires_grad_(True)
 
 
@@ -256,13 +263,19 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 def _saved_config(path: Path) -> WanConfig | None:
     """The config inside a weights file of `save_dit`; None for public files, which do not tell."""
-    path = path / WEIGHTS_NAME if path.is_dir() else path
     config = _metadata(path).get("config")
     return None if config is None else WanConfig.from_dict(json.loads(config))
 
 
+def _saved_latent_space(path: Path) -> LatentSpace | None:
+    """The latent space that a weights file of `save_dit` was made in, where it tells."""
+    space = _metadata(path).get("latent_space")
+    return None if space is None else LatentSpace(**json.loads(space))
+
+
 def _metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says beside its tensors; empty for what is none."""
+    """What a safetensors file, or that of a folder of ours, says beside its tensors; empty for what is none."""
+    path = path / WEIGHTS_NAME if path.is_dir() else path
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
     with safe_open(path, framework="pt") as file:

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from models.condition import Condition
 from models.diffusion.prediction import velocity_to_x0
 from models.motion.track_head import TrackHead
+from models.vae.latent_space import LatentSpace
 from models.wan.attention import ChunkMask
 from models.wan.blocks import (
     AttentionContext,
@@ -69,6 +70,7 @@ class WanDiT(nn.Module):
         """Fresh weights (head and track head output zero), drawn from ``rng`` or the global generator."""
         super().__init__()
         self.config = config
+        self.latent_space: LatentSpace | None = None  # that it was made in; kept in its files. None: not known
         dim = config.dim
         self.patch_embedding = nn.Conv3d(
             config.in_channels, dim, kernel_size=tuple(config.patch_size), stride=tuple(config.patch_size)

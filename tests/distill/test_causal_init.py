@@ -12,6 +12,7 @@ from tiny_distill import check_golden, make_batch, perturbed, setup_context, ste
 from distill.causal_init import CausalInit, CausalInitConfig, draw_indices, draw_mask, select_states
 from distill.ode_pairs import FOLDER, OdePairs, OdePairsConfig
 from distill.roles import STUDENT
+from models.assemble import build_vae
 from models.diffusion.noise import KeyedNoise
 from models.rollout import RolloutConfig
 from models.wan.checkpoint import load_dit, save_dit
@@ -54,6 +55,25 @@ def test_a_student_can_be_gone_on_with(model_cfg, pairs, tmp_path):
     assert torch.equal(second.student.patch_embedding.bias, first.student.patch_embedding.bias)
     with pytest.raises(FileNotFoundError, match="stage.init_from=none does not exist"):
         build(model_cfg, pairs, tmp_path, init_from="none")
+
+
+def test_the_student_is_of_its_teachers_latent_space_and_no_other(model_cfg, pairs, tmp_path):
+    vae = build_vae(model_cfg, seed=0)
+    vae.save(tmp_path / "vae")
+    teacher = load_dit(model_cfg.teacher)
+    teacher.latent_space = vae.latent_space
+    save_dit(teacher, tmp_path / "teacher")
+    without_vae = replace(model_cfg, teacher=str(tmp_path / "teacher"))
+    stage = build(without_vae, pairs, tmp_path)
+    stage.export(tmp_path, stage.modules())
+    assert load_dit(tmp_path / STUDENT).latent_space == vae.latent_space
+    vae.normalise_by([0.5] * 4, [1.0] * 4)
+    vae.save(tmp_path / "vae")
+    with_other = replace(without_vae, vae=replace(model_cfg.vae, path=str(tmp_path / "vae")))
+    with pytest.raises(ValueError, match=r"model\.teacher=.* was made for another latent space"):
+        build(with_other, pairs, tmp_path)
+    with pytest.raises(ValueError, match=r"stage\.init_from=.* was made for another latent space"):
+        build(with_other, pairs, tmp_path, init_from=str(tmp_path / STUDENT))
 
 
 def test_states_are_drawn_per_chunk_and_include_the_clean_end():

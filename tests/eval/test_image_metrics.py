@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -50,14 +51,14 @@ def test_refuses_float_frames_and_other_sizes(video: torch.Tensor) -> None:
 
 
 def test_lpips_says_how_to_get_it_or_loads(tmp_path: Path, video: torch.Tensor) -> None:
-    assert str(load_lpips(None)).startswith("unavailable: ")
+    assert re.fullmatch("unavailable: put .* set bench.lpips_weights=FOLDER", str(load_lpips(None)))
     torch.manual_seed(0)
     random = Lpips()
     features = {key: value for key, value in random.state_dict().items() if key.startswith("features.")}
     heads = {f"lin{i}.model.1.weight": head.weight.data.abs() for i, head in enumerate(random.heads)}
     torch.save(features | {"classifier.1.weight": torch.zeros(1)}, tmp_path / BACKBONE_FILE)
-    with pytest.raises(FileNotFoundError, match=f"holds no {HEADS_FILE}; put .* set bench.lpips_weights=FOLDER"):
-        load_lpips(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"stage.lpips_weights={tmp_path} holds no {HEADS_FILE}; put "):
+        load_lpips(str(tmp_path), "stage.lpips_weights")
     torch.save(heads, tmp_path / HEADS_FILE)
     metric = load_lpips(str(tmp_path))
     assert isinstance(metric, Lpips)

@@ -15,6 +15,7 @@ from data.sprites import COLORS, SpritesConfig, simulate
 from eval.metrics.sprites_network import (
     HEADS,
     LABELS,
+    MIN_FRAMES,
     MOTION_UNIT,
     CaptionLabels,
     SpritesNetwork,
@@ -185,6 +186,13 @@ def test_folders_that_are_not_one_are_refused(network, tmp_path):
     with pytest.raises(ValueError, match="was trained on the labels"):
         SpritesNetwork.from_folder(tmp_path / "features")
     assert LABELS["colors"] == list(COLORS)
+
+
+def test_the_shortest_videos_have_a_perceptual_distance(network):
+    videos = torch.rand(2, 1, 3, MIN_FRAMES, 32, 32) * 2 - 1
+    assert float(network.perceptual_distance(videos[0], videos[1])) > 0
+    with pytest.raises(ValueError, match="T >= 5"):
+        network.perceptual_distance(*videos[:, :, :, 1:])
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,32 @@ def test_weights_of_the_other_role_are_told(stage, warned, tmp_path, caplog):
     assert ("was made by stage=teacher: it is no student" in caplog.text) == warned
 
 
+def test_a_role_made_for_another_vae_is_refused(tmp_path):
+    """VAEs of one shape have spaces of their own: a DiT makes noise for the wrong one, without an error."""
+    cfg, dit = load("tiny"), build_dit(load("tiny"), seed=5)
+    vae = build_vae(cfg, seed=0)
+    for name, mean in (("vae", 0.0), ("other", 0.5)):
+        vae.normalise_by([mean] * 4, [1.0] * 4)
+        vae.save(tmp_path / name)
+    cfg.vae.path, cfg.teacher, cfg.student = (str(tmp_path / name) for name in ("vae", "teacher", "student"))
+    save_dit(dit, tmp_path / "teacher")
+    made_here = load_role(cfg, "teacher")
+    assert made_here.latent_space == cfg.latent_space, "its file does not tell, as published ones do not"
+    save_dit(made_here, tmp_path / "student")
+    assert load_for_inference(cfg, "student", "cpu").latent_space == cfg.latent_space
+    cfg.vae.path = str(tmp_path / "other")
+    load_role(cfg, "teacher")
+    told = r"model\.student=.*student, to be used with model\.vae\.path=.*other, was made for another latent space"
+    with pytest.raises(ValueError, match=told):
+        load_role(cfg, "student")
+    cfg.vae.path = str(tmp_path / "not here")
+    assert load_role(cfg, "student").latent_space == made_here.latent_space
+    weights = tmp_path / "student/model.safetensors"
+    cfg.vae.path, cfg.student = str(tmp_path / "other"), str(weights)
+    with pytest.raises(ValueError, match="was made for another latent space"):
+        load_role(cfg, "student")
+
+
 def test_a_published_checkpoint_is_a_teacher_too(tmp_path):
     from safetensors.torch import save_file
 

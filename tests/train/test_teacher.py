@@ -419,5 +419,22 @@ def test_kill_9_and_resume_is_bit_for_bit(tiny_shards, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(kept[0].parameters(), kept[1].parameters()))
 
 
+def test_it_knows_its_latent_space_and_goes_on_in_no_other(tiny_model, tiny_shards, tmp_path, caplog):
+    vae = build_vae(tiny_model, seed=0)
+    vae.save(tmp_path / "vae")
+    settings = ("steps=1", f"model.vae.path={tmp_path / 'vae'}")
+    run(tiny_shards, tmp_path / "run", *settings)
+    assert load_dit(tmp_path / "run/export/teacher").latent_space == vae.latent_space
+    run(tiny_shards, tmp_path / "run", "steps=2", "model.vae.path=null")
+    assert load_dit(tmp_path / "run/export/teacher").latent_space == vae.latent_space, "the checkpoint knows it"
+    vae.normalise_by([0.5] * 4, [1.0] * 4)
+    vae.save(tmp_path / "vae")
+    with pytest.raises(ValueError, match="the checkpoint of this run was made for another latent space"):
+        run(tiny_shards, tmp_path / "run", *settings)
+    run(tiny_shards, tmp_path / "next", *settings, f"stage.init_from={tmp_path / 'run/export/teacher'}")
+    assert "was made for another latent space than that of model.vae;" in caplog.text
+    assert load_dit(tmp_path / "next/export/teacher").latent_space == vae.latent_space
+
+
 def test_stage_of_the_yaml():
     assert isinstance(build_target(compose_config("train", ["stage=teacher"]).stage), Teacher)

@@ -21,6 +21,7 @@ from train.build import build_trainer, read_settings
 from train.discriminator import STRETCH_FRAMES, PatchDiscriminator, ReplayBuffer, stretch_of
 from train.stage import SetupContext, StepContext
 from train.tiny_vae import DISCRIMINATOR, TINY_VAE, TinyVaeStage, TinyVaeStageConfig
+from train.vae import psnr_db
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden/tiny_vae.json"
 SMALL = {"preset": "sprites", "num_frames": 9, "crop_px": 16, "discriminator_widths": [8, 16], "replay_size": 4}
@@ -94,16 +95,41 @@ def test_the_replay_buffer_gives_back_older_ones_where_the_pick_is_odd():
     latents = torch.arange(4.0).view(4, 1, 1, 1)
     stretches, of = buffer.exchange(first, latents, [0, 1, 2, 3])
     assert torch.equal(stretches, first) and torch.equal(of, latents)  # nothing to give back yet
-    assert len(buffer.stretches) == 3  # the fourth replaced the first
+    assert len(buffer.stored) == 3  # the fourth replaced the first
     mixed, of = buffer.exchange(2 * first, latents + 10, [3, 0, 2, 11])
     assert mixed[:, 0, 0, 0].tolist() == [1, 2, 2, 1]
     assert of.flatten().tolist() == [1, 11, 12, 2]  # numbers 1 and 5 of the stored latents 3, 1, 2
     again, state = ReplayBuffer(size=3), buffer.state_dict()
     again.load_state_dict(state)
-    storages = {each.untyped_storage().data_ptr() for each in again.stretches}
+    storages = {stretch.untyped_storage().data_ptr() for stretch, _ in again.stored}
     assert len(storages) == 3 and state["stretches"].untyped_storage().data_ptr() not in storages
     for one, other in zip(again.exchange(first, latents, [5] * 4), buffer.exchange(first, latents, [5] * 4)):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("size", "kept"), [(2, [3, 4]), (3, [2, 3, 4]), (5, [2, 3, 4, 5, 6]), (4, [2, 3, 4, 5])])
+def test_a_replay_buffer_of_another_size_goes_on_with_the_newest(size, kept):
+    def store(buffer: ReplayBuffer, *numbers: float) -> None:
+        for number in numbers:
+            buffer.exchange(torch.full((1, 1, 1, 1), number), torch.zeros(1, 1, 1, 1), [0])
+
+    buffer, other = ReplayBuffer(size=3), ReplayBuffer(size)
+    store(buffer, 0.0, 1.0, 2.0, 3.0, 4.0)
+    other.load_state_dict(buffer.state_dict())
+    if size == 3:
+        assert [float(stretch) for stretch, _ in other.stored] == [3, 4, 2], "each in its place"
+    store(other, *(5.0, 6.0)[: max(0, size - 3)])
+    assert sorted(float(stretch) for stretch, _ in other.stored) == kept
+    store(other, 7.0)
+    assert sorted(float(stretch) for stretch, _ in other.stored) == [*kept[1:], 7], "the oldest is replaced"
+
+
+def test_a_replay_buffer_forgets_stretches_of_another_crop():
+    buffer = ReplayBuffer(size=3)
+    buffer.exchange(torch.zeros(2, 9, 4, 4), torch.zeros(2, 4, 1, 1), [0, 0])
+    larger, latents = torch.ones(2, 9, 8, 8), torch.ones(2, 4, 2, 2)
+    assert torch.equal(buffer.exchange(larger, latents, [1, 3])[0], larger)
+    assert [stretch.shape for stretch, _ in buffer.stored] == [(9, 8, 8)] * 2
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
@@ -127,11 +153,11 @@ def test_the_discriminator_judges_patches_and_reads_the_latent():
 
 def test_crops_in_space_and_time_are_keyed_by_sample(model, tmp_path):
     stage = set_up(model, tmp_path, crop_px=8)
-    pixels = torch.rand(2, 3, 33, 16, 16)
-    both = stage.crop(pixels, [4, 9], step=3)
+    batch = Batch([4, 9], ["", ""], ["", ""], pixels=torch.randint(256, (2, 3, 33, 16, 16), dtype=torch.uint8))
+    both = stage.crop(batch, step=3)
     assert both.shape == (2, 3, 9, 8, 8)
-    assert torch.equal(stage.crop(pixels[1:], [9], step=3)[0], both[1])
-    windows = pixels[0].unfold(1, 9, 1).unfold(2, 8, 1).unfold(3, 8, 1).permute(1, 2, 3, 0, 4, 5, 6)
+    assert torch.equal(stage.crop(replace(batch, sample_ids=[9], pixels=batch.pixels[1:]), step=3)[0], both[1])
+    windows = batch.model_pixels()[0].unfold(1, 9, 1).unfold(2, 8, 1).unfold(3, 8, 1).permute(1, 2, 3, 0, 4, 5, 6)
     assert (windows == both[0]).flatten(3).all(-1).sum() == 1  # a piece of the clip, as it is
 
 
@@ -156,6 +182,47 @@ def test_it_learns_and_its_export_knows_its_latent_space(model, pixel_shards, tm
         TinyVae.from_folder(tmp_path / "export/tiny_vae", expected=replace(space, fingerprint="other"))
 
 
+def test_a_run_goes_on_with_another_crop_but_with_no_other_vae(model, tmp_path):
+    """Weights that decode one latent space must not be exported as those of another."""
+    first = set_up(model, tmp_path, gan_start=0)
+    for update in first.updates(0):
+        first.train_step(pixel_batch([0, 1]), StepContext(0, update, 0, 0, 1, 0))
+    state, again = first.state_dict(), set_up(model, tmp_path, gan_start=0, crop_px=8)
+    again.load_state_dict(state)
+    again.train_step(pixel_batch([1, 3]), StepContext(1, DISCRIMINATOR, 0, 0, 1, 0))
+    again.load_state_dict({"replay": state["replay"]})  # as an older version wrote it
+    vae = build_vae(model)
+    vae.normalise_by([0.5] * 4, [1.0] * 4)
+    vae.save(tmp_path / "other")
+    other = set_up(replace(model, vae=replace(model.vae, path=str(tmp_path / "other"))), tmp_path)
+    with pytest.raises(ValueError, match="the checkpoint of this run was made for another latent space"):
+        other.load_state_dict(state)
+
+
+def test_validation_is_of_single_clips(model, tmp_path, monkeypatch):
+    stage, sizes, decode = set_up(model, tmp_path), [], TinyVae.decode
+    monkeypatch.setattr(TinyVae, "decode", lambda vae, latents: sizes.append(len(latents)) or decode(vae, latents))
+    stage.held_out = batch = pixel_batch([0, 1, 2])
+    found = stage.validate(0)
+    with torch.no_grad():
+        latents = stage.vae.encode(batch.model_pixels())
+        expected = psnr_db(decode(stage.tiny_vae, latents), batch.model_pixels()).mean()
+    assert sizes == [1, 1, 1] and found.metrics["psnr_db"] == pytest.approx(float(expected), abs=1e-4)
+    assert [video.shape for video in found.videos.values()] == [(33, 16, 48, 3)] * 3
+
+
+def test_a_start_of_another_preset_and_absent_lpips_are_refused(model, tmp_path):
+    TinyVae.from_config(replace(TinyVaeConfig.sprites(4), encoder_width=8), build_vae(model).latent_space).save(
+        tmp_path / "tiny"
+    )
+    with pytest.raises(ValueError, match="stage.init_from=.*tiny is not of stage.preset=sprites: .*encoder_width=8"):
+        set_up(model, tmp_path, init_from=str(tmp_path / "tiny"))
+    with pytest.raises(FileNotFoundError, match="stage.lpips_weights=/nowhere holds no alexnet"):
+        TinyVaeStage(TinyVaeStageConfig(**SMALL, lpips_weights="/nowhere")).check(model)
+    with pytest.raises(ValueError, match=r"stage.preset=taew2_1 decodes \(16, 8\), .* has \(4, 4\); .*: sprites"):
+        TinyVaeStage(TinyVaeStageConfig(**(SMALL | {"preset": "taew2_1"}))).check(model)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_their_published_sizes(name):
     decoders = {"taew2_1": 9.84, "taew2_2": 9.92, "wan_2_2_large": 56.7, "sprites": 0.1107}  # M parameters
@@ -174,6 +241,9 @@ def test_presets_have_their_published_sizes(name):
         ({"num_frames": 1}, "stage.num_frames=1 must be at least 5"),
         ({"gan_weight": -1.0}, "stage.gan_weight=-1.0 must be >= 0"),
         ({"preset": "taew"}, "stage.preset='taew' must be one of taew2_1"),
+        ({"discriminator_widths": []}, r"stage.discriminator_widths=\[\] must name at least one width"),
+        ({"discriminator_widths": [16, 100]}, r"\[16, 100\] must name .* below 32 or a multiple of 16"),
+        ({"discriminator_widths": [8] * 5, "crop_px": 16}, r"halves stage.crop_px=16 5 times, to nothing.* least 32"),
     ],
 )
 def test_refused(settings, message):

@@ -107,6 +107,21 @@ def test_a_frozen_encoder_keeps_the_latent_space(pixel_shards, tmp_path, tiny_mo
     assert not torch.equal(first.decode(first.encode(pixels)), second.decode(first.encode(pixels)))
 
 
+def test_a_frozen_encoder_stays_that_of_the_run_when_its_start_has_changed(pixel_shards, tmp_path):
+    """The encoder is the checkpoint's; the normalisation of another one would move its latents."""
+    run(pixel_shards, tmp_path / "first", "steps=1")
+    start, frozen = tmp_path / "first/export/vae", tmp_path / "frozen/export/vae"
+    settings = (f"stage.init_from={start}", "stage.freeze_encoder=true")
+    run(pixel_shards, tmp_path / "frozen", "steps=1", *settings)
+    space = WanVae.from_folder(frozen).latent_space
+    run(pixel_shards, tmp_path / "first", "steps=2")
+    assert WanVae.from_folder(start).latent_space != space
+    run(pixel_shards, tmp_path / "frozen", "steps=2", *settings)
+    assert WanVae.from_folder(frozen).latent_space == space
+    with pytest.raises(ValueError, match="stage.freeze_encoder=false must stay as the run began"):
+        run(pixel_shards, tmp_path / "frozen", "steps=3", settings[0])
+
+
 def test_the_start_is_a_function_of_the_seed_and_its_residual_branches_are_silent(tiny_model):
     def started(seed: int):
         vae = build_vae(tiny_model, seed=0)
@@ -128,12 +143,17 @@ def test_the_start_is_a_function_of_the_seed_and_its_residual_branches_are_silen
 def test_crops_are_of_the_stated_length_and_keyed_by_sample():
     stage = VaeStage(VaeStageConfig(num_frames=5))
     stage.noise = KeyedNoise(0)
-    pixels = torch.arange(33.0).view(1, 1, 33, 1, 1).expand(2, 3, 33, 1, 1)
-    both = stage.crop(pixels, [4, 9], step=3)
+    numbers = torch.arange(33, dtype=torch.uint8).view(1, 1, 33, 1, 1).expand(2, 3, 33, 1, 1)
+
+    def crop(ids: list[int], step: int) -> torch.Tensor:  # numbers of the frames
+        batch = Batch(ids, [""] * len(ids), [""] * len(ids), pixels=numbers[: len(ids)])
+        return ((stage.crop(batch, step) + 1) * 127.5).round()
+
+    both = crop([4, 9], step=3)
     assert both.shape == (2, 3, 5, 1, 1)
     assert torch.equal(both[:, 0, :, 0, 0].diff(), torch.ones(2, 4))
-    assert torch.equal(stage.crop(pixels[:1], [9], step=3)[0], both[1])
-    starts = {float(stage.crop(pixels[:1], [1], step)[0, 0, 0]) for step in range(300)}
+    assert torch.equal(crop([9], step=3)[0], both[1])
+    starts = {float(crop([1], step)[0, 0, 0]) for step in range(300)}
     assert starts == set(map(float, range(29)))
 
 

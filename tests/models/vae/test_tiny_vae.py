@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from models.vae.latent_space import LatentSpace
-from models.vae.tiny_vae import Grow, MemoryBlock, TimePool, TinyVae, TinyVaeConfig
+from models.vae.tiny_vae import LATENTS_PER_CALL, Grow, MemoryBlock, TimePool, TinyVae, TinyVaeConfig
 
 WAN_LATENTS = Path(__file__).parents[4] / "shared" / "data" / "wan_latents.safetensors"
 SMALL = TinyVaeConfig(decoder_widths=[24, 16, 12, 8], encoder_width=12)
@@ -84,6 +84,18 @@ def test_parallel_equals_sequential_equals_streaming(cfg):
         parts = [stream.push(part) for part in latents.split(chunks, dim=2)]
         assert [part.shape[2] for part in parts] == [4 * n - 3 * (i == 0) for i, n in enumerate(chunks)]
         torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-6, rtol=0)
+
+
+def test_a_whole_clip_is_decoded_a_few_latents_at_a_time(monkeypatch):
+    vae, lengths, reconstruct = make(SMALL), [], TinyVae.reconstruct
+
+    def counted(self, latents, state=None):
+        lengths.append(latents.shape[2])
+        return reconstruct(self, latents, state)
+
+    monkeypatch.setattr(TinyVae, "reconstruct", counted)
+    assert vae.decode(torch.zeros(1, 16, 7, 2, 2)).shape[2] == 25
+    assert lengths == [LATENTS_PER_CALL, LATENTS_PER_CALL, 1]
 
 
 @pytest.mark.parametrize("num_frames", [5, 8, 17])

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
+from data.encode import fingerprint
 from models.device import DTYPES, fast_dtype
 from models.vae.channels_last import use_channels_last
 from models.vae.latent_space import LatentSpace
-from models.vae.wan_vae import VaeConfig, WanVae
+from models.vae.wan_vae import VaeConfig, WanVae, latent_space_of
 
 FASTER = DTYPES[fast_dtype(torch.device("cpu"))]  # without bfloat16 products convolutions of it are of another kernel
 WAN_2_1 = VaeConfig(base_dim=8, z_dim=4)
@@ -233,6 +234,23 @@ def test_measured_normalisation_gives_unit_statistics_and_survives_the_file(tmp_
     assert loaded.latent_space == vae.latent_space
     assert torch.equal(loaded.encode(pixels), vae.encode(pixels))
     assert json.loads((tmp_path / "vae" / "config.json").read_text())["latents_std"] == list(vae.latents_std)
+
+
+def test_a_folder_tells_its_latent_space_without_its_weights(tmp_path):
+    vae, _ = make("wan_2_2")
+    vae.save(tmp_path / "vae")
+    (tmp_path / "vae/diffusion_pytorch_model.safetensors").unlink()
+    assert latent_space_of(tmp_path / "vae") == vae.latent_space
+    assert latent_space_of(tmp_path) is None
+    (tmp_path / "config.json").write_text("{}")  # diffusers' defaults: Wan 2.1
+    assert latent_space_of(tmp_path) == LatentSpace.wan_2_1()
+
+
+def test_the_files_of_a_vae_do_not_tell_where_it_was_loaded_from(tmp_path):
+    """Shards know a VAE by the content of its files."""
+    make("wan_2_1")[0].save(tmp_path / "one")
+    WanVae.from_folder(tmp_path / "one").save(tmp_path / "again")
+    assert fingerprint(str(tmp_path / "one")) == fingerprint(str(tmp_path / "again"))
 
 
 def test_a_channel_without_information_is_not_blown_up(caplog):

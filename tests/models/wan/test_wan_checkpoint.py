@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from dataclasses import replace
@@ -22,6 +23,7 @@ from wan_reference import (
     rng,
 )
 
+from models.vae.latent_space import LatentSpace
 from models.wan import checkpoint
 from models.wan.checkpoint import (
     diffusers_to_official,
@@ -242,6 +244,22 @@ def test_folder_round_trip(tmp_path: Path):
     assert_same_state(loaded.state_dict(), model.state_dict())
     save_dit(model.bfloat16(), tmp_path / "student")
     assert load_dit(tmp_path / "student").patch_embedding.weight.dtype == torch.bfloat16
+
+
+def test_files_keep_the_latent_space_that_a_model_was_made_in(tmp_path: Path):
+    space, model, grown = LatentSpace.of((0.0,) * C, (1.0,) * C, 4), perturbed_dit(CONTROL), WanDiT(CONTROL)
+    save_dit(model, tmp_path / "unknown")
+    assert json.loads((tmp_path / "unknown/model.json").read_text()).keys() == {"config", "provenance"}
+    assert load_dit(tmp_path / "unknown").latent_space is None
+    model.latent_space = space
+    save_dit(copy.deepcopy(model), tmp_path / "known")
+    assert load_dit(tmp_path / "known").latent_space == space == without_tracks(model).latent_space
+    for path in (tmp_path / "known", tmp_path / "known/model.safetensors"):
+        grown.latent_space = None
+        load_pretrained(grown, path)
+        assert grown.latent_space == space
+    load_pretrained(grown, tmp_path / "unknown")
+    assert grown.latent_space is None
 
 
 def test_a_folder_is_a_source_of_pretrained_weights(tmp_path: Path):
