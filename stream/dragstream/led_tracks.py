@@ -15,7 +15,7 @@ import torch
 from models.condition import FRAMES_PER_LATENT
 from models.motion.tracks import Tracks
 from stream.dragstream.drag import Drag, Handle, Pose
-from stream.dragstream.geometry import cell_centers, moved
+from stream.dragstream.geometry import cell_centers, contains, moved, source_of
 from stream.track_buffer import TrackBuffer
 
 
@@ -23,27 +23,40 @@ def tracks_on(buffer: TrackBuffer, drag: Drag, grid: tuple[int, int]) -> list[Tr
     """The tracks on each handle now, one frame each; new ones where it has none. grid: latent cells, rows and cols."""
     found: list[Tracks] = []
     held: set[int] = set()
+    now = buffer.seen()
     for handle in reversed(drag.handles):  # a later one is in front: what lies in two goes with it
-        seen = Tracks.empty(1, 1, *handle.mask.shape) if handle.returns else buffer.seen_in(handle.mask)
-        free = [n for n, identity in enumerate(seen.ids[0].tolist()) if identity not in held]
-        tracks = seen.select(torch.tensor(free)) if free else _one_per_cell(buffer, handle, grid, held)
+        hit = contains(handle.mask, now.points[0, 0]).tolist()
+        free = [n for n, identity in enumerate(now.ids[0].tolist()) if hit[n] and identity not in held]
+        is_here = free and not handle.returns
+        tracks = now.select(torch.tensor(free)) if is_here else _one_per_cell(buffer, handle, grid, held)
         held.update(tracks.ids[0].tolist())
         found.insert(0, tracks)
     return found
 
 
-def led(drag: Drag, tracks: Sequence[Tracks], num_frames: int, opens_video: bool) -> Tracks:
-    """Tracks of each handle, of one frame or of all, taken along by the drag through the frames that it concerns.
+def tracks_on_way(buffer: TrackBuffer, drag: Drag, poses: Sequence[Sequence[Pose]]) -> frozenset[int]:
+    """Identities of the tracks that lie now where a handle is, or will be in some frame. poses: see `pixel_poses`."""
+    now = buffer.seen()
+    middles = now.points[0, 0].floor() + 0.5  # of the pixels that they are in
+    hit = torch.zeros(now.num_tracks, dtype=torch.bool)
+    for index, handle in enumerate(drag.handles):
+        here = [] if handle.returns else [Pose()]
+        for pose in dict.fromkeys([*here, *(frame[index] for frame in poses)]):
+            hit |= contains(handle.mask, source_of(middles, pose, handle.center))
+    return frozenset(now.ids[0, hit].tolist())
+
+
+def led(drag: Drag, tracks: Sequence[Tracks], poses: Sequence[Sequence[Pose]]) -> Tracks:
+    """Tracks of each handle, of one frame or of all, taken along by the drag. poses: see `pixel_poses`.
 
     Those of later handles, which are in front, come first: of two tracks in one cell the first is seen.
     """
     parts = []
     for index, (handle, before) in enumerate(zip(drag.handles, tracks)):
-        poses = [poses[index] for poses in pixel_poses(drag, num_frames, opens_video)]
-        path = before.points[0].expand(num_frames, -1, -1)
-        points = torch.stack([moved(at, pose, handle.center) for at, pose in zip(path, poses)])[None]
+        path = before.points[0].expand(len(poses), -1, -1)
+        points = torch.stack([moved(at, frame[index], handle.center) for at, frame in zip(path, poses)])[None]
         size = points.new_tensor([before.width, before.height])
-        seen = before.visibility.expand(-1, num_frames, -1) & ((points >= 0) & (points < size)).all(-1)
+        seen = before.visibility.expand(-1, len(poses), -1) & ((points >= 0) & (points < size)).all(-1)
         parts.append(Tracks(points, seen, before.ids, before.height, before.width))
     front, *behind = reversed(parts)
     return front.beside(*behind)
@@ -57,14 +70,10 @@ def along(paths: Tracks, tracks: Tracks) -> Tracks:
 
 
 def pixel_poses(drag: Drag, num_frames: int, opens_video: bool) -> Iterator[list[Pose]]:
-    """Poses of the handles in each frame: of the latest chunk where the drag edits, else of the next ones.
-
-    An edit of the video's first chunk leaves its first frame, which is given, where it is.
-    """
+    """Poses of the handles in each frame: of the latest chunk where the drag edits, else of the next ones."""
     if drag.mode == "edit":
         for frame in range(num_frames):
-            share = frame / max(1, num_frames - 1) if opens_video else (frame + 1) / num_frames
-            yield [handle.start.toward(handle.poses[0], share) for handle in drag.handles]
+            yield drag.edited(frame, num_frames, opens_video)
         return
     for frame in range(num_frames):
         latent, within = divmod(frame, FRAMES_PER_LATENT)

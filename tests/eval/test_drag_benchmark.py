@@ -322,7 +322,8 @@ def test_a_variant_that_is_the_setting_itself_decides_no_difference() -> None:
     """Else a claim would be told by a difference of exactly nothing."""
     assert same_as_full(baseline_settings("paper"), list(VARIANTS)) == ["Ln 9"]
     ours = replace(baseline_settings("marionette"), iterations=4)
-    assert "with tracks" in (same := same_as_full(ours, list(VARIANTS)))
+    same = same_as_full(ours, list(VARIANTS))
+    assert "with tracks" in same
     claim = next(claim for claim in CLAIMS if ("with tracks", "objmc_px") in claim.better)
     found = DragAblation(DragAblationConfig()).finding(1, claim, {name: [] for name in VARIANTS}, 0, same)
     assert found.verdict == "not measured" and "`drag` is itself with tracks" in found.why_absent
@@ -349,7 +350,7 @@ def test_neighbours_are_counted_from_before_the_drag(tiny_weights, tmp_path: Pat
     codecs = Codecs.load(model_cfg)
     context = EvalContext(model_cfg, codecs, torch.device("cpu"), 0, tmp_path, baseline_settings("paper"))
     world = SpritesConfig(max_sprites=2, min_size=0.36, max_size=0.42)
-    bench = DragBenchmark(DragBenchConfig(num_scenarios=7, baselines=[], world=world, opening_chunks=6))
+    bench = DragBenchmark(DragBenchConfig(num_scenarios=7, baselines=[], world=world, opening_chunks=7))
     scenarios = bench.scenarios(context)
     settings = {str(count): replace(context.drag, iterations=1, adsr_frames=count) for count in (9, 18)}
     bench.stream(context, context.load("student"), [scenarios[0], scenarios[6]], settings)
