@@ -43,7 +43,8 @@ class _Queue:
         return replace(self, parts=(*self.parts, tracks), ids=ids, seen=self.seen.union(own))
 
     def without(self, ids: Collection[int]) -> _Queue:
-        return replace(self, ids=_others(self.ids, ids))
+        rest = replace(self, ids=_others(self.ids, ids))
+        return replace(rest, latest=rest.shown())
 
     def ended(self) -> _Queue:
         """The same without what was not read yet."""
