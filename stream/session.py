@@ -30,11 +30,20 @@ from models.wan.dit import WanDiT
 from models.wan.static_cache import StaticKVCache
 from stream.codecs import Codecs, to_frames
 from stream.dragstream.config import DragConfig
-from stream.dragstream.drag import Drag, Pose, check_drag
+from stream.dragstream.drag import Drag, check_drag
 from stream.dragstream.editor import DragEditor, DragLog, read_references
 from stream.dragstream.features import FeatureReader, Reference
-from stream.dragstream.led_tracks import along, led, pixel_poses, tracks_on, tracks_on_way
-from stream.session_state import Animation, Boundary, ChunkTiming, DragOutcome, Memory, SessionState, Steering
+from stream.dragstream.led_tracks import DragTracks
+from stream.session_state import (
+    Animation,
+    Boundary,
+    ChunkTiming,
+    DragOutcome,
+    Memory,
+    SessionState,
+    Steering,
+    check_target,
+)  # fmt: skip
 from stream.track_buffer import TrackBuffer
 
 
@@ -84,8 +93,7 @@ class StreamSession:
                 "one of the two"
             )
         clip, noise = codecs.model_cfg.clip, KeyedNoise(seed)
-        self.codecs = codecs
-        self.num_frames_limit = num_frames
+        self.codecs, self.num_frames_limit = codecs, num_frames
         self._buffer = TrackBuffer(clip.height, clip.width, ending=ending, rng=noise.generator("track_ids", sample_id))
         if tracks is not None:
             self._buffer.push(tracks)
@@ -166,8 +174,7 @@ class StreamSession:
     @property
     def frames_in_next_chunk(self) -> int:
         """Frames that the next chunk gives: 1 + 4(c-1), then 4c."""
-        span = self._frames_of(self._chunk_index)
-        return span.stop - span.start
+        return self._frames_in(self._chunk_index)
 
     def snapshot(self) -> SessionState:
         """This chunk boundary, to return to: a copy of everything, cache included."""
@@ -242,8 +249,7 @@ class StreamSession:
         """
         clip, chunk_frames = self.codecs.model_cfg.clip, self.codecs.model_cfg.rollout.chunk_frames
         check_drag(drag, height=clip.height, width=clip.width, chunk_frames=chunk_frames)
-        self._check_chunk(drag.chunk)
-        self._check_state(drag.mode)
+        check_target(drag, self.drag_cfg, self._boundary(), num_back=len(self._boundaries))
         self._receive()
         drag = drag.copied()
         if drag.mode == "edit":
@@ -254,15 +260,12 @@ class StreamSession:
         step, passes = self.drag_cfg.step, self._memory.passes
         start = ChunkStart(step, passes[step].noisy_latents)  # earlier drags of this chunk included
         asked, boundary, now = self._memory.asked, self._boundaries[-1], self._steering()
-        poses = self._poses(drag, self._chunk_index - 1)
-        on_the_way, on_handles = self._tracks_of(drag, poses)
-        references = self._references(drag)
+        tracks, references = self._tracks_of(drag, self._chunk_index - 1), self._references(drag)
         assert asked is not None, "a chunk that can be edited was made with something"
         self._take_back(1)
         undone = self._steering()
         self._follow(asked)
-        paths = self._buffer.peek(self.frames_in_next_chunk)
-        self._steer(drag, poses, on_the_way, [along(paths, tracks) for tracks in on_handles])
+        tracks.along(self._buffer.peek(self.frames_in_next_chunk)).steer(self._buffer)
         editor = self._editor(drag, self.drag_cfg, self._chunk_index, references)
         try:
             frames = self._attempt_chunk(editor, start, passes[:step])
@@ -277,37 +280,19 @@ class StreamSession:
             self._end_animation()
         return DragOutcome(frames, references, editor.logs)
 
-    def _poses(self, drag: Drag, first_chunk: int) -> list[list[Pose]]:
-        """Of the handles in each frame of the chunks from the first on that the drag concerns."""
-        chunk = self._frames_of(first_chunk)
-        count = chunk.stop - chunk.start if drag.mode == "edit" else FRAMES_PER_LATENT * drag.num_frames
-        return list(pixel_poses(drag, count, opens_video=first_chunk == 0))
-
-    def _tracks_of(self, drag: Drag, poses: Sequence[Sequence[Pose]]) -> tuple[frozenset[int], list[Tracks]]:
-        """Identities on the way of a drag, and the tracks on each of its handles, as the latest frame shows them."""
-        if drag.is_still:
-            return frozenset(), []
-        on_the_way = tracks_on_way(self._buffer, drag, poses)
-        if self.drag_cfg.tracks == "release":
-            return on_the_way, []
-        return on_the_way, tracks_on(self._buffer, drag, self.codecs.model_cfg.latent_size)
-
-    def _steer(
-        self, drag: Drag, poses: Sequence[Sequence[Pose]], on_the_way: frozenset[int], on_handles: list[Tracks]
-    ) -> None:
-        """Tracks of the frames to come, as the drag wants them."""
-        self._buffer.release(on_the_way)
-        if on_handles:
-            self._buffer.lead(led(drag, on_handles, poses))
+    def _tracks_of(self, drag: Drag, first_chunk: int) -> DragTracks:
+        """What the drag will do to the tracks, from the first chunk on that it concerns."""
+        count = self._frames_in(first_chunk) if drag.mode == "edit" else FRAMES_PER_LATENT * drag.num_frames
+        grid = self.codecs.model_cfg.latent_size if self.drag_cfg.tracks == "follow" else None
+        return DragTracks.find(self._buffer, drag, count, opens_video=first_chunk == 0, grid=grid)
 
     def _animate(self, drag: Drag) -> DragOutcome:
         references, earlier, first = self._references(drag), self._steering(), self._chunk_index
         self._end_animation()
         tracks_before, logs = self._buffer.snapshot(), list[DragLog]()
         if not drag.is_still:
-            poses = self._poses(drag, first)
             try:
-                self._steer(drag, poses, *self._tracks_of(drag, poses))
+                self._tracks_of(drag, first).steer(self._buffer)
             except BaseException:  # no identities are left for its tracks: the earlier drag goes on
                 self._follow(earlier)
                 raise
@@ -342,41 +327,6 @@ class StreamSession:
         )  # fmt: skip
         editor.neighbours = self._memory.neighbours(cfg)
         return editor
-
-    def _check_chunk(self, chunk: int | None) -> None:
-        latest = self._chunk_index - 1
-        if latest < 0:
-            raise ValueError("nothing to drag: the session has made no chunk yet; call next_chunk() first")
-        if chunk is None or chunk == latest:
-            return
-        if chunk > latest:
-            raise ValueError(f"chunk={chunk} does not exist yet; the latest is {latest}")
-        back = latest - chunk
-        remedy = f"undo({back}) first" if back <= len(self._boundaries) else f"it is gone; drag chunk {latest}"
-        raise ValueError(f"chunk={chunk} is not the latest, {latest}: {remedy}")
-
-    def _check_state(self, mode: str) -> None:
-        """Whether the latest chunk can be read and made again, now."""
-        latest = self._chunk_index - 1
-        reads_context = self.drag_cfg.iterations or self._memory.passes[self.drag_cfg.step].x0 is None
-        if not self._boundaries and (mode == "edit" or reads_context):
-            raise ValueError(
-                f"chunk {latest} cannot be read or made again: undo(), or a chunk that failed, went back as far as "
-                "this session remembers; call next_chunk() first, or open it with a larger undo_chunks"
-            )
-        if mode == "edit" and self._frames_of(latest) == slice(0, 1):
-            raise ValueError("chunk 0 is the given first frame alone, which no drag changes; call next_chunk() first")
-        edited = self._memory.edited_step
-        if self.drag_cfg.step < edited:
-            raise ValueError(
-                f"drag.step={self.drag_cfg.step} must be at least {edited}: chunk {latest} was edited there; set "
-                "drag_cfg, or call next_chunk() first"
-            )
-        if mode == "edit" and self._animation is not None and self._animation.first_chunk > latest:
-            raise ValueError(
-                f"a drag that animates begins with chunk {latest + 1}, after chunk {latest} that this one would edit; "
-                "call next_chunk() first, or end it by an animation that goes nowhere"
-            )
 
     @property
     def latest_passes(self) -> tuple[ChunkPass, ...]:
@@ -536,9 +486,10 @@ class StreamSession:
             raise RuntimeError("the session has made no chunk yet; call next_chunk() first")
         return self._latest
 
-    def _frames_of(self, chunk: int) -> slice:
+    def _frames_in(self, chunk: int) -> int:
         count = self.codecs.model_cfg.rollout.chunk_frames
-        return pixel_frames_of(chunk * count, count)
+        frames = pixel_frames_of(chunk * count, count)
+        return frames.stop - frames.start
 
 
 def _num_chunks(num_frames: int | None, chunk_frames: int) -> int | None:

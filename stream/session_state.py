@@ -1,8 +1,8 @@
-"""What a stream session tells of its chunks, remembers of them, and returns to.
+"""What a stream session tells of its chunks, remembers of them, and returns to; whether a drag can go on from there.
 
 All of it is immutable: a session replaces these and never changes one, so a boundary costs nothing to keep but the
-tensors that it names. Leaves out the keys and values of the cache (models/wan/static_cache.py) and the loop
-(session.py).
+tensors that it names. Only the logs of an outcome are filled later. Leaves out the keys and values of the cache
+(models/wan/static_cache.py) and the loop (session.py).
 """
 
 from __future__ import annotations
@@ -161,3 +161,38 @@ class SessionState:
         """The same for the session of another cache, which was restored from this one's."""
         previous = None if self.previous is None else self.previous.read_from(cache)
         return replace(self, boundary=self.boundary.read_from(cache), previous=previous)
+
+
+def check_target(drag: Drag, cfg: DragConfig, now: Boundary, num_back: int) -> None:
+    """Raises ValueError where a drag cannot read, or make again, the latest chunk now.
+
+    num_back: how many chunks can be taken back.
+    """
+    memory, latest = now.memory, now.chunk_index - 1
+    if latest < 0:
+        raise ValueError("nothing to drag: the session has made no chunk yet; call next_chunk() first")
+    if drag.chunk is not None and drag.chunk > latest:
+        raise ValueError(f"chunk={drag.chunk} does not exist yet; the latest is {latest}")
+    if drag.chunk is not None and drag.chunk < latest:
+        back = latest - drag.chunk
+        remedy = f"undo({back}) first" if back <= num_back else f"it is gone; drag chunk {latest}"
+        raise ValueError(f"chunk={drag.chunk} is not the latest, {latest}: {remedy}")
+    reads_context = cfg.iterations or memory.passes[cfg.step].x0 is None
+    if not num_back and (drag.mode == "edit" or reads_context):
+        raise ValueError(
+            f"chunk {latest} cannot be read or made again: undo(), or a chunk that failed, went back as far as "
+            "this session remembers; call next_chunk() first, or open it with a larger undo_chunks"
+        )
+    if drag.mode == "edit" and now.num_frames == 1:
+        raise ValueError("chunk 0 is the given first frame alone, which no drag changes; call next_chunk() first")
+    if cfg.step < memory.edited_step:
+        raise ValueError(
+            f"drag.step={cfg.step} must be at least {memory.edited_step}: chunk {latest} was edited there; set "
+            "drag_cfg, or call next_chunk() first"
+        )
+    animation = now.steering.animation
+    if drag.mode == "edit" and animation is not None and animation.first_chunk > latest:
+        raise ValueError(
+            f"a drag that animates begins with chunk {latest + 1}, after chunk {latest} that this one would edit; "
+            "call next_chunk() first, or end it by an animation that goes nowhere"
+        )

@@ -8,6 +8,7 @@ poses, and a handle without tracks gets one per latent cell.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +18,37 @@ from models.motion.tracks import Tracks
 from stream.dragstream.drag import Drag, Handle, Pose
 from stream.dragstream.geometry import cell_centers, contains, moved, source_of
 from stream.track_buffer import TrackBuffer
+
+
+@dataclass(frozen=True, eq=False)
+class DragTracks:
+    """What a drag does to the tracks of the frames to come, as the latest frame shows them."""
+
+    drag: Drag
+    poses: Sequence[Sequence[Pose]]  # of the handles in each frame to come, see `pixel_poses`
+    on_way: frozenset[int]  # identities of the tracks that are in its way
+    on_handles: Sequence[Tracks]  # of each handle, one frame or all; empty where none follow
+
+    @classmethod
+    def find(
+        cls, buffer: TrackBuffer, drag: Drag, num_frames: int, *, opens_video: bool, grid: tuple[int, int] | None
+    ) -> DragTracks:
+        """Nothing for a drag that goes nowhere. grid: rows and columns of latent cells; None: no tracks follow."""
+        poses = list(pixel_poses(drag, num_frames, opens_video))
+        if drag.is_still:
+            return cls(drag, poses, frozenset(), [])
+        on_handles = [] if grid is None else tracks_on(buffer, drag, grid)
+        return cls(drag, poses, tracks_on_way(buffer, drag, poses), on_handles)
+
+    def along(self, paths: Tracks) -> DragTracks:
+        """With the whole way of the tracks on handles, where ``paths`` have it; new ones stand still."""
+        return replace(self, on_handles=[_along(paths, tracks) for tracks in self.on_handles])
+
+    def steer(self, buffer: TrackBuffer) -> None:
+        """Release what is in the way, and lead what is on the handles."""
+        buffer.release(self.on_way)
+        if self.on_handles:
+            buffer.lead(led(self.drag, self.on_handles, self.poses))
 
 
 def tracks_on(buffer: TrackBuffer, drag: Drag, grid: tuple[int, int]) -> list[Tracks]:
@@ -62,13 +94,6 @@ def led(drag: Drag, tracks: Sequence[Tracks], poses: Sequence[Sequence[Pose]]) -
     return front.beside(*behind)
 
 
-def along(paths: Tracks, tracks: Tracks) -> Tracks:
-    """The whole way of tracks of which one frame is known, where ``paths`` have it; new ones stand still."""
-    column_of = {identity: n for n, identity in enumerate(paths.ids[0].tolist())}
-    columns = [column_of.get(identity) for identity in tracks.ids[0].tolist()]
-    return tracks if None in columns else paths.select(torch.tensor(columns))
-
-
 def pixel_poses(drag: Drag, num_frames: int, opens_video: bool) -> Iterator[list[Pose]]:
     """Poses of the handles in each frame: of the latest chunk where the drag edits, else of the next ones."""
     if drag.mode == "edit":
@@ -82,6 +107,12 @@ def pixel_poses(drag: Drag, num_frames: int, opens_video: bool) -> Iterator[list
 
 def _between(handle: Handle, latent: int, share: float) -> Pose:
     return (handle.poses[latent - 1] if latent else handle.start).toward(handle.poses[latent], share)
+
+
+def _along(paths: Tracks, tracks: Tracks) -> Tracks:
+    column_of = {identity: n for n, identity in enumerate(paths.ids[0].tolist())}
+    columns = [column_of.get(identity) for identity in tracks.ids[0].tolist()]
+    return tracks if None in columns else paths.select(torch.tensor(columns))
 
 
 def _one_per_cell(buffer: TrackBuffer, handle: Handle, grid: tuple[int, int], held: Collection[int]) -> Tracks:
