@@ -20,7 +20,8 @@ REPO_DIR = Path(__file__).resolve().parent.parent
 def git_commit() -> str:
     """The checked-out commit, with "-dirty" where files differ from it; "unknown" outside a git checkout.
 
-    A copy of one says in a file COMMIT beside its folders what it was copied from (slurm/train.sbatch).
+    A copy of one says in a file COMMIT beside its folders what it was copied from (slurm/train.sbatch). The commit of
+    another repository, in which this folder may lie, is not asked for.
     """
     if (copied := REPO_DIR / "COMMIT").is_file():
         return copied.read_text().strip()
@@ -28,6 +29,7 @@ def git_commit() -> str:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             cwd=REPO_DIR,
+            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(REPO_DIR.parent)},
             capture_output=True,
             text=True,
             timeout=10,

@@ -11,10 +11,11 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from data.app import build_config, require_folder
 from data.trackers import TrackerConfig
 from data.video import VideoWriter
-from models.assemble import ModelConfig, load_for_inference, nearest_num_frames, validate
+from models.assemble import ModelConfig, build_text_encoder, load_for_inference, nearest_num_frames, validate
 from models.condition import pixel_frames_of
 from models.device import pick_device
 from models.diffusion.guidance import Guidance
@@ -43,6 +44,7 @@ from stream.track_source import load_first_frame, load_track_source
 log = logging.getLogger(__name__)
 
 ROLES = ("student", "teacher")
+EXIT_TERMINATED = 128 + signal.SIGTERM  # exit code after SIGTERM, as shells have it
 
 
 @dataclass
@@ -97,7 +99,7 @@ def main(cfg: DictConfig) -> int:
     """Entry of `python -m stream`."""
     settings, model_cfg = build_config(cfg, StreamConfig), build_config(cfg.model)
     validate(model_cfg)
-    inputs = replace(read_inputs(settings, model_cfg), drag_cfg=build_config(cfg.drag))
+    inputs = read_inputs(settings, model_cfg, build_config(cfg.drag))
     warn_of_idle_settings(settings, inputs.drag_cfg)
     device = pick_device(settings.device)
     model_cfg = model_cfg.on(device)
@@ -118,18 +120,22 @@ def warn_of_idle_settings(settings: StreamConfig, drag_cfg: DragConfig) -> None:
             "num_inference_steps=%d has no effect with role=student: model.rollout says its steps",
             settings.num_inference_steps,
         )
-    if settings.drags is not None and (idle := drag_cfg.without_effect()):
-        log.warning("drag.%s have no effect with drag.iterations=0; set it to optimise", ", drag.".join(idle))
+    if settings.drags is not None:
+        for remark in drag_cfg.remarks():
+            log.warning(remark)
 
 
-def read_inputs(settings: StreamConfig, model_cfg: ModelConfig) -> Inputs:
-    """Read and check image and tracks; builds no model.
+def read_inputs(settings: StreamConfig, model_cfg: ModelConfig, drag_cfg: DragConfig) -> Inputs:
+    """Read and check image, prompt, tracks and drags; builds no model.
 
     Raises:
-        ValueError: tracks of another resolution, a length that the teacher cannot sample, or an `out` that cannot be
-            written or would replace what is read.
+        ValueError: tracks of another resolution, words that a closed vocabulary does not have, a length that the
+            teacher cannot sample, drags or drag settings that do not fit, or an `out` that cannot be written or would
+            replace what is read.
     """
     check_out(settings)
+    if model_cfg.text.kind != "umt5":  # that one has weights, and takes any prompt
+        build_text_encoder(model_cfg).encode([settings.prompt])
     tracks, clip_frames = None, model_cfg.clip.num_frames
     if settings.tracks is not None:
         wanted = clip_frames if settings.role == "teacher" else settings.num_frames
@@ -147,8 +153,9 @@ def read_inputs(settings: StreamConfig, model_cfg: ModelConfig) -> Inputs:
         num_frames = clip_frames
     else:
         num_frames = settings.num_frames or (clip_frames if tracks is None else tracks.num_frames)
+        drag_cfg.for_student(model_cfg.rollout.num_steps, model_cfg.dit.num_layers)
     drags = read_drags(settings, model_cfg, num_frames)
-    return Inputs(load_first_frame(settings.image, model_cfg.clip), tracks, num_frames, drags)
+    return Inputs(load_first_frame(settings.image, model_cfg.clip), tracks, num_frames, drags, drag_cfg)
 
 
 def check_out(settings: StreamConfig) -> None:
@@ -167,7 +174,7 @@ def read_drags(settings: StreamConfig, model_cfg: ModelConfig, num_frames: int) 
     """Labelled drags at the model's size, by the number of chunks made before each.
 
     Raises:
-        ValueError: no label there, one that does not fit the frame, or one after the end of the video.
+        ValueError: no label there, one that does not fit the frame, or one of frames that the video does not have.
     """
     if settings.drags is None:
         return {}
@@ -187,12 +194,28 @@ def read_drags(settings: StreamConfig, model_cfg: ModelConfig, num_frames: int) 
         drag = label.drag_in(clip.height, clip.width, chunk_frames)
         if label.block < 1:
             raise ValueError(f"{path.name} drags before the first chunk; the number in its name must be at least 1")
-        if pixel_frames_of(label.block * chunk_frames - 1, 1).stop > num_frames:
-            raise ValueError(f"{path.name} drags after chunk {label.block}, but the video has {num_frames} frames")
+        _check_shown(path.name, drag, label.block, chunk_frames, num_frames)
         drags.setdefault(label.block, []).append(drag)
     for block in drags.values():  # an edit makes the chunk again from which an animation starts
         block.sort(key=lambda drag: drag.mode != "edit")
     return drags
+
+
+def _check_shown(name: str, drag: Drag, block: int, chunk_frames: int, num_frames: int) -> None:
+    """Raises ValueError where the video does not have what a label drags after its first ``block`` chunks."""
+    first = block * chunk_frames  # the latent frame after the one that the user dragged in
+    if first == 1 and drag.mode == "edit":
+        raise ValueError(f"{name} edits the given first frame alone, which no drag changes; drag a later chunk")
+    if pixel_frames_of(first - 1, 1).stop > num_frames:
+        raise ValueError(f"{name} drags after chunk {block}, but the video has {num_frames} frames")
+    if drag.mode == "edit":
+        return
+    shown = sum(pixel_frames_of(first + frame, 1).start < num_frames for frame in range(drag.num_frames))
+    remedy = f"num_frames={pixel_frames_of(first, drag.num_frames).stop} shows all"
+    if not shown:
+        raise ValueError(f"{name} animates what follows after the video of {num_frames} frames; {remedy}")
+    if shown < drag.num_frames:
+        log.warning("%s animates %d latent frames, of which %d are shown; %s", name, drag.num_frames, shown, remedy)
 
 
 def stream_frames(student: WanDiT, codecs: Codecs, inputs: Inputs, settings: StreamConfig) -> Iterator[np.ndarray]:
@@ -244,35 +267,55 @@ def sample_frames(teacher: WanDiT, codecs: Codecs, inputs: Inputs, settings: Str
 def write_frames(chunks: Iterator[np.ndarray], path: Path, fps: int, total: int) -> None:
     """Write frames to the mp4 as they come; the bar's rate is the FPS so far.
 
-    Ctrl-C leaves a video of the chunks until then, and the KeyboardInterrupt says so.
+    What stops it (Ctrl-C, SIGTERM, an error) leaves a video of the chunks until then, if there are any, and is raised
+    again; a KeyboardInterrupt says what is left, all else is preceded by a log line that does.
     """
-    interrupted = None
-    with VideoWriter(path, fps) as writer, tqdm(total=total, unit="frame", disable=None) as bar:
+    stopped: BaseException | None = None
+    with _handling(_terminate, signal.SIGTERM):
+        writer = VideoWriter(path, fps)
         try:
-            for chunk in chunks:
-                with _uninterrupted():
-                    for frame in chunk:
-                        writer.write(frame)
-                bar.update(len(chunk))
-        except KeyboardInterrupt as stop:
-            if writer.num_frames == 0:
-                raise
-            interrupted = stop
-    if interrupted is not None:
-        raise KeyboardInterrupt(f"{path} has the {writer.num_frames} of {total} frames made so far") from interrupted
+            with tqdm(total=total, unit="frame", disable=None) as bar:
+                for chunk in chunks:
+                    with _uninterrupted():
+                        for frame in chunk:
+                            writer.write(frame)
+                    bar.update(len(chunk))
+        except BaseException as error:
+            stopped = error
+        with _uninterrupted(), writer:
+            if stopped is not None and writer.num_frames == 0:
+                raise stopped
+    if stopped is None:
+        return
+    left = f"{path} has the {writer.num_frames} of {total} frames made so far"
+    if isinstance(stopped, KeyboardInterrupt):
+        raise KeyboardInterrupt(left) from stopped
+    log.error(left)
+    raise stopped
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(EXIT_TERMINATED)
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Puts off Ctrl-C to the end of the block: half a frame would spoil the video."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals come to the main thread
-        return
+    """Puts off Ctrl-C and SIGTERM to the end of the block: half a frame would spoil the video."""
     waiting: list[int] = []
-    former = signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    with _handling(lambda number, frame: waiting.append(number), signal.SIGINT, signal.SIGTERM):
+        yield
+    for number in waiting[:1]:
+        signal.raise_signal(number)
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Signals go to a handler, but for those that are ignored or not Python's, and in the main thread alone."""
+    is_main = threading.current_thread() is threading.main_thread()
+    handled = [number for number in numbers if is_main and signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    former = [signal.signal(number, handler) for number in handled]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, former)
-    if waiting:
-        raise KeyboardInterrupt
+        for number, each in zip(handled, former):
+            signal.signal(number, each)

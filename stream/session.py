@@ -16,6 +16,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -30,11 +31,19 @@ from models.wan.static_cache import StaticKVCache
 from stream.codecs import Codecs, to_frames
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, check_drag
-from stream.dragstream.editor import DragEditor, read_references
+from stream.dragstream.editor import DragEditor, DragLog, read_references
 from stream.dragstream.features import FeatureReader, Reference
-from stream.dragstream.geometry import swept_region
-from stream.dragstream.led_tracks import along, led, tracks_on
-from stream.session_state import Animation, Boundary, ChunkTiming, DragOutcome, Memory, SessionState, Steering
+from stream.dragstream.led_tracks import DragTracks
+from stream.session_state import (
+    Animation,
+    Boundary,
+    ChunkTiming,
+    DragOutcome,
+    Memory,
+    SessionState,
+    Steering,
+    check_target,
+)  # fmt: skip
 from stream.track_buffer import TrackBuffer
 
 
@@ -78,9 +87,13 @@ class StreamSession:
             raise ValueError(f"undo_chunks={undo_chunks} must be at least 1: a drag makes the latest chunk again")
         if num_frames is not None and num_frames < 1:
             raise ValueError(f"num_frames={num_frames} must be at least 1, or null for an endless stream")
+        if num_frames is None and codecs.model_cfg.rollout.window_chunks is None:
+            raise ValueError(
+                "num_frames=null needs a window: model.rollout.window_chunks=null keeps every chunk of the stream; set "
+                "one of the two"
+            )
         clip, noise = codecs.model_cfg.clip, KeyedNoise(seed)
-        self.codecs = codecs
-        self.num_frames_limit = num_frames
+        self.codecs, self.num_frames_limit = codecs, num_frames
         self._buffer = TrackBuffer(clip.height, clip.width, ending=ending, rng=noise.generator("track_ids", sample_id))
         if tracks is not None:
             self._buffer.push(tracks)
@@ -100,6 +113,8 @@ class StreamSession:
         self.drag_cfg = drag or DragConfig()
         self._memory = Memory()
         self._animation: Animation | None = None
+        self._logs: WeakKeyDictionary[Animation, list[DragLog]] = WeakKeyDictionary()  # of those that began here
+        self._inbox: deque[Tracks] = deque()  # pushed since the latest call that changed the stream
         self._settled = self._steering()  # as it was when the latest chunk was done
         self._boundaries: deque[Boundary] = deque(maxlen=undo_chunks)
         self._decoder = codecs.streaming_decoder()
@@ -113,15 +128,22 @@ class StreamSession:
         """Motion of the frames that follow the pushed ones (or, if those are used up, of the next frames).
 
         Identities stay constant: tracks whose ids are all 0 are told apart by column. Those that a drag took along or
-        released stay with the drag, whatever is pushed for them; a new stroke takes `unused_track_ids`.
+        released stay with the drag, whatever is pushed for them; a new stroke takes `unused_track_ids`. May be called
+        from another thread, while a chunk is made too; everything else belongs to one thread.
         """
-        self._buffer.push(tracks)
+        self._inbox.append(self._buffer.checked(tracks))
+
+    def _receive(self) -> None:
+        """Put what was pushed behind the motion that waits: before anything that may be taken back."""
+        while self._inbox:
+            self._buffer.append(self._inbox.popleft())
 
     def unused_track_ids(self, count: int) -> Tensor:
         """Identities for new tracks, [count] long: such as the stream has not seen yet, while there are any.
 
         Raises ValueError where so many are not left beside those in use and those that drags have.
         """
+        self._receive()
         return self._buffer.unused_ids(count, besides=self._buffer.snapshot().released)
 
     def set_prompt(self, prompt: str) -> None:
@@ -130,6 +152,7 @@ class StreamSession:
 
     def drop_pending_tracks(self) -> None:
         """Forget the motion that was pushed and not used yet: after `undo`, that of the chunks taken back."""
+        self._receive()
         self._buffer.drop_pending()
 
     # ------------------------------------------------------------------ position
@@ -146,23 +169,32 @@ class StreamSession:
     @property
     def num_pending_track_frames(self) -> int:
         """Frames of motion that were pushed and not used yet."""
-        return self._buffer.num_pending
+        return self._buffer.num_pending + sum(tracks.num_frames for tracks in tuple(self._inbox))
 
     @property
     def frames_in_next_chunk(self) -> int:
         """Frames that the next chunk gives: 1 + 4(c-1), then 4c."""
-        span = self._frames_of(self._chunk_index)
-        return span.stop - span.start
+        return self._frames_in(self._chunk_index)
 
     def snapshot(self) -> SessionState:
         """This chunk boundary, to return to: a copy of everything, cache included."""
+        self._receive()
         previous = self._boundaries[-1] if self._boundaries else None
-        return SessionState(self._rollout.snapshot(), self._boundary(), previous)
+        return SessionState(self._rollout.snapshot(), self._first_frame, self._boundary(), previous)
 
     def restore(self, state: SessionState) -> None:
-        """Return to a chunk boundary; what follows repeats bit for bit unless tracks or prompt differ."""
+        """Return to a chunk boundary; what follows repeats bit for bit unless tracks or prompt differ.
+
+        The boundary may be another session's of the same student: what it shows and follows comes along (first frame,
+        prompt, tracks, drags), noise and settings are this session's own. Give it the same seed to have it repeated.
+        """
+        self._inbox.clear()
         self._rollout.restore(state.rollout)
+        assert isinstance(self._rollout.cache, StaticKVCache), "a session's cache is static"
+        state = state.read_from(self._rollout.cache)
+        self._forget_logs(state.boundary.chunk_index)
         self._return_to(state.boundary)
+        self._first_frame = state.first_frame
         self._boundaries.clear()
         if state.previous is not None:
             self._boundaries.append(state.previous)
@@ -178,11 +210,21 @@ class StreamSession:
                 f"chunks={chunks} must be in 1..{len(self._boundaries)}, what this session can take back; open it "
                 "with a larger undo_chunks, or keep a snapshot()"
             )
+        self._inbox.clear()
+        self._forget_logs(self._boundaries[-chunks].chunk_index)
+        self._take_back(chunks)
+
+    def _take_back(self, chunks: int) -> None:
         boundary = self._boundaries[-chunks]
         self._rollout.rewind(boundary.chunk_index)
         self._return_to(boundary)
         for _ in range(chunks):
             self._boundaries.pop()
+
+    def _forget_logs(self, chunk: int) -> None:
+        """Of animated chunks from this one on, which are taken back."""
+        for logs in self._logs.values():
+            logs[:] = [log for log in logs if log.chunk < chunk]
 
     # ------------------------------------------------------------------ dragging
     @property
@@ -207,8 +249,9 @@ class StreamSession:
         """
         clip, chunk_frames = self.codecs.model_cfg.clip, self.codecs.model_cfg.rollout.chunk_frames
         check_drag(drag, height=clip.height, width=clip.width, chunk_frames=chunk_frames)
-        self._check_chunk(drag.chunk)
-        self._check_state(drag.mode)
+        check_target(drag, self.drag_cfg, self._boundary(), num_back=len(self._boundaries))
+        self._receive()
+        drag = drag.copied()
         if drag.mode == "edit":
             return self._edit(drag)
         return self._animate(drag)
@@ -217,19 +260,17 @@ class StreamSession:
         step, passes = self.drag_cfg.step, self._memory.passes
         start = ChunkStart(step, passes[step].noisy_latents)  # earlier drags of this chunk included
         asked, boundary, now = self._memory.asked, self._boundaries[-1], self._steering()
-        on_the_way, on_handles = self._tracks_of(drag)
-        references = self._references(drag)
+        tracks, references = self._tracks_of(drag, self._chunk_index - 1), self._references(drag)
         assert asked is not None, "a chunk that can be edited was made with something"
-        self.undo()
+        self._take_back(1)
         undone = self._steering()
         self._follow(asked)
-        paths = self._buffer.peek(self.frames_in_next_chunk)
-        self._steer(drag, on_the_way, [along(paths, tracks) for tracks in on_handles])
-        editor = self._editor(drag, self._chunk_index, references)
-        editor.neighbours = self._memory.neighbours(editor.cfg)
+        tracks.along(self._buffer.peek(self.frames_in_next_chunk)).steer(self._buffer)
+        editor = self._editor(drag, self.drag_cfg, self._chunk_index, references)
         try:
             frames = self._attempt_chunk(editor, start, passes[:step])
         except BaseException:
+            self._forget_logs(self._chunk_index)
             self._follow(undone)
             raise
         self._boundaries[-1] = boundary  # taking the chunk back takes back what the drag did to the tracks
@@ -239,42 +280,33 @@ class StreamSession:
             self._end_animation()
         return DragOutcome(frames, references, editor.logs)
 
-    def _tracks_of(self, drag: Drag) -> tuple[frozenset[int], list[Tracks]]:
-        """Identities on the way of a drag, and the tracks on each of its handles, as the latest frame shows them."""
-        if drag.is_still:
-            return frozenset(), []
-        swept = frozenset(self._buffer.seen_in(swept_region(drag)).ids[0].tolist())
-        if self.drag_cfg.tracks == "release":
-            return swept, []
-        return swept, tracks_on(self._buffer, drag, self.codecs.model_cfg.latent_size)
-
-    def _steer(self, drag: Drag, on_the_way: frozenset[int], on_handles: list[Tracks]) -> None:
-        """Tracks of the frames to come, as the drag wants them."""
-        count = self.frames_in_next_chunk if drag.mode == "edit" else FRAMES_PER_LATENT * drag.num_frames
-        self._buffer.release(on_the_way)
-        if on_handles:
-            self._buffer.lead(led(drag, on_handles, count, opens_video=self._chunk_index == 0))
+    def _tracks_of(self, drag: Drag, first_chunk: int) -> DragTracks:
+        """What the drag will do to the tracks, from the first chunk on that it concerns."""
+        count = self._frames_in(first_chunk) if drag.mode == "edit" else FRAMES_PER_LATENT * drag.num_frames
+        grid = self.codecs.model_cfg.latent_size if self.drag_cfg.tracks == "follow" else None
+        return DragTracks.find(self._buffer, drag, count, opens_video=first_chunk == 0, grid=grid)
 
     def _animate(self, drag: Drag) -> DragOutcome:
-        references, earlier = self._references(drag), self._steering()
+        references, earlier, first = self._references(drag), self._steering(), self._chunk_index
         self._end_animation()
-        editor, tracks_before = self._editor(drag, self._chunk_index, references), self._buffer.snapshot()
+        tracks_before, logs = self._buffer.snapshot(), list[DragLog]()
         if not drag.is_still:
             try:
-                self._steer(drag, *self._tracks_of(drag))
+                self._tracks_of(drag, first).steer(self._buffer)
             except BaseException:  # no identities are left for its tracks: the earlier drag goes on
                 self._follow(earlier)
                 raise
-            end = self._chunk_index + drag.num_frames // self.codecs.model_cfg.rollout.chunk_frames
-            self._animation = Animation(editor, end, tracks_before)
-        return DragOutcome(None, references, editor.logs)
+            end = first + drag.num_frames // self.codecs.model_cfg.rollout.chunk_frames
+            self._animation = Animation(drag, self.drag_cfg, references, first, end, tracks_before)
+            self._logs[self._animation] = logs
+        return DragOutcome(None, references, logs)
 
     def _end_animation(self) -> None:
         """Tracks stay where a drag that goes on has led them; one that waits to begin leaves no trace."""
         animation, self._animation = self._animation, None
-        if animation is None or self._chunk_index >= animation.end_chunk:
+        if animation is None:
             return
-        if animation.editor.first_chunk == self._chunk_index:
+        if animation.first_chunk == self._chunk_index:
             pushed = self._buffer.snapshot().pushed
             self._buffer.restore(replace(animation.tracks_before, pushed=pushed))
         else:
@@ -286,47 +318,15 @@ class StreamSession:
         reader = FeatureReader(self.student, self.drag_cfg, shown.sigma)
         return read_references(reader, self.drag_cfg, drag, shown, self._noise)
 
-    def _editor(self, drag: Drag, first_chunk: int, references: tuple[Reference, ...]) -> DragEditor:
+    def _editor(self, drag: Drag, cfg: DragConfig, first_chunk: int, references: tuple[Reference, ...]) -> DragEditor:
+        """Of the next chunk."""
         clip = self.codecs.model_cfg.clip
-        return DragEditor(
-            self.student, self.drag_cfg, drag, size=(clip.height, clip.width), noise=self._noise,
-            first_chunk=first_chunk, references=references,
+        editor = DragEditor(
+            self.student, cfg, drag, size=(clip.height, clip.width), noise=self._noise, first_chunk=first_chunk,
+            references=references,
         )  # fmt: skip
-
-    def _check_chunk(self, chunk: int | None) -> None:
-        latest = self._chunk_index - 1
-        if latest < 0:
-            raise ValueError("nothing to drag: the session has made no chunk yet; call next_chunk() first")
-        if chunk is None or chunk == latest:
-            return
-        if chunk > latest:
-            raise ValueError(f"chunk={chunk} does not exist yet; the latest is {latest}")
-        back = latest - chunk
-        remedy = f"undo({back}) first" if back <= len(self._boundaries) else f"it is gone; drag chunk {latest}"
-        raise ValueError(f"chunk={chunk} is not the latest, {latest}: {remedy}")
-
-    def _check_state(self, mode: str) -> None:
-        """Whether the latest chunk can be read and made again, now."""
-        latest = self._chunk_index - 1
-        reads_context = self.drag_cfg.iterations or self._memory.passes[self.drag_cfg.step].x0 is None
-        if not self._boundaries and (mode == "edit" or reads_context):
-            raise ValueError(
-                f"chunk {latest} cannot be read or made again: undo(), or a chunk that failed, went back as far as "
-                "this session remembers; call next_chunk() first, or open it with a larger undo_chunks"
-            )
-        if mode == "edit" and self._frames_of(latest) == slice(0, 1):
-            raise ValueError("chunk 0 is the given first frame alone, which no drag changes; call next_chunk() first")
-        edited = self._memory.edited_step
-        if self.drag_cfg.step < edited:
-            raise ValueError(
-                f"drag.step={self.drag_cfg.step} must be at least {edited}: chunk {latest} was edited there; set "
-                "drag_cfg, or call next_chunk() first"
-            )
-        if mode == "edit" and self._animation is not None and self._animation.editor.first_chunk > latest:
-            raise ValueError(
-                f"a drag that animates begins with chunk {latest + 1}, after chunk {latest} that this one would edit; "
-                "call next_chunk() first, or end it by an animation that goes nowhere"
-            )
+        editor.neighbours = self._memory.neighbours(cfg)
+        return editor
 
     @property
     def latest_passes(self) -> tuple[ChunkPass, ...]:
@@ -361,8 +361,10 @@ class StreamSession:
 
         `edit` may change the input of each denoising pass (see `Rollout.next_chunk`); None: what the drag that
         goes on, if any, makes of it. What stops it on its way (memory, an interrupt) leaves the session as it was,
-        but that one chunk less can be taken back.
+        but that one chunk less can be taken back. Raises ValueError beyond `num_frames` without a window.
         """
+        self._check_room()
+        self._receive()
         return self._attempt_chunk(edit)
 
     @torch.no_grad()
@@ -391,7 +393,8 @@ class StreamSession:
         asked, started = self._steering(), self.codecs.clock()
         condition = self._next_condition()
         conditioned = self.codecs.clock()
-        passes, edit = list(earlier), edit or self._animation_edit()
+        animated = self._animation_editor() if edit is None else None
+        passes, edit = list(earlier), edit or animated
         remembered = self._remembering(edit, passes)
         edit_x0 = self._memory.clean_edit(self.drag_cfg)
         chunk = self._rollout.next_chunk(condition, start=start, edit=remembered, edit_x0=edit_x0)
@@ -402,21 +405,25 @@ class StreamSession:
             self._chunk_index, len(frames), conditioned - started, denoised - conditioned, decoded - denoised
         )
         self._latest = (timing, chunk.x0)
-        asking = [self.drag_cfg, *([self._animation.editor.cfg] if self._animation else [])]
+        asking = [self.drag_cfg, *([self._animation.cfg] if self._animation else [])]
+        opens = self._chunk_index == 0
         self._memory = self._memory.after(
             passes, chunk.x0, asked, edited_step=edit.cfg.step if isinstance(edit, DragEditor) else 0,
-            adsr_frames=max(cfg.adsr_frames for cfg in asking), opens=self._chunk_index == 0,
+            adsr_frames=max(cfg.adsr_frames for cfg in asking), opens=opens,
+            generated=self.student.generated_frames(passes[-1].condition, chunk.x0.shape[2]) if opens else None,
         )  # fmt: skip
         self._chunk_index += 1
         self._num_frames += len(frames)
+        if self._animation is not None:
+            if animated is not None and self._animation in self._logs:
+                self._logs[self._animation] += animated.logs
+            if self._chunk_index >= self._animation.end_chunk:
+                self._animation = None
         return frames
 
-    def _animation_edit(self) -> LatentEdit | None:
-        if self._animation is None or self._chunk_index >= self._animation.end_chunk:
-            return None
-        editor = self._animation.editor
-        editor.neighbours = self._memory.neighbours(editor.cfg)
-        return editor
+    def _animation_editor(self) -> DragEditor | None:
+        now = self._animation
+        return None if now is None else self._editor(now.drag, now.cfg, now.first_chunk, now.references)
 
     def _remembering(self, edit: LatentEdit | None, passes: list[ChunkPass]) -> LatentEdit:
         """The edit, with each pass kept as it was run: a later drag reads its features from there."""
@@ -455,6 +462,15 @@ class StreamSession:
         self._prompt_embeds, self._animation = steering.prompt_embeds, steering.animation
         self._buffer.restore(steering.tracks)
 
+    def _check_room(self) -> None:
+        """Without a window the cache holds as many chunks as `num_frames` needs."""
+        rollout, count = self.codecs.model_cfg.rollout, self.num_frames_limit
+        if rollout.window_chunks is None and self._chunk_index == _num_chunks(count, rollout.chunk_frames):
+            raise ValueError(
+                f"num_frames={count} are made, and model.rollout.window_chunks=null keeps every chunk: open a session "
+                "with more num_frames, or set a window"
+            )
+
     def _next_condition(self) -> Condition:
         opens = self._chunk_index == 0
         return self.codecs.condition(
@@ -470,9 +486,10 @@ class StreamSession:
             raise RuntimeError("the session has made no chunk yet; call next_chunk() first")
         return self._latest
 
-    def _frames_of(self, chunk: int) -> slice:
+    def _frames_in(self, chunk: int) -> int:
         count = self.codecs.model_cfg.rollout.chunk_frames
-        return pixel_frames_of(chunk * count, count)
+        frames = pixel_frames_of(chunk * count, count)
+        return frames.stop - frames.start
 
 
 def _num_chunks(num_frames: int | None, chunk_frames: int) -> int | None:

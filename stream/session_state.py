@@ -1,8 +1,8 @@
-"""What a stream session tells of its chunks, remembers of them, and returns to.
+"""What a stream session tells of its chunks, remembers of them, and returns to; whether a drag can go on from there.
 
 All of it is immutable: a session replaces these and never changes one, so a boundary costs nothing to keep but the
-tensors that it names. Leaves out the keys and values of the cache (models/wan/static_cache.py) and the loop
-(session.py).
+tensors that it names. Only the logs of an outcome are filled later. Leaves out the keys and values of the cache
+(models/wan/static_cache.py) and the loop (session.py).
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from torch import Tensor
 
 from models.rollout import ChunkPass, CleanEdit, RolloutSnapshot
 from models.vae.streaming_decode import StreamState
+from models.wan.static_cache import RingContext, StaticKVCache
+from stream.codecs import FirstFrame
 from stream.dragstream.config import DragConfig
-from stream.dragstream.editor import DragEditor, DragLog
+from stream.dragstream.drag import Drag
+from stream.dragstream.editor import DragLog
 from stream.dragstream.features import Reference
 from stream.dragstream.statistics import match_clean
 from stream.track_buffer import TrackBufferState
@@ -45,14 +48,17 @@ class DragOutcome:
 
     frames: np.ndarray | None  # edit: the latest chunk as it is now, uint8 [n, H, W, 3]; animate: None
     references: tuple[Reference, ...]  # features of each handle, for a later drag to bring them back
-    logs: list[DragLog]  # one per chunk, filled as chunks are made
+    logs: list[DragLog]  # one per chunk, filled as this session makes chunks; without those that it took back
 
 
 @dataclass(frozen=True, eq=False)
 class Animation:
     """A drag of the chunks to come."""
 
-    editor: DragEditor
+    drag: Drag
+    cfg: DragConfig
+    references: tuple[Reference, ...]
+    first_chunk: int
     end_chunk: int  # the first that it does not concern any more
     tracks_before: TrackBufferState  # of the stream, without it
 
@@ -63,7 +69,7 @@ class Steering:
 
     prompt_embeds: Tensor
     tracks: TrackBufferState
-    animation: Animation | None  # the latest, which may be over
+    animation: Animation | None  # that goes on, or waits to begin
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +78,7 @@ class Memory:
 
     passes: tuple[ChunkPass, ...] = ()  # of the latest chunk, one per denoising step
     edited_step: int = 0  # the one at which a drag changed that chunk; the passes before it know nothing of the drag
-    noisy: tuple[tuple[Tensor, ...], ...] = ()  # inputs of the latest chunks' steps, [1, C, c, h, w] each
+    noisy: tuple[tuple[Tensor, ...], ...] = ()  # inputs of the latest chunks' steps, [1, C, c, h, w] at most
     clean: tuple[Tensor, ...] = ()  # latents of the latest two chunks but the stream's first
     asked: Steering | None = None  # what the latest chunk was made with
 
@@ -80,7 +86,16 @@ class Memory:
         """Inputs of a drag's step in the latest cfg.adsr_frames latent frames: [1, C, n, h, w]; None: none known."""
         if not self.noisy or not cfg.adsr_frames:
             return None
-        return torch.cat([chunk[cfg.step] for chunk in self.noisy], dim=2)[:, :, -cfg.adsr_frames :]
+        found = torch.cat([chunk[cfg.step] for chunk in self.noisy], dim=2)[:, :, -cfg.adsr_frames :]
+        return found if found.shape[2] else None
+
+    def read_from(self, cache: StaticKVCache) -> Memory:
+        """The same for another cache of the same content: the passes look at that one."""
+        passes = []
+        for shown in self.passes:
+            assert isinstance(shown.context, RingContext), "a session's cache is static"
+            passes.append(replace(shown, context=replace(shown.context, cache=cache)))
+        return replace(self, passes=tuple(passes))
 
     def clean_edit(self, cfg: DragConfig) -> CleanEdit | None:
         """The shift of clean latents to those of the chunks before, where the settings ask for it."""
@@ -98,9 +113,14 @@ class Memory:
         edited_step: int,
         adsr_frames: int,
         opens: bool,
+        generated: Tensor | None,
     ) -> Memory:
-        """With one chunk more; ``adsr_frames``: how many latent frames neighbours may ask for; ``opens`` the video."""
-        noisy = (*self.noisy, tuple(shown.noisy_latents for shown in passes))
+        """With one chunk more; ``adsr_frames``: how many latent frames neighbours may ask for; ``opens`` the video.
+
+        ``generated``: bool [c], None for all: a first frame that is given is clean at every step, and no neighbour.
+        """
+        own = slice(None) if generated is None else generated
+        noisy = (*self.noisy, tuple(shown.noisy_latents[:, :, own] for shown in passes))
         chunks = math.ceil(adsr_frames / x0.shape[2])
         return Memory(
             passes=(*passes[:-1], replace(passes[-1], x0=x0)),
@@ -124,11 +144,55 @@ class Boundary:
     memory: Memory
     latest: tuple[ChunkTiming, Tensor] | None  # of the chunk before it; None: the stream's first
 
+    def read_from(self, cache: StaticKVCache) -> Boundary:
+        return replace(self, memory=self.memory.read_from(cache))
+
 
 @dataclass(frozen=True, eq=False)
 class SessionState:
     """A chunk boundary to return to with `StreamSession.restore`."""
 
     rollout: RolloutSnapshot
+    first_frame: FirstFrame
     boundary: Boundary
     previous: Boundary | None  # before the latest chunk, so that it can be made again
+
+    def read_from(self, cache: StaticKVCache) -> SessionState:
+        """The same for the session of another cache, which was restored from this one's."""
+        previous = None if self.previous is None else self.previous.read_from(cache)
+        return replace(self, boundary=self.boundary.read_from(cache), previous=previous)
+
+
+def check_target(drag: Drag, cfg: DragConfig, now: Boundary, num_back: int) -> None:
+    """Raises ValueError where a drag cannot read, or make again, the latest chunk now.
+
+    num_back: how many chunks can be taken back.
+    """
+    memory, latest = now.memory, now.chunk_index - 1
+    if latest < 0:
+        raise ValueError("nothing to drag: the session has made no chunk yet; call next_chunk() first")
+    if drag.chunk is not None and drag.chunk > latest:
+        raise ValueError(f"chunk={drag.chunk} does not exist yet; the latest is {latest}")
+    if drag.chunk is not None and drag.chunk < latest:
+        back = latest - drag.chunk
+        remedy = f"undo({back}) first" if back <= num_back else f"it is gone; drag chunk {latest}"
+        raise ValueError(f"chunk={drag.chunk} is not the latest, {latest}: {remedy}")
+    reads_context = cfg.iterations or memory.passes[cfg.step].x0 is None
+    if not num_back and (drag.mode == "edit" or reads_context):
+        raise ValueError(
+            f"chunk {latest} cannot be read or made again: undo(), or a chunk that failed, went back as far as "
+            "this session remembers; call next_chunk() first, or open it with a larger undo_chunks"
+        )
+    if drag.mode == "edit" and now.num_frames == 1:
+        raise ValueError("chunk 0 is the given first frame alone, which no drag changes; call next_chunk() first")
+    if cfg.step < memory.edited_step:
+        raise ValueError(
+            f"drag.step={cfg.step} must be at least {memory.edited_step}: chunk {latest} was edited there; set "
+            "drag_cfg, or call next_chunk() first"
+        )
+    animation = now.steering.animation
+    if drag.mode == "edit" and animation is not None and animation.first_chunk > latest:
+        raise ValueError(
+            f"a drag that animates begins with chunk {latest + 1}, after chunk {latest} that this one would edit; "
+            "call next_chunk() first, or end it by an animation that goes nowhere"
+        )

@@ -2,18 +2,17 @@
 
 Identities stay constant over a stream (MotionStream eq. 1 gives each track a random identity once). Tracks
 whose ids are all 0 are "not yet drawn": column n then always gets the n-th identity of this stream. Tracks
-with ids of their own keep them, so a caller may add and remove points. An identity missing from a later push
-is released. A drag may lead tracks elsewhere, whatever is pushed for them. Memory does not grow with the
-stream: frames already read are forgotten, except the last.
+with ids of their own keep them, so a caller may add and remove points; it numbers them from 1. An identity
+missing from a later push is released. A drag may lead tracks elsewhere, whatever is pushed for them. Memory
+does not grow with the stream: frames already read are forgotten, except the last.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from models.motion.tracks import NUM_TRACK_IDS, Tracks, sample_track_ids
@@ -21,39 +20,56 @@ from models.motion.tracks import NUM_TRACK_IDS, Tracks, sample_track_ids
 log = logging.getLogger(__name__)
 
 ENDINGS = ("hold", "release")
+NOT_DRAWN = 0  # identity of tracks that are told apart by column
 
 
 @dataclass(frozen=True)
 class _Queue:
-    """Frames of motion in a row, of which the first may have been read already; immutable."""
+    """Frames of motion in a row, as they were appended: what was read is cut off, nothing else is copied. Immutable."""
 
-    held: Tracks | None = None
-    num_read: int = 0  # frames at the head of `held` that were read: 0 or 1
+    parts: tuple[Tracks, ...] = ()  # frames that were not read yet
+    latest: Tracks | None = None  # the latest frame read
+    ids: tuple[int, ...] = ()  # identities of all these; of two tracks in one cell that of the earlier one is seen
     seen: frozenset[int] = frozenset()  # identities of all that was ever appended
 
     @property
     def num_pending(self) -> int:
-        return 0 if self.held is None else self.held.num_frames - self.num_read
-
-    @property
-    def latest(self) -> Tracks | None:
-        """The latest frame read."""
-        return None if self.held is None or not self.num_read else self.held.frames(slice(0, 1))
+        return sum(part.num_frames for part in self.parts)
 
     def appended(self, tracks: Tracks) -> _Queue:
-        held = tracks if self.held is None else _append(self.held, tracks)
-        return _Queue(held, self.num_read, self.seen.union(_ids_of(tracks)))
+        """The later push decides the order of identities."""
+        own = _ids_of(tracks)
+        ids = (*own, *_others(self.ids, own))
+        return replace(self, parts=(*self.parts, tracks), ids=ids, seen=self.seen.union(own))
 
-    def without(self, ids: frozenset[int]) -> _Queue:
-        return self if self.held is None else replace(self, held=_without(self.held, ids))
+    def without(self, ids: Collection[int]) -> _Queue:
+        rest = replace(self, ids=_others(self.ids, ids))
+        return replace(rest, latest=rest.shown())
+
+    def ended(self) -> _Queue:
+        """The same without what was not read yet."""
+        return replace(self, parts=(), ids=() if self.latest is None else self.ids)
+
+    def shown(self) -> Tracks | None:
+        """The latest frame read, with these identities alone."""
+        return None if self.latest is None else _spread(self.latest, self.ids)
 
     def taken(self, count: int, ending: str) -> tuple[Tracks | None, _Queue]:
         """The next `count` frames, filled up as `ending` says, and what is left."""
-        if self.held is None:
+        if self.latest is None and not self.parts:
             return None, self
-        taken = _filled(self.held.frames(slice(self.num_read, self.num_read + count)), self.held, count, ending)
-        rest = self.held.frames(slice(self.num_read + count, None))
-        return taken, replace(self, held=_without_unseen(_append(taken.frames(slice(-1, None)), rest)), num_read=1)
+        found, rest, missing = [], self.parts, count
+        while rest and missing:
+            first, *others = rest
+            found.append(_spread(first.frames(slice(0, missing)), self.ids))
+            left = first.frames(slice(missing, None))
+            rest = (left, *others) if left.num_frames else tuple(others)
+            missing -= found[-1].num_frames
+        last = self.shown() if not found else found[-1].frames(slice(-1, None))
+        assert last is not None, "frames are pending, or one was read"
+        taken = _in_a_row(*found, *_lasting(last, missing, ending))
+        latest = taken.frames(slice(-1, None))
+        return taken, replace(self, parts=rest, latest=latest, ids=_visible(self.ids, latest, *rest))
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,7 @@ class TrackBufferState:
     led: _Queue
     released: frozenset[int]
     had: frozenset[int]
+    identities: torch.Tensor
 
 
 class TrackBuffer:
@@ -91,7 +108,15 @@ class TrackBuffer:
         return self._pushed.num_pending
 
     def push(self, tracks: Tracks) -> None:
-        """Append the motion of the next frames; tracks hold one clip (B = 1).
+        """Append the motion of the next frames; see `checked`."""
+        self.append(self.checked(tracks))
+
+    def append(self, tracks: Tracks) -> None:
+        """Append what was checked."""
+        self._pushed = self._pushed.appended(tracks)
+
+    def checked(self, tracks: Tracks) -> Tracks:
+        """A copy of tracks of one clip (B = 1) with their identities; nothing of this buffer is changed.
 
         Raises:
             ValueError: another resolution or batch size, no frame, an identity given twice, or more tracks than
@@ -108,41 +133,39 @@ class TrackBuffer:
             raise ValueError("tracks hold 0 frames; push at least one")
         if tracks.num_tracks > NUM_TRACK_IDS:
             raise ValueError(f"tracks hold {tracks.num_tracks} tracks; a stream follows at most {NUM_TRACK_IDS}")
-        tracks = self._identified(tracks.to("cpu"))
+        points, visibility, ids = (part.to("cpu", copy=True) for part in (tracks.points, tracks.visibility, tracks.ids))
+        tracks = self._identified(replace(tracks, points=points, visibility=visibility, ids=ids))
         if tracks.num_tracks and self._with_drags.issuperset(_ids_of(tracks)):
             log.warning("none of the %d pushed tracks is followed: drags have their identities", tracks.num_tracks)
-        self._pushed = self._pushed.appended(tracks)
+        return tracks
 
     def drop_pending(self) -> None:
         """Forget pushed frames that were not read yet; what was read last goes on as `ending` says."""
-        latest = self._pushed.latest
-        self._pushed = replace(self._pushed, held=latest, num_read=0 if latest is None else 1)
+        self._pushed = self._pushed.ended()
 
-    def seen_in(self, mask: np.ndarray) -> Tracks:
-        """Tracks that are visible inside a mask, bool [H, W], in the latest frame read: that one frame of them."""
-        now = _joined(self._pushed.without(self._with_drags).latest, self._led.latest)
+    def seen(self) -> Tracks:
+        """Tracks that are visible in the latest frame read: that one frame of them."""
+        now = _joined(self._pushed.without(self._with_drags).shown(), self._led.shown())
         if now is None:
             return Tracks.empty(1, 1, self.height, self.width)
-        x, y = now.points[0, 0].floor().long().unbind(-1)
-        hit = torch.from_numpy(mask)[y.clamp(0, self.height - 1), x.clamp(0, self.width - 1)]
-        return now.select((now.seen[0, 0] & hit).nonzero()[:, 0])
+        return now.select(now.seen[0, 0].nonzero()[:, 0])
 
     def unused_ids(self, count: int, besides: Collection[int] = ()) -> torch.Tensor:  # -> [count]
         """Identities that no track of this stream has now, nor ``besides``; those that none ever had come first.
 
         Raises ValueError where so many are not left.
         """
-        held = {identity for queue in (self._pushed, self._led) for identity in _ids_of(queue.held)} | set(besides)
+        held = {NOT_DRAWN, *self._pushed.ids, *self._led.ids, *besides}
         free = [identity for identity in reversed(self._identities.tolist()) if identity not in held]
         if len(free) < count:
             raise ValueError(f"{count} new tracks need identities, and {len(free)} of {NUM_TRACK_IDS} are left")
         seen = self._pushed.seen | self._had
         return torch.tensor(sorted(free, key=lambda identity: identity in seen)[:count], dtype=torch.long)
 
-    def release(self, ids: Iterable[int]) -> None:
+    def release(self, ids: Collection[int]) -> None:
         """From the next frame on these identities are unspecified, whatever is pushed."""
         self._released |= self._pushed.seen.intersection(ids)
-        self._led = self._led.without(frozenset(ids))
+        self._led = self._led.without(ids)
 
     def lead(self, tracks: Tracks) -> None:
         """From the next frame on these identities move so, whatever is pushed; beyond the end as `ending` says.
@@ -153,22 +176,20 @@ class TrackBuffer:
         self._had |= frozenset(_ids_of(tracks)) - self._pushed.seen
         length = max(tracks.num_frames, self._led.num_pending)
         others, _ = self._led.taken(length, self.ending)
-        filled = _filled(tracks, tracks, length, self.ending)
-        latest = self._led.latest
-        following = filled if others is None else filled.beside(others)
-        self._led = _Queue(following) if latest is None else _Queue(latest, 1).appended(following)
+        following, _ = _Queue().appended(tracks).taken(length, self.ending)
+        assert following is not None, "tracks hold a frame"
+        self._led = self._led.ended().appended(following if others is None else following.beside(others))
 
     def stop_leading(self) -> None:
         """From the next frame on the identities that are led go on as `ending` says."""
-        latest = self._led.latest
-        self._led = _Queue() if latest is None else _Queue(latest, 1)
+        self._led = self._led.ended()
 
     def take(self, count: int) -> Tracks:
         """The motion of the next `count` frames, filled up as `ending` says."""
         with_drags = self._with_drags
         pushed, self._pushed = self._pushed.taken(count, self.ending)
         led, self._led = self._led.taken(count, self.ending)
-        followed = None if pushed is None else _without(pushed, with_drags)
+        followed = None if pushed is None else _spread(pushed, _others(_ids_of(pushed), with_drags))
         found = _joined(led, followed)
         return Tracks.empty(1, count, self.height, self.width) if found is None else found
 
@@ -180,16 +201,16 @@ class TrackBuffer:
         return tracks
 
     def snapshot(self) -> TrackBufferState:
-        return TrackBufferState(self._pushed, self._led, self._released, self._had)
+        return TrackBufferState(self._pushed, self._led, self._released, self._had, self._identities)
 
     def restore(self, state: TrackBufferState) -> None:
         self._pushed, self._led = state.pushed, state.led
-        self._released, self._had = state.released, state.had
+        self._released, self._had, self._identities = state.released, state.had, state.identities
 
     @property
     def _with_drags(self) -> frozenset[int]:
         """Identities whose pushed motion is not followed: a drag has them, or had them when they were pushed."""
-        return self._released.union(_ids_of(self._led.held))
+        return self._released.union(self._led.ids)
 
     def _identified(self, tracks: Tracks) -> Tracks:
         if not tracks.ids.any():
@@ -199,15 +220,8 @@ class TrackBuffer:
         return tracks
 
 
-def _ids_of(tracks: Tracks | None) -> list[int]:
-    return [] if tracks is None else tracks.ids[0].tolist()
-
-
-def _without(tracks: Tracks, ids: frozenset[int]) -> Tracks:
-    if not ids:
-        return tracks
-    kept = [n for n, identity in enumerate(_ids_of(tracks)) if identity not in ids]
-    return tracks.select(torch.tensor(kept, dtype=torch.long))
+def _ids_of(tracks: Tracks) -> list[int]:
+    return tracks.ids[0].tolist()
 
 
 def _joined(*parts: Tracks | None) -> Tracks | None:
@@ -216,44 +230,42 @@ def _joined(*parts: Tracks | None) -> Tracks | None:
     return found[0].beside(*found[1:]) if found else None
 
 
-def _filled(tracks: Tracks, held: Tracks, count: int, ending: str) -> Tracks:
-    """Tracks of `count` frames: beyond their end the last frame held goes on, or nothing is known."""
-    missing = count - tracks.num_frames
-    if missing <= 0:
-        return tracks
-    last = held.frames(slice(-1, None))
-    points, visibility = last.points.expand(-1, missing, -1, -1), last.visibility.expand(-1, missing, -1)
-    shown = visibility if ending == "hold" else torch.zeros_like(visibility)
-    return _append(tracks, replace(last, points=points, visibility=shown))
+def _lasting(last: Tracks, count: int, ending: str) -> list[Tracks]:
+    """What follows the last frame: it goes on, or nothing is known; none for no frames."""
+    if not count:
+        return []
+    points, visibility = last.points.expand(-1, count, -1, -1), last.visibility.expand(-1, count, -1)
+    return [replace(last, points=points, visibility=visibility if ending == "hold" else torch.zeros_like(visibility))]
 
 
-def _append(earlier: Tracks, later: Tracks) -> Tracks:
-    """Join in time over the union of identities; where one is missing it is invisible.
-
-    The later push decides the order of columns, because order decides which of two tracks in one cell is
-    seen.
-    """
-    following = set(_ids_of(later))
-    kept = [n for n, identity in enumerate(_ids_of(earlier)) if identity not in following]
-    ids = torch.cat([later.ids[0], earlier.ids[0, kept]])
-    parts = [_spread(part, ids) for part in (earlier, later)]
-    return replace(
-        later,
-        points=torch.cat([part.points for part in parts], dim=1),
-        visibility=torch.cat([part.visibility for part in parts], dim=1),
-        ids=ids[None],
-    )
+def _in_a_row(*parts: Tracks) -> Tracks:
+    """Frames of the same identities, one part after another."""
+    if len(parts) == 1:
+        return parts[0]
+    points, visibility = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("points", "visibility"))
+    return replace(parts[0], points=points, visibility=visibility)
 
 
-def _spread(tracks: Tracks, ids: torch.Tensor) -> Tracks:
+def _spread(tracks: Tracks, ids: Collection[int]) -> Tracks:
     """The same tracks as columns `ids`; absent ones are invisible at (0, 0)."""
-    if torch.equal(tracks.ids[0], ids):
+    wanted = torch.tensor(tuple(ids), dtype=torch.long)
+    if torch.equal(tracks.ids[0], wanted):
         return tracks
-    column_of = {identity: n for n, identity in enumerate(tracks.ids[0].tolist())}
-    columns = torch.tensor([column_of.get(identity, tracks.num_tracks) for identity in ids.tolist()], dtype=torch.long)
-    return replace(Tracks.pad(tracks, tracks.num_tracks + 1).select(columns), ids=ids[None])
+    column_of = {identity: n for n, identity in enumerate(_ids_of(tracks))}
+    columns = torch.tensor([column_of.get(identity, tracks.num_tracks) for identity in ids], dtype=torch.long)
+    return replace(Tracks.pad(tracks, tracks.num_tracks + 1).select(columns), ids=wanted[None])
 
 
-def _without_unseen(tracks: Tracks) -> Tracks:
-    """Drop columns visible in no frame: in a stream that adds and removes points they would pile up."""
-    return tracks.select(tracks.visibility[0].any(dim=0).nonzero()[:, 0])
+def _others(ids: Collection[int], than: Collection[int]) -> tuple[int, ...]:
+    than = frozenset(than)
+    return tuple(identity for identity in ids if identity not in than)
+
+
+def _visible(ids: tuple[int, ...], *parts: Tracks) -> tuple[int, ...]:
+    """Those visible in some frame: in a stream that adds and removes points the others would pile up."""
+    found: set[int] = set()
+    for part in parts:
+        if found.issuperset(ids):
+            break
+        found.update(part.ids[0, part.visibility[0].any(dim=0)].tolist())
+    return tuple(identity for identity in ids if identity in found)

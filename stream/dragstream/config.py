@@ -25,7 +25,7 @@ class DragConfig:
     iterations: int = 0  # per segment, of the paper's optimisation; 0: tracks and warm start alone (docs/dragstream.md)
     max_iterations: int | None = 32  # per chunk; segments become longer where they would need more
     segment_ratio: float | None = None  # a drag goes in segments of at most this share of the height; null: in one
-    segment_degrees: float = 8.0
+    segment_degrees: float = 8.0  # and of at most this turn, where segment_ratio is set
     subdivision: str = "ceil"  # ceil: at most the segment's size | floor: up to twice as long
     start: str = "previous"  # a chunk's first segment starts where the last chunk ended | at the "origin"
     warm_rounds: int = 3  # of a start from where the drag leads (warm_start.py; not in the paper); 0: from the latents
@@ -96,6 +96,16 @@ class DragConfig:
             for each in fields(self)
             if each.name in idle and vars(self)[each.name] != vars(defaults)[each.name]
         ]
+
+    def remarks(self) -> list[str]:
+        """What was set and changes nothing, a sentence for each reason."""
+        idle, uncut = self.without_effect(), []
+        if self.iterations and self.segment_ratio is None:
+            uncut = [
+                name for name in ("segment_degrees", "subdivision") if vars(self)[name] != vars(DragConfig())[name]
+            ]
+        reasons = (idle, "iterations=0; set it to optimise"), (uncut, "segment_ratio=null; set it to cut the way")
+        return [f"drag.{', drag.'.join(names)} have no effect with drag.{reason}" for names, reason in reasons if names]
 
     def for_student(self, num_steps: int, num_layers: int) -> DragConfig:
         """The same with its step >= 0. Raises ValueError for a step or a block that the student does not have."""

@@ -114,6 +114,19 @@ class Drag:
         """Nothing is asked to move: the stream then is what it would be without the drag."""
         return all(pose == Pose() for handle in self.handles for pose in handle.poses)
 
+    def edited(self, frame: int, num_frames: int, opens_video: bool) -> list[Pose]:
+        """Poses of the handles in one of the frames, pixel or latent, of a chunk that is edited: on the way there.
+
+        The first frame of the video, which is given, stays where it is.
+        """
+        share = frame / max(1, num_frames - 1) if opens_video else (frame + 1) / num_frames
+        return [handle.start.toward(handle.poses[0], share) for handle in self.handles]
+
+    def copied(self) -> Drag:
+        """The same with masks of its own: whoever drew them may go on drawing there."""
+        handles = tuple(replace(handle, mask=handle.mask.copy()) for handle in self.handles)
+        return replace(self, handles=handles, editable=None if self.editable is None else self.editable.copy())
+
     def resize_to(self, height: int, width: int) -> Drag:
         """The same drag in a frame of another size, cropped in the middle to its aspect as pictures are."""
         top, left, crop_height, crop_width = centre_crop(self.handles[0].mask.shape[:2], (height, width))

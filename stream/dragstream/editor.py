@@ -76,23 +76,23 @@ class DragEditor:
         if self.references is None:
             self.references = read_references(reader, self.cfg, self.drag, shown, self.noise)
         editable = self.drag.editable
+        start, targets = self._poses(shown.chunk, shown.noisy_latents.shape[2])
         scene = Scene(
-            self.cfg, reader, shown, self.drag.handles, self.references,
+            self.cfg, reader, shown, self.drag.handles, self.references, start,
             None if editable is None else torch.from_numpy(editable).to(shown.noisy_latents.device),
             self.size, self.noise,
         )  # fmt: skip
         log = DragLog(shown.chunk)
-        latents = self._edited(scene, log)
+        latents = self._edited(scene, targets, log)
         log.seconds = time.perf_counter() - began
         self.logs.append(log)
         return latents
 
-    def _edited(self, scene: Scene, log: DragLog) -> Tensor:
-        start, targets = self._poses(scene.shown.chunk, scene.before.shape[2])
+    def _edited(self, scene: Scene, targets: FramePoses, log: DragLog) -> Tensor:
         rectify, rectify_last = rectifiers(self.cfg.adsr, scene.before, self.neighbours)
-        latents = rectify(warm_started(scene, start, targets)) if self.cfg.warm_rounds else scene.before.clone()
+        latents = rectify(warm_started(scene, targets)) if self.cfg.warm_rounds else scene.before.clone()
         if self.cfg.iterations:
-            segments = segment_poses(start, targets, self.cfg, self.size[0])
+            segments = segment_poses(scene.start, targets, self.cfg, self.size[0])
             latents = self._optimised(latents, OBJECTIVES[self.cfg.method](scene), scene, segments, rectify, log)
         return rectify_last(latents)
 
@@ -121,14 +121,11 @@ class DragEditor:
         handles = self.drag.handles
         before: StartPoses = [None if handle.returns else Pose() for handle in handles]
         if self.drag.mode == "edit":
-            target, given = [handle.poses[0] for handle in handles], int(chunk == 0)
-            shares = [(frame + 1 - given) / (frames - given) for frame in range(given, frames)]
-            ramp: list[list[Pose] | None] = [
-                [handle.start.toward(handle.poses[0], share) for handle in handles] for share in shares
-            ]
-            if self.cfg.edit_frames != "ramp" and ramp:
-                ramp = [*[None] * (len(ramp) - 1), target]
-            return before, [*[None] * given, *ramp]
+            ramp: list[list[Pose] | None] = [self.drag.edited(frame, frames, chunk == 0) for frame in range(frames)]
+            without = len(ramp) - 1 if self.cfg.edit_frames == "last" else 0
+            for frame in range(max(without, int(chunk == 0))):
+                ramp[frame] = None
+            return before, ramp
         first = (chunk - self.first_chunk) * frames
         start = [handle.poses[first - 1] for handle in handles] if first else before
         return start, [[handle.poses[first + frame] for handle in handles] for frame in range(frames)]
@@ -190,13 +187,15 @@ def read_references(
 ) -> tuple[Reference, ...]:
     """Features of each handle: those that it brings, else those of the last frame of the chunk shown.
 
-    Raises ValueError where a handle brings none and the drag optimises them.
+    Raises ValueError where a handle brings others than those that the drag optimises.
     """
-    if cfg.iterations and any(handle.reference and not handle.reference.variants for handle in drag.handles):
-        raise ValueError(
-            f"a handle brings a reference that was read with drag.iterations=0, this drag has {cfg.iterations}; read "
-            "it with the settings that use it"
-        )
+    for index, handle in enumerate(drag.handles):
+        if cfg.iterations and handle.reference is not None and handle.reference.read_as != reader.read_as:
+            found = handle.reference.read_as or "drag.iterations=0, without features"
+            raise ValueError(
+                f"handle {index} brings a reference that was read with {found}; this drag optimises features with "
+                f"{reader.read_as}: read the reference with the settings that use it, or set drag.iterations=0"
+            )
     current: list[Reference] = []
 
     def of(stored: Reference | None) -> Reference:

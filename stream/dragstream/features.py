@@ -25,14 +25,27 @@ from stream.dragstream.config import DragConfig
 from stream.dragstream.frequency import low_pass_keys, low_pass_tokens
 
 
+@dataclass(frozen=True)
+class ReadAs:
+    """What features are of: those of other blocks or of another noise level are not compared with them."""
+
+    method: str
+    layers: tuple[int, ...]
+    sigma: float
+
+    def __str__(self) -> str:
+        return f"drag.method={self.method} in blocks {list(self.layers)} at noise level {self.sigma:.3f}"
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     """Features of one latent frame as a drag found it; a later drag may bring them back (appendix R)."""
 
     clean: Tensor  # [C, h, w]: what the student makes of the frame
+    read_as: ReadAs | None = None  # None: no features were read
     variants: dict[float | None, Tensor] = field(default_factory=dict)  # cutoff -> [C, rows, cols]; None: unfiltered
-    key_values: tuple[LayerKV, ...] = ()  # of the frame itself in each layer read, [1, heads, tokens, head_dim]
-    alone: Tensor | None = None  # [C, rows, cols]: features of the frame if it attends to nothing but itself
+    key_values: tuple[LayerKV, ...] = ()  # sg_i2v: of the frame in each layer read, [1, heads, tokens, head_dim]
+    alone: Tensor | None = None  # sg_i2v: [C, rows, cols], of the frame if it attends to nothing but itself
 
 
 class FeatureReader:
@@ -41,6 +54,7 @@ class FeatureReader:
     def __init__(self, student: WanDiT, cfg: DragConfig, sigma: float) -> None:
         self.student, self.cfg, self.sigma = student, cfg, sigma
         self.layers = cfg.layers_of(student.config.num_layers)
+        self.read_as = ReadAs(cfg.method, tuple(self.layers), sigma)
         with torch.no_grad():
             self.modulation = student.modulation(NUM_TRAIN_TIMESTEPS * sigma)
 
@@ -74,7 +88,7 @@ class FeatureReader:
         taps, x0 = AttentionTaps(self.layers), shown.x0
         if x0 is None:
             x0 = self.x0(shown, shown.noisy_latents, taps)
-        clean = x0[0, :, frame]
+        clean = x0[0, :, frame].clone()
         if not cutoffs:
             return Reference(clean)
         if not taps.seen:
@@ -89,11 +103,13 @@ class FeatureReader:
             )[0]
             for cutoff in cutoffs
         }
+        if self.cfg.method != "sg_i2v":
+            return Reference(clean, self.read_as, variants)
         seen = [taps.seen[layer] for layer in self.layers]
-        own = [[part[:, :, rows] for part in (tap.query, tap.key, tap.value)] for tap in seen]
+        own = [[part[:, :, rows].clone() for part in (tap.query, tap.key, tap.value)] for tap in seen]
         alone = self._as_maps([split_attention(q, k, v, []) for q, k, v in own], latents)[0]
         key_values = tuple(LayerKV(key, value) for _, key, value in own)
-        return Reference(clean, variants, key_values, alone)
+        return Reference(clean, self.read_as, variants, key_values, alone)
 
     def _taps(self, shown: ChunkPass, latents: Tensor) -> AttentionTaps:
         taps = AttentionTaps(self.layers)

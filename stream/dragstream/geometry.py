@@ -64,8 +64,16 @@ def moved_mask(mask: Tensor, pose: Pose, center: Point, rows: int, cols: int) ->
     return share.masked_fill(share < SMALLEST_SHARE, 0.0)
 
 
+def contains(mask: np.ndarray, points: Tensor) -> Tensor:
+    """Whether points [N, 2] px lie in a mask, bool [H, W]: bool [N]; beyond the frame there is nothing."""
+    height, width = mask.shape
+    x, y = points.floor().long().unbind(-1)
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    return inside & torch.from_numpy(mask)[y.clamp(0, height - 1), x.clamp(0, width - 1)]
+
+
 def swept_region(drag: Drag) -> np.ndarray:
-    """Where the handles are, and will be in each frame: bool [H, W]."""
+    """Where the handles are, and will be in each latent frame: bool [H, W]."""
     swept = np.zeros_like(drag.handles[0].mask)
     for handle in drag.handles:
         here = () if handle.returns else (Pose(),)

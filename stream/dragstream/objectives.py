@@ -43,6 +43,7 @@ class Scene:
     shown: ChunkPass
     handles: tuple[Handle, ...]
     references: tuple[Reference, ...]  # per handle
+    start: StartPoses
     editable: Tensor | None  # bool [H, W]
     size: tuple[int, int]  # (height, width) px of the frame
     noise: KeyedNoise
@@ -63,19 +64,19 @@ class Scene:
         """Share of each cell of a grid that the handle covers at a pose."""
         return moved_mask(self.mask(handle), pose, handle.center, *grid)
 
-    def kept(self, targets: Sequence[StartPoses | None], grid: tuple[int, int]) -> Tensor:
-        """Share of each cell that must stay, in any frame: 1 outside what is editable or a target: [rows, cols]."""
-        free = torch.ones(self.size, device=self.before.device) if self.editable is None else self.editable.float()
-        free = F.adaptive_avg_pool2d(free[None], grid)[0]
-        for poses in targets:
+    def kept(self, targets: FramePoses, grid: tuple[int, int]) -> Tensor | None:
+        """Share of each cell that must stay, in any frame: [rows, cols]; None: all may change.
+
+        1 outside of what is editable, of the handles where they start, and of their targets.
+        """
+        if self.editable is None:
+            return None
+        free = F.adaptive_avg_pool2d(self.editable[None].float(), grid)[0]
+        for poses in (self.start, *targets):
             for handle, pose in zip(self.handles, poses or ()):
                 if pose is not None:
                     free = torch.maximum(free, self.coverage(handle, pose, grid))
-        return 1 - free
-
-    def kept_weights(self, targets: FramePoses, grid: tuple[int, int]) -> Tensor | None:
-        kept = self.kept(targets, grid)
-        return kept if kept.any() else None
+        return 1 - free if (free < 1).any() else None
 
 
 class Objective(Protocol):
@@ -123,7 +124,7 @@ class DragStreamObjective:
         self.segment = segment
         self.patches = [patch for frame, poses in enumerate(targets) if poses for patch in self._patches(frame, poses)]
         grid = self.scene.latent_size if self.cfg.cst_on == "x0" else self.grid
-        self.kept = self.scene.kept_weights(targets, grid) if self.cfg.cst_weight else None
+        self.kept = self.scene.kept(targets, grid) if self.cfg.cst_weight else None
 
     def loss(self, latents: Tensor, iteration: int) -> tuple[Tensor, float]:
         scene = self.scene
@@ -256,7 +257,7 @@ class DragVideoObjective:
                     inside = centers.new_tensor([handle.point])
                 start = inside[torch.linspace(0, len(inside) - 1, min(len(inside), self.MAX_POINTS)).long()]
                 self.tracks.append((frame, reference, start, start.clone(), moved(start, pose, handle.center)))
-        self.kept = scene.kept_weights(targets, scene.latent_size)
+        self.kept = scene.kept(targets, scene.latent_size)
 
     def loss(self, latents: Tensor, iteration: int) -> tuple[Tensor, float]:
         scene = self.scene

@@ -21,25 +21,25 @@ from stream.dragstream.objectives import FramePoses, Scene, StartPoses
 
 
 @torch.no_grad()
-def warm_started(scene: Scene, start: StartPoses, targets: FramePoses) -> Tensor:
-    """Latents from which the student predicts the handles at ``targets`` instead of ``start``: [1, C, F, h, w]."""
+def warm_started(scene: Scene, targets: FramePoses) -> Tensor:
+    """Latents from which the student predicts the handles at ``targets``: [1, C, F, h, w]."""
     latents, wanted = scene.before.clone(), None
-    gain = scene.cfg.warm_gain
-    free = 1.0 if scene.editable is None else 1 - scene.kept([start, *targets], scene.latent_size)
+    gain, kept = scene.cfg.warm_gain, scene.kept(targets, scene.latent_size)
+    free = 1.0 if kept is None else 1 - kept
     for _ in range(scene.cfg.warm_rounds):
         x0 = scene.reader.x0(scene.shown, latents)
         if wanted is None:
-            wanted = warped(scene, x0, start, targets)
+            wanted = warped(scene, x0, targets)
         latents = latents + gain * free * (wanted - x0)
     return latents
 
 
-def warped(scene: Scene, x0: Tensor, start: StartPoses, targets: FramePoses) -> Tensor:
+def warped(scene: Scene, x0: Tensor, targets: FramePoses) -> Tensor:
     """Clean latents [1, C, F, h, w] with the handles moved, and what is beside them where they were."""
     moved = x0.clone()
     for frame, poses in enumerate(targets):
         if poses is not None:
-            moved[0, :, frame] = _with_handles(scene, _without_handles(scene, x0[0, :, frame], start), poses)
+            moved[0, :, frame] = _with_handles(scene, _without_handles(scene, x0[0, :, frame], scene.start), poses)
     return moved
 
 

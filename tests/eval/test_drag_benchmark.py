@@ -350,7 +350,7 @@ def test_neighbours_are_counted_from_before_the_drag(tiny_weights, tmp_path: Pat
     codecs = Codecs.load(model_cfg)
     context = EvalContext(model_cfg, codecs, torch.device("cpu"), 0, tmp_path, baseline_settings("paper"))
     world = SpritesConfig(max_sprites=2, min_size=0.36, max_size=0.42)
-    bench = DragBenchmark(DragBenchConfig(num_scenarios=7, baselines=[], world=world, opening_chunks=6))
+    bench = DragBenchmark(DragBenchConfig(num_scenarios=7, baselines=[], world=world, opening_chunks=7))
     scenarios = bench.scenarios(context)
     settings = {str(count): replace(context.drag, iterations=1, adsr_frames=count) for count in (9, 18)}
     bench.stream(context, context.load("student"), [scenarios[0], scenarios[6]], settings)

@@ -151,8 +151,14 @@ def test_no_context_is_needed_for_an_unlimited_window(tiny_weights, student, fir
     cfg = tiny_weights.model_cfg
     codecs = Codecs.load(replace(cfg, rollout=replace(cfg.rollout, window_chunks=None)))
     assert sum(len(chunk) for chunk in _open(student, codecs, first_frame, num_frames=46)) == 46
-    with pytest.raises(ValueError, match="max_chunks"):
+    with pytest.raises(ValueError, match="num_frames=null needs a window: model.rollout.window_chunks=null"):
         _open(student, codecs, first_frame)
+    session = _open(student, codecs, first_frame, num_frames=9)
+    session.next_chunk()
+    with pytest.raises(ValueError, match="num_frames=9 are made, and model.rollout.window_chunks=null"):
+        session.next_chunk()
+    session.undo()
+    session.next_chunk()
 
 
 def test_tracks_drawn_as_pictures_stream_like_the_whole_clip(tiny_weights, first_frame) -> None:

@@ -187,6 +187,8 @@ def test_labelled_drags_are_applied_after_their_chunks(
         (3, ["num_frames=20"], "drags after chunk 3, but the video has 20 frames"),
         (1, ["role=teacher"], "drags need role=student"),
         (0, [], "drags before the first chunk"),
+        (1, ["drag.step=7"], r"drag.step=7 must be in -3\.\.2: the student's steps"),
+        (1, ["model.rollout.chunk_frames=1"], "block_1_Drag_trajectory.json edits the given first frame alone"),
     ],
 )
 def test_a_drag_that_cannot_be_is_refused_before_anything_is_built(
@@ -195,6 +197,27 @@ def test_a_drag_that_cannot_be_is_refused_before_anything_is_built(
     drags = [f"drags={_label(tmp_path, 'edit', block, 1)}"]
     with pytest.raises(ValueError, match=message):
         main(compose_config("stream", ["model=tiny", f"image={sprites_video}", *drags, *overrides]))
+
+
+def test_an_animation_of_frames_that_are_not_there_is_refused_and_one_that_is_cut_is_told(
+    tiny_weights, sprites_video: Path, tmp_path: Path, caplog
+) -> None:
+    drags = f"drags={_label(tmp_path, 'animate', 1, 6)}"
+    with pytest.raises(
+        ValueError, match=r"block_1_Animation\S+ animates what follows .* 9 frames; num_frames=33 shows"
+    ):
+        _run(tiny_weights, tmp_path / "a.mp4", f"image={sprites_video}", drags, "num_frames=9")
+    assert len(_run(tiny_weights, tmp_path / "a.mp4", f"image={sprites_video}", drags, "num_frames=14")) == 14
+    assert "animates 6 latent frames, of which 2 are shown; num_frames=33 shows all" in caplog.text
+    caplog.clear()
+    _run(tiny_weights, tmp_path / "a.mp4", f"image={sprites_video}", drags, "num_frames=33")
+    assert "animates" not in caplog.text
+
+
+def test_unknown_words_are_refused_before_anything_is_built(sprites_video: Path) -> None:
+    nothing = ["model=tiny", "model.student=/nowhere", f"image={sprites_video}"]
+    with pytest.raises(ValueError, match="unknown word 'zebra'"):
+        main(compose_config("stream", [*nothing, "prompt=zebra"]))
 
 
 def test_every_profile_of_drags_composes(sprites_video: Path) -> None:
@@ -238,20 +261,53 @@ def test_ctrl_c_keeps_the_frames_made_so_far(tmp_path: Path) -> None:
     assert _frames(tmp_path / "x.mp4") == 18 and len(list(tmp_path.iterdir())) == 1
 
 
-def test_ctrl_c_while_a_chunk_is_written_waits_for_its_end(tmp_path: Path) -> None:
-    class Chunk(list):
-        def __iter__(self):
-            for number, frame in enumerate(super().__iter__()):
-                if number == 4:
-                    _press_ctrl_c()
-                yield frame
+class Interrupted(list):
+    """Frames of which the fourth brings a signal."""
 
-    chunk = Chunk(np.zeros((9, 16, 16, 3), np.uint8))
+    number = signal.SIGINT
+
+    def __iter__(self):
+        for index, frame in enumerate(super().__iter__()):
+            if index == 4:
+                os.kill(os.getpid(), self.number)
+            yield frame
+
+
+def test_ctrl_c_while_a_chunk_is_written_waits_for_its_end(tmp_path: Path) -> None:
+    chunk = Interrupted(np.zeros((9, 16, 16, 3), np.uint8))
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="has the 9 of 50 frames"):
         write_frames(iter([chunk, chunk]), tmp_path / "x.mp4", 16, 50)
     assert _frames(tmp_path / "x.mp4") == 9
     assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it(tmp_path: Path) -> None:
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    try:
+        write_frames(iter([Interrupted(np.zeros((9, 16, 16, 3), np.uint8))] * 2), tmp_path / "x.mp4", 16, 18)
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert _frames(tmp_path / "x.mp4") == 18
+
+
+def test_sigterm_keeps_the_frames_made_so_far_and_has_its_own_exit_code(tmp_path: Path, caplog) -> None:
+    chunk, handler = Interrupted(np.zeros((9, 16, 16, 3), np.uint8)), signal.getsignal(signal.SIGTERM)
+    chunk.number = signal.SIGTERM
+    with pytest.raises(SystemExit) as stop:
+        write_frames(iter([chunk, chunk]), tmp_path / "x.mp4", 16, 50)
+    assert stop.value.code == 143 and "x.mp4 has the 9 of 50 frames made so far" in caplog.text
+    assert _frames(tmp_path / "x.mp4") == 9 and signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_an_error_keeps_the_frames_made_so_far(tmp_path: Path, caplog) -> None:
+    def chunks():
+        yield np.zeros((9, 16, 16, 3), np.uint8)
+        raise MemoryError("full")
+
+    with pytest.raises(MemoryError, match="full"):
+        write_frames(chunks(), tmp_path / "x.mp4", 16, 50)
+    assert _frames(tmp_path / "x.mp4") == 9 and "x.mp4 has the 9 of 50 frames made so far" in caplog.text
 
 
 def test_ctrl_c_before_the_first_frame_leaves_nothing(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def tracked_session(parts, **options) -> StreamSession:
 
 def ways(session: StreamSession, frames: int = 12) -> dict[int, list[float]]:
     """x of each track that is seen in the frames to come, by identity."""
+    session._receive()
     taken = session._buffer.peek(frames)
     shown = taken.visibility[0].all(0).tolist()
     return {identity: taken.points[0, :, n, 0].tolist()

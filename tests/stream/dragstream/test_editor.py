@@ -217,7 +217,7 @@ def test_a_later_handle_is_in_front(shown):
     scene_of = editor_module.Scene
     reader = FeatureReader(student, config(), chunk_pass.sigma)
     reference = reader.reference(chunk_pass, [None])
-    scene = scene_of(config(), reader, chunk_pass, both.handles, (reference, reference), None, SIZE, NOISE)
+    scene = scene_of(config(), reader, chunk_pass, both.handles, (reference,) * 2, [Pose()] * 2, None, SIZE, NOISE)
     objective = editor_module.OBJECTIVES["dragstream"](scene)
     objective.aim([None, None, [Pose(dx=8.0), Pose(dx=8.0)]], 0)
     front, back = objective.patches
@@ -292,3 +292,16 @@ def test_the_official_label_drives_an_edit_of_a_wan_shaped_student() -> None:
     log = editor.logs[0]
     assert (log.chunk, log.num_segments, len(log.losses)) == (2, 2, 2) and np.isfinite(log.losses).all()
     assert editor.references[0].variants[0.4].shape == (80, 30, 52)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reference_keeps_what_its_method_reads_and_nothing_else_alive(shown, method: str):
+    student, chunk_pass = shown
+    reference = FeatureReader(student, config(method=method), chunk_pass.sigma).reference(chunk_pass, [None])
+    kept = [
+        reference.clean,
+        *reference.variants.values(),
+        *(t for kv in reference.key_values for t in (kv.key, kv.value)),
+    ]
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
+    assert bool(reference.key_values) == (reference.alone is not None) == (method == "sg_i2v")

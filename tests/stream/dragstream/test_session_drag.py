@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import math
 from dataclasses import replace
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -111,11 +114,66 @@ def test_an_animation_goes_on_after_an_edit_of_its_chunk_and_one_that_waits_is_n
 
 @pytest.mark.parametrize("frames", [0, 2, 9, 18])
 def test_statistics_come_from_as_many_frames_before_as_there_are(parts, frames: int) -> None:
+    """But for the first, which is given: it is clean at every step."""
     session = open_session(parts, drag=DragConfig(adsr_frames=frames))
     for chunk in range(1, 8):
         session.next_chunk()
         neighbours = session._memory.neighbours(session.drag_cfg)
-        assert (0 if neighbours is None else neighbours.shape[2]) == min(frames, 3 * chunk)
+        kept = 3 * min(chunk, math.ceil(frames / 3)) - (chunk <= math.ceil(frames / 3))  # whole chunks
+        assert (0 if neighbours is None else neighbours.shape[2]) == min(frames, max(0, kept))
+
+
+def test_a_given_frame_alone_is_no_neighbour(parts) -> None:
+    student, codecs = parts
+    rollout = replace(codecs.model_cfg.rollout, chunk_frames=1)
+    cfg = DragConfig(adsr="neighbours", iterations=1)
+    session = open_session((student, codecs.under(replace(codecs.model_cfg, rollout=rollout))), drag=cfg)
+    session.next_chunk()
+    assert session._memory.neighbours(session.drag_cfg) is None
+    advance(session, 2)
+    assert session._memory.neighbours(session.drag_cfg).shape[2] == 2
+
+
+def test_who_drew_a_mask_may_go_on_drawing_on_it(parts) -> None:
+    def animated(paints: bool) -> np.ndarray:
+        session, canvas, editable = open_session(parts), mask(), mask(0, 12, 0, 16)
+        advance(session, 2)
+        poses = tuple(Pose(dx=-0.5 * n) for n in range(1, 7))
+        session.drag(Drag("animate", (Handle(canvas, (7.0, 7.0), poses, (7.0, 7.0)),), editable))
+        session.next_chunk()
+        if paints:
+            canvas[:], editable[:] = mask(12, 16, 12, 16), False
+        return session.next_chunk()
+
+    np.testing.assert_array_equal(animated(True), animated(False))
+
+
+def test_an_animation_that_is_over_is_not_kept(parts) -> None:
+    session = open_session(parts, drag=DragConfig(iterations=1))
+    advance(session, 2)
+    kept = ref(session.drag(drag("animate", LEFT)).references[0])
+    session.next_chunk()
+    assert kept() is not None, "the chunk can be taken back and made again"
+    advance(session, 2)
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_reference_of_other_features_is_refused(parts) -> None:
+    session = open_session(parts, drag=DragConfig(iterations=1, layers=[0]))
+    advance(session, 2)
+    (reference,) = session.drag(drag("animate", LEFT)).references
+    back = drag("animate", LEFT)
+    back = replace(back, handles=(replace(back.handles[0], reference=reference),))
+    for changes in ({"layers": [1]}, {"step": 1}, {"method": "sg_i2v"}):
+        session.drag_cfg = DragConfig(**({"iterations": 1, "layers": [0]} | changes))
+        refused(session, back, r"handle 0 brings a reference that was read with drag.method=dragstream in blocks \[0\]")
+    session.drag_cfg = DragConfig()
+    session.drag(back)  # what the frame shows needs no features
+    (plain,) = session.drag(drag("animate", LEFT)).references
+    session.drag_cfg = DragConfig(iterations=1)
+    back = replace(back, handles=(replace(back.handles[0], reference=plain),))
+    refused(session, back, "a reference that was read with drag.iterations=0, without features")
 
 
 def test_the_warm_start_costs_one_pass_a_round_and_no_more(parts, monkeypatch) -> None:
@@ -270,6 +328,11 @@ def test_settings_of_the_optimisation_have_no_effect_without_it(parts) -> None:
     assert (edited(**other, iterations=1) != edited(iterations=1)).any()
     assert set(DragConfig(**other).without_effect()) == set(OPTIMISATION)
     assert not DragConfig(**other, iterations=1).without_effect() and not DragConfig().without_effect()
+    assert not DragConfig(**other, iterations=1).remarks() and not DragConfig().remarks()
+    (remark,) = DragConfig(lr=0.3).remarks()
+    assert remark == "drag.lr have no effect with drag.iterations=0; set it to optimise"
+    (remark,) = DragConfig(iterations=1, segment_degrees=1.0, subdivision="floor").remarks()
+    assert remark.startswith("drag.segment_degrees, drag.subdivision have no effect with drag.segment_ratio=null")
     for name, value in other.items():
         assert getattr(DragConfig(), name) != value, name
 

@@ -116,6 +116,18 @@ def test_every_track_that_is_led_has_its_own_identity(parts) -> None:
         assert len(ids.unique()) == len(ids)
 
 
+@pytest.mark.parametrize("mode", ["edit", "animate"])
+def test_tracks_that_a_far_drag_passes_between_its_poses_are_on_its_way(parts, mode: str) -> None:
+    points = np.tile(np.array([[7.0, 3.0], [9.0, 12.0]], np.float32), (9, 1, 1))
+    tracks = Tracks.from_arrays(points, np.ones((9, 2), bool), 16, 16)
+    session = open_session(parts, tracks=tracks, drag=DragConfig(tracks="release"))
+    advance(session, 2)
+    poses = (Pose(dx=12.0),) * (1 if mode == "edit" else 3)  # from the left border to the right one
+    session.drag(Drag(mode, (Handle(mask(0, 4, 2, 5), (2.0, 3.0), poses, (2.0, 3.0)),)))
+    (rest,) = ways(session).values()
+    assert rest[0] == 9.0, "the track off its way"
+
+
 @pytest.mark.parametrize("mode", ["animate", "edit"])
 def test_the_tracks_of_what_comes_back_begin_where_it_comes_in(parts, mode: str) -> None:
     """They would else set out from the place that it left, towards the border that it comes from."""
@@ -138,7 +150,7 @@ def test_a_later_handle_is_in_front_among_the_tracks_too(parts) -> None:
     in_front = Handle(mask(10, 16), (13.0, 7.0), (Pose(dx=-9.0),) * 3, (13.0, 7.0))
     both = Drag("animate", (behind, in_front))
     on_handles = tracks_on(session._buffer, both, session.codecs.model_cfg.latent_size)
-    found = led(both, on_handles, 12, opens_video=False)
+    found = led(both, on_handles, list(pixel_poses(both, 12, opens_video=False)))
     assert found.ids[0].tolist() == [*on_handles[1].ids[0].tolist(), *on_handles[0].ids[0].tolist()]
 
 
@@ -154,7 +166,7 @@ def test_a_new_drag_is_in_front_of_what_is_led_already(parts) -> None:
 def _led(session: StreamSession, asked: Drag) -> list[int]:
     """Identities that are led after a drag."""
     session.drag(asked)
-    return session._buffer.snapshot().led.held.ids[0].tolist()
+    return list(session._buffer.snapshot().led.ids)
 
 
 def test_drags_give_back_the_identities_of_tracks_that_have_ended(parts) -> None:
@@ -168,8 +180,8 @@ def test_drags_give_back_the_identities_of_tracks_that_have_ended(parts) -> None
         assert not taken & ids, "while there are new ones, no other gets them"
         taken |= ids
         advance(session, 2)
-    assert len(session.unused_track_ids(NUM_TRACK_IDS)) == NUM_TRACK_IDS
-    assert not set(session.unused_track_ids(NUM_TRACK_IDS - len(taken)).tolist()) & taken
+    assert len(session.unused_track_ids(NUM_TRACK_IDS - 1)) == NUM_TRACK_IDS - 1  # 0 stands for no identity
+    assert not set(session.unused_track_ids(NUM_TRACK_IDS - 1 - len(taken)).tolist()) & taken
 
 
 def test_a_drag_that_finds_no_identities_leaves_the_one_before_it(parts, monkeypatch) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
-from drag_sessions import LEFT, advance, drag, open_session, refused, tracked_session, ways
+from drag_sessions import LEFT, advance, drag, first_frame, mask, open_session, refused, tracked_session, ways
 
 from models.motion.tracks import Tracks
 from stream.dragstream.config import DragConfig
+from stream.dragstream.drag import Drag, Handle, Pose
 
 
 def test_undo_takes_back_drags_and_prompts_bit_for_bit(parts) -> None:
@@ -108,12 +111,94 @@ def test_an_edit_that_fails_leaves_its_chunk_taken_back(parts, monkeypatch) -> N
     np.testing.assert_array_equal(session.next_chunk(), shown)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("edits", [False, True])
+def test_motion_pushed_while_a_chunk_is_made_waits_for_the_next(parts, monkeypatch, edits: bool, fails: bool) -> None:
+    """From another thread. It used to be lost with an edit, and with a chunk that failed."""
+    session = tracked_session(parts)
+    advance(session, 2)
+    push, more = session._decoder.push, Tracks.from_arrays(np.full((5, 1, 2), 9.0), np.ones((5, 1), bool), 16, 16)
+
+    def meanwhile(latents):
+        session.push_tracks(more)
+        if fails:
+            raise MemoryError("full")
+        return push(latents)
+
+    with monkeypatch.context() as patched, suppress(MemoryError):
+        patched.setattr(session._decoder, "push", meanwhile)
+        session.drag(drag("edit", LEFT)) if edits else session.next_chunk()
+    assert session.num_pending_track_frames == 5
+    session.next_chunk()
+    assert session.num_pending_track_frames == 0
+    session.push_tracks(more)
+    session.undo()
+    assert session.num_pending_track_frames == 5, "what came since is taken back, what waited waits again"
+
+
 def test_a_snapshot_goes_on_in_another_session(parts) -> None:
     session, other = open_session(parts), open_session(parts)
     advance(session, 4)
     other.restore(session.snapshot())
     for found, wanted in zip(advance(other, 2), advance(session, 2)):
         np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("mode", ["edit", "animate"])
+def test_a_snapshot_is_dragged_in_another_session_whatever_the_first_one_does(parts, mode: str) -> None:
+    """The remembered passes used to read the keys and values of the session that they came from."""
+    first, other = (open_session(parts, undo_chunks=2, drag=DragConfig(iterations=1)) for _ in range(2))
+    advance(first, 4)
+    state = first.snapshot()
+
+    def dragged(session) -> np.ndarray:
+        shown = session.drag(drag(mode, LEFT)).frames
+        return session.next_chunk() if shown is None else shown
+
+    other.restore(state)
+    expected = dragged(other)
+    other.restore(state)
+    advance(first, 2)
+    np.testing.assert_array_equal(dragged(other), expected)
+    first.undo(2)  # to where the snapshot was taken, and on in another way
+    first.set_prompt("a green disc on a red background")
+    advance(first, 2)
+    other.restore(state)
+    np.testing.assert_array_equal(dragged(other), expected)
+
+
+def test_what_is_shown_comes_along_with_a_snapshot_and_the_noise_does_not(parts) -> None:
+    first = tracked_session(parts)
+    same = open_session(parts, first_frame=255 - first_frame(), prompt="a green ring")
+    changed = open_session(parts, seed=7)
+    advance(first, 3)
+    state = first.snapshot()
+    more = Tracks.from_arrays(np.full((12, 2, 2), 9.0), np.ones((12, 2), bool), 16, 16)
+    for session in (same, changed):
+        session.restore(state)
+    for session in (first, same, changed):
+        session.push_tracks(more)
+    assert ways(first) == ways(same) == ways(changed), "columns keep their identities"
+    expected = first.next_chunk()
+    np.testing.assert_array_equal(same.next_chunk(), expected)
+    assert (changed.next_chunk() != expected).any()
+
+
+def test_the_logs_of_an_animation_are_those_of_its_own_session_without_chunks_taken_back(parts) -> None:
+    session, fork = (open_session(parts, undo_chunks=2, drag=DragConfig(iterations=1)) for _ in range(2))
+    advance(session, 2)
+    poses = tuple(Pose(dx=-0.5 * n) for n in range(1, 10))
+    logs = session.drag(Drag("animate", (Handle(mask(), (7.0, 7.0), poses, (7.0, 7.0)),))).logs
+    session.next_chunk()
+    fork.restore(session.snapshot())
+    assert [advance(each, 2) for each in (fork, session)] and [log.chunk for log in logs] == [2, 3, 4]
+    session.undo()
+    assert [log.chunk for log in logs] == [2, 3]
+    session.drag(drag("animate", Pose()))
+    session.undo()
+    assert [log.chunk for log in logs] == [2]
+    fork.undo(2)
+    assert [log.chunk for log in logs] == [2]
 
 
 def test_after_undo_timing_and_latents_are_those_of_the_chunk_before(parts) -> None:

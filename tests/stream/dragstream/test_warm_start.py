@@ -15,6 +15,7 @@ from stream.dragstream.objectives import Scene
 from stream.dragstream.warm_start import warm_started, warped
 
 SIZE, CELLS = (64, 96), (8, 12)  # px, cells of 8 px
+HERE = Pose()
 ROWS, COLS = slice(2, 4), slice(2, 4)  # cells of the handle
 
 
@@ -45,11 +46,12 @@ def handle(pose: Pose) -> Handle:
     return Handle(mask, (24.0, 24.0), (pose,), (24.0, 24.0))
 
 
-def scene(*poses: Pose, **settings: object) -> Scene:
+def scene(*poses: Pose, start: Pose | None = HERE, **settings: object) -> Scene:
     handles = tuple(handle(pose) for pose in poses)
     references = tuple(Kept(draw(2 + n)[0, :, 0]) for n in range(len(handles)))
     shown = ChunkPass(1, 1, 0.75, draw(1), None, None)
-    return Scene(DragConfig(**settings), Reader(), shown, handles, references, None, SIZE, KeyedNoise(0))
+    starts = [start] * len(handles)
+    return Scene(DragConfig(**settings), Reader(), shown, handles, references, starts, None, SIZE, KeyedNoise(0))
 
 
 X0 = draw(0)
@@ -58,7 +60,7 @@ X0 = draw(0)
 def test_content_of_the_reference_appears_at_the_target_and_the_rest_stays():
     pose = Pose(dx=24.0, dy=8.0)
     given = scene(pose)
-    found = warped(given, X0, [Pose()], [None, [pose]])
+    found = warped(given, X0, [None, [pose]])
     torch.testing.assert_close(found[0, :, 1, 3:5, 5:7], given.references[0].clean[:, ROWS, COLS], atol=1e-5, rtol=1e-5)
     untouched = torch.ones(CELLS, dtype=torch.bool)
     untouched[ROWS, COLS] = untouched[3:5, 5:7] = False
@@ -68,7 +70,7 @@ def test_content_of_the_reference_appears_at_the_target_and_the_rest_stays():
 
 def test_what_the_handle_leaves_looks_like_the_nearest_cell_beside_it():
     away = Pose(dx=500.0)
-    found = warped(scene(away), X0, [Pose()], [[away], None])
+    found = warped(scene(away), X0, [[away], None])
     beside = {(2, 2): [(1, 2), (2, 1)], (3, 3): [(4, 3), (3, 4)]}
     for (row, col), cells in beside.items():
         distances = [float((found[0, :, 0, row, col] - X0[0, :, 0, r, c]).abs().max()) for r, c in cells]
@@ -77,14 +79,14 @@ def test_what_the_handle_leaves_looks_like_the_nearest_cell_beside_it():
 
 def test_a_handle_that_is_elsewhere_leaves_from_there():
     there, away = Pose(dx=40.0), Pose(dx=500.0)
-    found = warped(scene(away), X0, [there], [[away], None])
+    found = warped(scene(away, start=there), X0, [[away], None])
     assert torch.equal(found[0, :, 0, ROWS, COLS], X0[0, :, 0, ROWS, COLS])
     assert (found - X0)[0, :, 0, ROWS, 7:9].abs().max() > 0.1
 
 
 def test_a_handle_that_comes_back_leaves_nothing():
     pose = Pose(dx=24.0)
-    found = warped(scene(pose), X0, [None], [[pose], None])
+    found = warped(scene(pose, start=None), X0, [[pose], None])
     assert torch.equal(found[0, :, 0, ROWS, COLS], X0[0, :, 0, ROWS, COLS])
     assert (found - X0)[0, :, 0, ROWS, 5:7].abs().max() > 0.1
 
@@ -92,7 +94,7 @@ def test_a_handle_that_comes_back_leaves_nothing():
 def test_half_a_cell_is_the_mean_of_two():
     pose = Pose(dx=28.0)
     given = scene(pose)
-    found = warped(given, X0, [Pose()], [[pose], None])[0, :, 0, 2, 6]
+    found = warped(given, X0, [[pose], None])[0, :, 0, 2, 6]
     source = given.references[0].clean[:, 2]
     torch.testing.assert_close(found, 0.5 * (source[:, 2] + source[:, 3]), atol=1e-5, rtol=1e-5)
 
@@ -100,7 +102,7 @@ def test_half_a_cell_is_the_mean_of_two():
 def test_a_later_handle_is_in_front():
     pose = Pose(dx=24.0)
     given = scene(pose, pose)
-    found = warped(given, X0, [Pose(), Pose()], [[pose, pose], None])
+    found = warped(given, X0, [[pose, pose], None])
     wanted = given.references[1].clean[:, ROWS, COLS]
     torch.testing.assert_close(found[0, :, 0, ROWS, 5:7], wanted, atol=1e-5, rtol=1e-5)
 
@@ -110,12 +112,12 @@ def test_the_prediction_comes_closer_with_each_round_and_no_round_changes_nothin
     for rounds in range(5):
         given = scene(pose, warm_rounds=rounds, warm_gain=0.5)
         before = given.before.clone()
-        found = warm_started(given, [Pose()], [[pose], [pose]])
-        wanted = warped(given, 0.5 * before, [Pose()], [[pose], [pose]])
+        found = warm_started(given, [[pose], [pose]])
+        wanted = warped(given, 0.5 * before, [[pose], [pose]])
         errors.append(float((0.5 * found - wanted).square().mean()))
         assert torch.equal(given.before, before) and given.reader.calls == rounds
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.15 * errors[0]
-    assert torch.equal(warm_started(scene(pose, warm_rounds=0), [Pose()], [[pose], [pose]]), given.before)
+    assert torch.equal(warm_started(scene(pose, warm_rounds=0), [[pose], [pose]]), given.before)
 
 
 def test_what_is_not_editable_is_left_as_it_is_but_for_handle_and_target():
@@ -123,10 +125,10 @@ def test_what_is_not_editable_is_left_as_it_is_but_for_handle_and_target():
     editable = torch.zeros(SIZE, dtype=torch.bool)
     editable[:, :8] = True  # the first column of cells
     given = scene(pose, warm_rounds=3)
-    found = warm_started(replace(given, editable=editable), [Pose()], [[pose], [pose]])
+    found = warm_started(replace(given, editable=editable), [[pose], [pose]])
     free = torch.zeros(CELLS, dtype=torch.bool)
     free[:, 0] = free[ROWS, COLS] = free[3:5, 5:7] = True
     assert torch.equal(found[..., ~free], given.before[..., ~free])
-    changed = (found != warm_started(given, [Pose()], [[pose], [pose]]))[0].any(dim=(0, 1))
+    changed = (found != warm_started(given, [[pose], [pose]]))[0].any(dim=(0, 1))
     assert not changed[free].any(), "what is editable becomes what it would without a mask"
     assert (found != given.before)[0].any(dim=(0, 1))[3:5, 5:7].all()
