@@ -131,8 +131,8 @@ class DragBenchmark:
 
     def run(self, context: EvalContext) -> Outcome:
         """Stream every scenario with every method, and judge."""
-        if idle := context.drag.without_effect():
-            log.warning("drag.%s have no effect with drag.iterations=0; set it to optimise", ", drag.".join(idle))
+        for remark in context.drag.remarks():
+            log.warning(remark)
         detectors = Detectors.load(self.cfg.features, self.cfg.i3d_weights, self.cfg.inception_weights)
         settings = {OURS: context.drag} | {name: baseline_settings(name) for name in self.cfg.baselines}
         scenarios, student = self.scenarios(context), context.load("student")

@@ -192,7 +192,8 @@ class DragAblation:
 
     def _drag(self, context: EvalContext, settings: Mapping[str, DragConfig]) -> dict[str, list[Verdict]]:
         cfg = self.cfg
-        opening = math.ceil(MAX_NEIGHBOURS / context.model_cfg.rollout.chunk_frames)
+        frames = MAX_NEIGHBOURS + 1  # the first of a video may be given: it is no neighbour
+        opening = math.ceil(frames / context.model_cfg.rollout.chunk_frames)
         bench = DragBenchmark(
             DragBenchConfig(num_scenarios=cfg.num_scenarios, baselines=[], world=cfg.world,
                             hold_tracks=cfg.hold_tracks, opening_chunks=opening)
