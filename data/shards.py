@@ -12,6 +12,7 @@ index is for: exact resume and a sample order that does not depend on workers or
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -69,6 +70,11 @@ class ShardIndex:
             for name, parts in FIELD_PARTS.items()
             if self.samples and all(part in sample.parts for sample in self.samples for part in parts)
         ]
+
+    @property
+    def identity(self) -> str:
+        """Hash of the keys in their order: what the numbers of a sampler mean."""
+        return hashlib.sha256("\n".join(sample.key for sample in self.samples).encode()).hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
         content = {"version": INDEX_VERSION, "fields": self.fields} | asdict(self)
@@ -142,7 +148,8 @@ def write_shards(
     for old in folder.glob("clips-*.tar"):
         old.unlink()
     seen: set[str] = set()
-    pattern = str(folder / "clips-%06d.tar")
+    # absolute, since webdataset takes "a:b/…" for an address
+    pattern = str(folder.resolve()).replace("%", "%%") + "/clips-%06d.tar"
     with webdataset.ShardWriter(
         pattern, maxcount=1_000_000, maxsize=max_shard_bytes, encoder=False, mtime=0.0, verbose=0
     ) as writer:

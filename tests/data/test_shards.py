@@ -86,6 +86,21 @@ def test_same_samples_give_the_same_bytes(tmp_path):
     assert (tmp_path / "a/clips-000000.tar").read_bytes() == (tmp_path / "b/clips-000000.tar").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["best50%set", "top_50%/shards", "a:1/x"])
+def test_folders_of_any_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_shards([("k", {"json": b"{}"})], name, GEOMETRY)
+    assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["clips-000000.tar", "index.json"]
+
+
+def test_the_identity_is_of_the_keys_in_their_order(tmp_path):
+    found = []
+    for keys in ("ab", "ba", "abc", "ab"):
+        index = write_shards([(key, {"json": b"{}"}) for key in keys], tmp_path, GEOMETRY)
+        found.append(index.identity)
+    assert found[0] == found[3] and len(set(found)) == 3
+
+
 def test_webdataset_reads_them(shards):
     wds = pytest.importorskip("webdataset")
     paths = sorted(str(path) for path in shards[0].glob("*.tar"))
@@ -150,6 +165,7 @@ def test_interrupted_packing_leaves_no_index(shards):
 def test_build_loader(shards):
     loader = build_loader(LoaderConfig(str(shards[0])), ["latents"], 2, rank=1, world=2)
     assert next(iter(loader)).size == 2
+    assert loader.state_dict()["identity"] == ShardDataset(shards[0]).index.identity
     with pytest.raises(ValueError, match="path is empty"):
         build_loader(LoaderConfig(), ["latents"], 2)
 
