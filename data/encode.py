@@ -172,8 +172,8 @@ def require_encoders(model: DictConfig) -> None:
         return
     if not (Path(located(model.vae.path)) / "config.json").is_file():
         raise FileNotFoundError(
-            f"model.vae.path={model.vae.path} holds no VAE (a folder with config.json); name one, train one with "
-            "`python -m train stage=vae`, or prepare clips and tracks alone with model.vae.path=null"
+            f"model.vae.path={model.vae.path} holds no VAE (no config.json); set it to a folder of one, or to null for "
+            "clips and tracks alone, on which `python -m train stage=vae` trains one"
         )
     if model.text.kind == "umt5" and model.text.path is None:
         raise ValueError("model.text.path is null; model.text.kind=umt5 needs the folder of its text_encoder/")

@@ -785,7 +785,10 @@ def test_a_tracker_that_cannot_work_here_is_refused_before_any_work(tmp_path, mo
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["model.vae.path={absent}"], r"model\.vae\.path=\S+/absent holds no VAE .*; name one, train one"),
+        (
+            ["model.vae.path={absent}"],
+            r"model\.vae\.path=\S+/absent holds no VAE .*; set it to a folder of one, or to null",
+        ),
         (["model.vae.path={vae}", "model.text.kind=umt5"], r"model\.text\.path is null"),
         (["model.vae.path={vae}", "model.text.kind=umt5", "model.text.path={absent}"], r"model\.text\.path=\S+/absent"),
         (["model.vae.path={vae}", "model.clip_encoder={absent}"], r"model\.clip_encoder=\S+/absent: there is nothing"),

@@ -10,7 +10,16 @@ import torch
 
 from data.batch import collate
 from data.loader import LoaderConfig, build_loader
-from data.shards import ShardDataset, ShardError, npy_bytes, trim_text, write_shards
+from data.shards import (
+    SampleEntry,
+    SampleTable,
+    ShardDataset,
+    ShardError,
+    ShardIndex,
+    npy_bytes,
+    trim_text,
+    write_shards,
+)
 from data.video import write_video
 from models.condition import ClipGeometry
 
@@ -91,6 +100,18 @@ def test_folders_of_any_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     write_shards([("k", {"json": b"{}"})], name, GEOMETRY)
     assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["clips-000000.tar", "index.json"]
+
+
+def test_the_table_gives_back_the_entries(shards):
+    entries = [SampleEntry("a", 0, {"json": (512, 7), "mp4": (1536, 9)}), SampleEntry("b", 1, {"json": (0, 5)})]
+    table = SampleTable(entries)
+    assert list(table) == entries and table[1] == entries[1] and len(table) == 2
+    assert table.all_have("json") and not table.all_have("mp4") and not SampleTable([]).all_have("json")
+    assert table.beyond([1545, 5]) is None and table.beyond([1544, 5]) == (entries[0], "mp4")
+    index = ShardIndex.load(shards[0])
+    before = (shards[0] / "index.json").read_bytes()
+    index.save(shards[0])
+    assert (shards[0] / "index.json").read_bytes() == before
 
 
 def test_the_identity_is_of_the_keys_in_their_order(tmp_path):
