@@ -22,7 +22,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from data.progress import (
     done_keys,
     forget,
     has_products,
+    keys_of_origins,
     mark,
     marker,
     marker_path,
@@ -53,7 +54,7 @@ from data.progress import (
     write_rejected,
 )
 from data.shards import npy_bytes, write_shards
-from data.sources import Source, SourceItem, SpritesSource, UnusableItem, require_apart, scene_of
+from data.sources import Source, SourceItem, SpritesSource, UnusableItem, require_apart, scene_of, unused_key
 from data.trackers import TrackerConfig, build_tracker, grid_queries, on_own_device, require_available
 from data.video import draw_tracks_on, write_video
 from models.condition import ClipGeometry
@@ -159,7 +160,7 @@ def render_calls(job: Job) -> list[Call]:
     made_by = asdict(job.geometry), _source_settings(job, FRAME_SETTINGS)
     filters = _source_settings(job, FILTER_SETTINGS)
     calls = []
-    for item in job.source.items():
+    for item in keep_keys(job.out, list(job.source.items())):
         keep_caption(job.out, item)
         described, file = asdict(item), _file_state(item.path)
         earlier = stamp(*made_by, described, file)  # by versions that took caption and place for a part of the clip
@@ -168,6 +169,27 @@ def render_calls(job: Job) -> list[Call]:
         former = dict.fromkeys((earlier, stamp(earlier, filters)), earlier)
         calls.append(Call(item.key, item.origin, made_with, render_item, (job, item), clip, former))
     return calls
+
+
+def keep_keys(out: Path, items: list[SourceItem]) -> list[SourceItem]:
+    """The items under the keys that their files were rendered as.
+
+    Names that differ only in what keys drop (all of "猫") are numbered in their order, which one more file moves.
+    """
+    keys = {item.key for item in items}
+    if not any(key.rpartition("-")[0] in keys for key in keys):
+        return items
+    kept = keys_of_origins(out, "render", {item.origin for item in items})
+    taken = {key for own in kept.values() for key in own}
+    renamed = []
+    for item in items:
+        if own := kept.get(item.origin):
+            key = item.key if item.key in own else own[0]
+            own.remove(key)
+        else:
+            key = unused_key(item.key, taken)
+        renamed.append(replace(item, key=key))
+    return renamed
 
 
 def keep_caption(out: Path, item: SourceItem) -> None:

@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -150,6 +150,15 @@ def _notes(out: Path, step: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for key in keys:
         if note := marker(out, step, key):
             yield key, note
+
+
+def keys_of_origins(out: Path, step: str, origins: Collection[str]) -> dict[str, list[str]]:
+    """Origin -> keys that the step ever reached it as, sorted, of the origins that it reached."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((out / "markers" / step).glob("*.json")):
+        if (origin := json.loads(path.read_text())["origin"]) in origins:
+            found.setdefault(origin, []).append(path.stem)
+    return found
 
 
 def forget(out: Path, step: str) -> None:

@@ -165,7 +165,7 @@ class FolderSource:
         bare = 0
         for path in paths:
             relative = path.relative_to(self.folder)
-            key = _unused(clip_key(relative.with_suffix("").as_posix()), seen)
+            key = unused_key(clip_key(relative.with_suffix("").as_posix()), seen)
             try:
                 own = _sidecar_caption(path)
             except (ValueError, OSError) as error:
@@ -244,7 +244,7 @@ def require_apart(source: Source, out: str) -> None:
             )
 
 
-def _unused(key: str, seen: set[str]) -> str:
+def unused_key(key: str, seen: set[str]) -> str:
     """The key, or where an earlier item has it, the key with a number: names can differ in what clip_key drops."""
     candidate, number = key, 1
     while candidate in seen:
@@ -337,7 +337,7 @@ class OpenVidSource:
     def items(self) -> Iterator[SourceItem]:
         seen: set[str] = set()
         listed = (
-            SourceItem(_unused(clip_key(Path(row["video"]).stem), seen), row["caption"], row["video"],
+            SourceItem(unused_key(clip_key(Path(row["video"]).stem), seen), row["caption"], row["video"],
                        path=str(self.folder / row["video"]))
             for row in _rows(Path(self.cfg.manifest), ("video", "caption", "frame"))
             if _number(row, "frame", self.cfg.manifest, absent=0) >= self.cfg.min_frames and row["caption"]

@@ -205,6 +205,24 @@ def test_another_caption_costs_its_text_alone(tmp_path, attempts, monkeypatch):
     assert not torch.equal(dataset[0].prompt_embeds, dataset[1].prompt_embeds)
 
 
+def test_a_file_more_does_not_shift_the_keys_of_names_that_keys_drop(tmp_path, attempts):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    for name in ("犬", "猫"):
+        noise_video(videos / f"{name}.mp4")
+    data = ["source=folder", f"source.path={videos}", f"out={out}", "step=render"]
+    run(*data)
+    assert attempts == [("render_item", "clip"), ("render_item", "clip-2")]
+    attempts.clear()
+    noise_video(videos / "一.mp4")
+    for _ in range(2):
+        run(*data)
+        assert attempts == [("render_item", "clip-3")]
+    (videos / "犬.mp4").unlink()
+    run(*data)
+    assert attempts == [("render_item", "clip-3")]
+    assert progress.done_keys(out, "render") == ["clip-2", "clip-3"]
+
+
 @pytest.mark.parametrize("name", ["clips/{}.mp4", "clips/{}.json", "tracks/{}.npz", "encoded/{}.npz"])
 def test_an_item_whose_file_is_gone_is_made_again(encoded_clips, name):
     common, vae, out = encoded_clips
