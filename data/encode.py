@@ -18,15 +18,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from data.progress import ask_for, clip_stamp, done_keys, mark, marker, stamp, unmark
+from data.progress import (
+    TRY_AGAIN,
+    ask_for,
+    clip_stamp,
+    done_keys,
+    has_products,
+    mark,
+    marker,
+    read_rendered,
+    stamp,
+    unmark,
+)
 from data.shards import trim_text
-from data.video import read_video
+from data.video import UnreadableVideo
 from models.device import DTYPES, fast_dtype, pick_device
-from models.files import replace_file, write_json
+from models.files import remove_abandoned, replace_file, write_json
 
 if TYPE_CHECKING:
     from models.assemble import ModelConfig
@@ -64,12 +75,15 @@ def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool
     """Encode every tracked clip that is not encoded with these weights yet; returns the number of clips that the
     encoders do not reject (another process may still be at some), 0 with the reason in the log if they reject all.
 
-    may_skip: without VAE weights do nothing, saying so (step=all), instead of failing (step=encode).
+    may_skip: without a VAE do nothing, saying so (step=all), instead of failing (step=encode).
     """
     rendered = set(done_keys(out, "render"))  # not all that have tracks, if fewer clips were asked for since
     keys = [key for key in done_keys(out, "track") if key in rendered]
-    if may_skip and (reason := _no_vae(model)):
-        log.info("encode: skipped, %s; then run step=encode and step=pack", reason)
+    if may_skip and model.vae.path is None:
+        log.info(
+            "encode: skipped, model.vae.path is null: set it to a VAE folder to store latents with the clips; then run "
+            "step=encode and step=pack"
+        )
         return len(keys)
     rank, world = process_share()
     if cfg.device == "cuda":
@@ -78,31 +92,40 @@ def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool
     mine = keys[rank::world]
     clips = {key: marker(out, "render", key) for key in keys}
     stamps = {key: stamp(encoders.fingerprints, cfg.dtype, clip_stamp(clip)) for key, clip in clips.items()}
-    pending = [key for key in mine if marker(out, "encode", key).get("stamp") != stamps[key]]
+    pending = [key for key in mine if not _is_done(out, key, stamps[key])]
     log.info("encode: %d of %d clips to do", len(pending), len(mine))
     (out / "encoded").mkdir(exist_ok=True)
     if rank == 0:
+        remove_abandoned(out / "encoded")
         ask_for(out, "encode", keys)
         text_len = encoders.text.null().shape[1]
         about = {"text_len": text_len, "fingerprints": encoders.fingerprints, "dtype": cfg.dtype}
         write_json(out / "encoded" / "about.json", about)
     with tqdm(total=len(pending), desc="encode", unit="clip") as bar:
         for group in _groups(pending, cfg.batch_size):
-            for key, arrays, reason in _encode_group(cfg, encoders, out, group):
+            for key, arrays, error in _encode_group(cfg, encoders, out, group):
                 unmark(out, "encode", key)
-                if reason is None:
+                if error is None:
                     _save(out / "encoded" / f"{key}.npz", arrays)
                 else:
-                    log.warning("encode: %s rejected: %s", key, reason)
-                mark(out, "encode", key, stamps[key], clips[key]["origin"], reason, clip_stamp(clips[key]))
+                    log.warning("encode: %s rejected: %s", key, error)
+                made_with = TRY_AGAIN if isinstance(error, UnreadableVideo) else stamps[key]
+                reason = None if error is None else str(error)
+                mark(out, "encode", key, made_with, clips[key]["origin"], reason, clip_stamp(clips[key]))
                 bar.update()
     return _not_rejected(out, stamps)
 
 
+def _is_done(out: Path, key: str, made_with: str) -> bool:
+    """Whether a clip was rejected under this stamp, or has latents of it."""
+    note = marker(out, "encode", key)
+    return note.get("stamp") == made_with and (note["rejected"] is not None or has_products(out, "encode", key))
+
+
 def _not_rejected(out: Path, stamps: dict[str, str]) -> int:
-    """Number of the clips that are not rejected under their stamp; if there are none, the log says why."""
+    """Number of the clips that are not rejected, for ever or for now; if there are none, the log says why."""
     notes = [(marker(out, "encode", key), made_with) for key, made_with in stamps.items()]
-    reasons = [note["rejected"] for note, made_with in notes if note.get("stamp") == made_with]
+    reasons = [note["rejected"] for note, made_with in notes if note.get("stamp") in (made_with, TRY_AGAIN)]
     reasons = [reason for reason in reasons if reason is not None]
     if reasons and len(reasons) == len(stamps):
         log.error(
@@ -128,7 +151,7 @@ def encoded_now(out: Path, keys: Sequence[str]) -> list[str]:
     for key in keys:
         note, clip = marker(out, "encode", key), clip_stamp(marker(out, "render", key))
         stamps = [stamp(about["fingerprints"], dtype, clip) for dtype in dtypes]
-        if note and note["rejected"] is None and note["stamp"] in stamps:
+        if note and note["rejected"] is None and note["stamp"] in stamps and has_products(out, "encode", key):
             current.append(key)
     return current
 
@@ -138,15 +161,25 @@ def process_share() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _no_vae(model: DictConfig) -> str | None:
+def require_encoders(model: DictConfig) -> None:
+    """Refuse encoders that cannot be loaded, before anything is made for them. Without a VAE none is loaded.
+
+    Raises FileNotFoundError where nothing is at a path that is set, ValueError for umt5 without one.
+    """
     from models.assemble import located
 
-    path = OmegaConf.select(model, "vae.path")
-    if path is None:
-        return "model.vae.path is null: set it to a VAE folder to store latents with the clips"
-    if not (Path(located(path)) / "config.json").is_file():
-        return f"model.vae.path={path} holds no VAE yet: train one with `python -m train stage=vae`"
-    return None
+    if model.vae.path is None:
+        return
+    if not (Path(located(model.vae.path)) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"model.vae.path={model.vae.path} holds no VAE (no config.json); set it to a folder of one, or to null for "
+            "clips and tracks alone, on which `python -m train stage=vae` trains one"
+        )
+    if model.text.kind == "umt5" and model.text.path is None:
+        raise ValueError("model.text.path is null; model.text.kind=umt5 needs the folder of its text_encoder/")
+    for name, path in (("text.path", model.text.path), ("clip_encoder", model.clip_encoder)):
+        if path is not None and not Path(located(path)).exists():
+            raise FileNotFoundError(f"model.{name}={path}: there is nothing; set it to the folder of the weights")
 
 
 def build_encoders(cfg: EncodeConfig, model: DictConfig) -> Encoders:
@@ -203,20 +236,22 @@ def _weight_files(root: Path, parts: Sequence[str]) -> list[Path]:
 @torch.no_grad()
 def _encode_group(
     cfg: EncodeConfig, encoders: Encoders, out: Path, keys: list[str]
-) -> Iterator[tuple[str, dict[str, np.ndarray], str | None]]:
-    """(key, arrays, None) or (key, {}, why its caption cannot be encoded)."""
-    usable, texts = [], []
+) -> Iterator[tuple[str, dict[str, np.ndarray], ValueError | None]]:
+    """(key, arrays, None) or (key, {}, why its caption cannot be encoded or its clip not be read)."""
+    usable, texts, clips = [], [], []
     for key in keys:
         caption = json.loads((out / "clips" / f"{key}.json").read_text())["caption"]
         try:
-            texts.append(_half(encoders.text.encode([caption]))[0])
-            usable.append(key)
-        except ValueError as error:  # a word or a length that this text encoder does not know
-            yield key, {}, str(error)
+            text, frames = _half(encoders.text.encode([caption]))[0], read_rendered(out, key)
+        except ValueError as error:  # a word or a length that this text encoder does not know, or the clip is broken
+            yield key, {}, error
+            continue
+        usable.append(key)
+        texts.append(text)
+        clips.append(frames)
     if not usable:
         return
-    frames = np.stack([read_video(out / "clips" / f"{key}.mp4") for key in usable])
-    pixels = torch.from_numpy(frames).permute(0, 4, 1, 2, 3).to(cfg.device).to(DTYPES[cfg.dtype]) / 127.5 - 1
+    pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).to(cfg.device).to(DTYPES[cfg.dtype]) / 127.5 - 1
     latents = _half(encoders.vae.encode(pixels))
     features = None if encoders.image is None else _half(encoders.image.encode(pixels[:, :, 0]))
     for n, key in enumerate(usable):

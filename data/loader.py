@@ -2,7 +2,7 @@
 
 Epoch e visits the samples in a permutation drawn from (seed, e); batches run on across the end of an epoch,
 so nothing is dropped. The global order is the same for any world size and any number of workers, and the
-state is two numbers: {"epoch", "samples_seen"}. Nothing is fast-forwarded on resume.
+state is two numbers, {"epoch", "samples_seen"}, and the identity of the data set. Nothing is fast-forwarded on resume.
 
 Loading processes outlive the signals by which a scheduler asks a job to stop: the training process, which handles them,
 needs batches up to its last step.
@@ -11,12 +11,14 @@ needs batches up to its last step.
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -24,6 +26,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.batch import Batch, collate
 from data.shards import ShardDataset
 from models.condition import ClipGeometry
+
+log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # Slurm, and Ctrl-C, send them to every process of a job
 
@@ -99,8 +103,11 @@ class LoaderConfig:
 class Loader:
     """Iterates batches for ever; `state_dict` counts the batches handed out, not those read ahead."""
 
-    def __init__(self, dataset: Dataset, sampler: ResumableSampler, num_workers: int = 0) -> None:
-        self.dataset, self.sampler, self.num_workers = dataset, sampler, num_workers
+    def __init__(
+        self, dataset: Dataset, sampler: ResumableSampler, num_workers: int = 0, identity: str | None = None
+    ) -> None:
+        """identity: another one where the same numbers are other samples; None if that is not known."""
+        self.dataset, self.sampler, self.num_workers, self.identity = dataset, sampler, num_workers, identity
 
     def __iter__(self) -> Iterator[Batch]:
         if self.num_workers:
@@ -122,10 +129,19 @@ class Loader:
             self.sampler.advance()
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        return self.sampler.state_dict()
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.sampler.state_dict(), "identity": self.identity}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the state was taken. If that was in another data set, with the next epoch: which samples of this
+        one were seen in the old one is not known. States of earlier versions have no identity.
+        """
+        then = state.get("identity")
+        if None not in (then, self.identity) and then != self.identity:
+            log.warning(
+                "the data set was packed anew since epoch %d began; going on with the next epoch", state["epoch"]
+            )
+            state = {"epoch": state["epoch"] + 1, "samples_seen": 0}
         self.sampler.load_state_dict(state)
 
 
@@ -173,4 +189,4 @@ def build_loader(
         raise ValueError("loader path is empty; set it to a folder made by `python -m data step=all … out=…`")
     dataset = ShardDataset(cfg.path, fields, geometry=geometry, fingerprints=fingerprints, cache=cfg.cache)
     sampler = ResumableSampler(len(dataset), batch_size * world, cfg.seed, rank, world)
-    return Loader(dataset, sampler, cfg.num_workers)
+    return Loader(dataset, sampler, cfg.num_workers, dataset.index.identity)

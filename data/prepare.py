@@ -2,15 +2,18 @@
 
     <out>/clips/<key>.mp4, .json        render: the clip at model.clip size, caption and origin
     <out>/tracks/<key>.npz              track: points and visibility of a grid of queries on frame 0
+    <out>/tracks/about.json             track: the tracker that was last asked for
     <out>/previews/<key>.preview.mp4    track: the first clips with their tracks drawn
     <out>/encoded/<key>.npz             encode: latents, text embedding, CLIP features
     <out>/shards/*.tar, index.json      pack: what training reads
     <out>/rejected.jsonl                file, step and reason of every clip left out
 
 A finished item leaves a marker with a hash of the settings that made it, so a second run does only what is
-missing or was made with other settings. Clips that are not asked for now keep what was made of them and are not
-packed. Files appear under their name only when complete and on disk. Tracks and latents of an earlier rendering, or
-latents of other weights than the last step=encode had, are never packed.
+missing or was made with other settings. A source file is known by its name within the source, its size and its time: a
+folder may move, and another caption costs its text embedding alone. Clips that are not asked for now keep what was made
+of them and are not packed. Files appear under their name only when complete and on disk. Tracks and latents of an
+earlier rendering, tracks by another tracker than the last step=track had, or latents of other weights than the last
+step=encode had, are never packed.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +31,21 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from data.app import build_config, build_target, require_folder
-from data.encode import EncodeConfig, encode_clips, encoded_now, process_share
+from data.encode import EncodeConfig, encode_clips, encoded_now, fingerprint, process_share, require_encoders
 from data.progress import (
     STEPS,
     Call,
+    accepted_keys,
     clip_stamp,
     done_keys,
     forget,
+    has_products,
+    keys_of_origins,
     mark,
     marker,
     marker_path,
+    products,
+    read_rendered,
     rejected_keys,
     run_items,
     stamp,
@@ -45,9 +54,9 @@ from data.progress import (
     write_rejected,
 )
 from data.shards import npy_bytes, write_shards
-from data.sources import Source, SourceItem, SpritesSource, require_apart, scene_of
+from data.sources import Source, SourceItem, SpritesSource, UnusableItem, require_apart, scene_of, unused_key
 from data.trackers import TrackerConfig, build_tracker, grid_queries, on_own_device, require_available
-from data.video import draw_tracks_on, read_video, write_video
+from data.video import draw_tracks_on, write_video
 from models.condition import ClipGeometry
 from models.device import pick_device
 from models.files import write_json
@@ -59,8 +68,10 @@ log = logging.getLogger(__name__)
 FRAME_SETTINGS = ("crf", "world", "aspect")
 FILTER_SETTINGS = ("aspect_tolerance", "min_frames")
 LACKS = {  # step to run again -> why its files are not packed
-    "render": "height, width, num_frames or fps is not that of model.clip; run step=all with this model",
-    "track": "tracks are missing or of an earlier rendering; run step=track, then step=encode and step=pack",
+    "render": "height, width, num_frames or fps is not that of model.clip, or files of the clip are gone; run step=all "
+    "with this model",
+    "track": "tracks are missing, of an earlier rendering or not by the tracker of the last step=track; run "
+    "step=track, then step=encode and step=pack",
     "encode": "latents are missing, of an earlier rendering or not by the weights and dtype of the last step=encode; "
     "run step=encode, then step=pack",
 }
@@ -87,6 +98,8 @@ class PrepareConfig:
             raise ValueError(f"num_workers={self.num_workers} must be at least 0; 0 works in this process")
         if self.previews != "all" and not self.previews.isdigit():
             raise ValueError(f"previews={self.previews!r} must be 'all' or a number >= 0")
+        if self.max_shard_mb <= 0:
+            raise ValueError(f"max_shard_mb={self.max_shard_mb} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,7 @@ def main(cfg: DictConfig) -> int:
     steps = STEPS if settings.step == "all" else (settings.step,)
     if "encode" in steps:
         settings.encode.device = str(pick_device(settings.encode.device, "encode.device"))
+        require_encoders(cfg.model)
     out = Path(settings.out)
     require_folder(out, f"out={settings.out}")
     job = Job(out, ClipGeometry(**cfg.model.clip), build_target(cfg.source), settings.tracker)
@@ -146,74 +160,123 @@ def render_calls(job: Job) -> list[Call]:
     made_by = asdict(job.geometry), _source_settings(job, FRAME_SETTINGS)
     filters = _source_settings(job, FILTER_SETTINGS)
     calls = []
-    for item in job.source.items():
-        clip = stamp(*made_by, asdict(item), _file_state(item.path))
+    for item in keep_keys(job.out, list(job.source.items())):
+        keep_caption(job.out, item)
+        described, file = asdict(item), _file_state(item.path)
+        earlier = stamp(*made_by, described, file)  # by versions that took caption and place for a part of the clip
+        clip = stamp(*made_by, {name: described[name] for name in described.keys() - {"caption", "path"}}, file)
         made_with = stamp(clip, filters) if filters else clip
-        calls.append(Call(item.key, item.origin, made_with, render_item, (job, item), clip, former=(clip,)))
+        former = dict.fromkeys((earlier, stamp(earlier, filters)), earlier)
+        calls.append(Call(item.key, item.origin, made_with, render_item, (job, item), clip, former))
     return calls
 
 
+def keep_keys(out: Path, items: list[SourceItem]) -> list[SourceItem]:
+    """The items under the keys that their files were rendered as.
+
+    Names that differ only in what keys drop (all of "猫") are numbered in their order, which one more file moves.
+    """
+    keys = {item.key for item in items}
+    if not any(key.rpartition("-")[0] in keys for key in keys):
+        return items
+    kept = keys_of_origins(out, "render", {item.origin for item in items})
+    taken = {key for own in kept.values() for key in own}
+    renamed = []
+    for item in items:
+        if own := kept.get(item.origin):
+            key = item.key if item.key in own else own[0]
+            own.remove(key)
+        else:
+            key = unused_key(item.key, taken)
+        renamed.append(replace(item, key=key))
+    return renamed
+
+
+def keep_caption(out: Path, item: SourceItem) -> None:
+    """Bring the caption beside a clip that was rendered up to date; another one has to be encoded anew."""
+    if isinstance(item, UnusableItem):
+        return
+    path = _sidecar_path(out, item.key)
+    sidecar = read_sidecar(out, item.key) if path.is_file() else {}
+    if sidecar.get("caption") == item.caption:
+        return
+    unmark(out, "encode", item.key)
+    if sidecar:
+        write_json(path, sidecar | {"caption": item.caption})
+
+
 def track_calls(job: Job) -> list[Call]:
+    made_by = _tracker_settings(job.tracker)
+    (job.out / "tracks").mkdir(parents=True, exist_ok=True)
+    write_json(job.out / "tracks" / "about.json", {"tracker": made_by})
     calls = []
     for key in done_keys(job.out, "render"):
         rendered = marker(job.out, "render", key)
         clip = clip_stamp(rendered)
-        made_with, former = stamp(job.tracker.decisive(), clip), _former_track_stamps(job.tracker, clip)
-        calls.append(Call(key, rendered["origin"], made_with, track_item, (job, key), clip, former))
+        former = dict.fromkeys(_former_track_stamps(job.tracker, clip), clip)
+        calls.append(Call(key, rendered["origin"], stamp(made_by, clip), track_item, (job, key), clip, former))
     return calls
 
 
-def _former_track_stamps(tracker: TrackerConfig, clip: str) -> tuple[str, ...]:
-    """Earlier versions told apart all settings, and whether the clip had a preview."""
-    return tuple(stamp(asdict(tracker), preview, clip) for preview in (False, True))
+def _tracker_settings(tracker: TrackerConfig) -> dict[str, Any]:
+    """What its tracks depend on: of a checkpoint the content, not the place."""
+    settings = tracker.decisive()
+    if settings.get("checkpoint"):
+        settings["checkpoint"] = fingerprint(settings["checkpoint"])
+    return settings
+
+
+def _former_track_stamps(tracker: TrackerConfig, clip: str) -> list[str]:
+    """Earlier versions told checkpoints apart by their place; still earlier ones all settings, and whether the clip had
+    a preview.
+    """
+    return [stamp(tracker.decisive(), clip), *(stamp(asdict(tracker), preview, clip) for preview in (False, True))]
 
 
 def preview_calls(job: Job, previews: str) -> list[Call]:
-    """Of the first clips that have tracks. A preview whose file is gone is made again."""
+    """Of the first clips that have tracks."""
     keys = done_keys(job.out, "track")
     calls = []
     for key in keys if previews == "all" else keys[: int(previews)]:
-        if not _preview_path(job.out, key).is_file():
-            unmark(job.out, "preview", key)
         tracked = marker(job.out, "track", key)
-        calls.append(Call(key, tracked["origin"], tracked["stamp"], preview_item, (job, key)))
+        former = dict.fromkeys(_former_track_stamps(job.tracker, clip_stamp(tracked)))
+        calls.append(Call(key, tracked["origin"], tracked["stamp"], preview_item, (job, key), former=former))
     return calls
 
 
 # ------------------------------------------------------------------------------------------ one item
 def render_item(job: Job, item: SourceItem) -> None:
-    folder = job.out / "clips"
-    folder.mkdir(parents=True, exist_ok=True)
+    clip = products(job.out, "render", item.key)[0]
+    clip.parent.mkdir(parents=True, exist_ok=True)
     unmark(job.out, "render", item.key)
-    sidecar = job.source.render(item, job.geometry, folder / f"{item.key}.mp4")
-    write_json(folder / f"{item.key}.json", {"caption": item.caption, **asdict(job.geometry), **sidecar})
+    sidecar = job.source.render(item, job.geometry, clip)
+    content = {"caption": item.caption, **asdict(job.geometry), **sidecar}
+    write_json(_sidecar_path(job.out, item.key), content)
 
 
 def track_item(job: Job, key: str) -> None:
-    frames = read_video(job.out / "clips" / f"{key}.mp4")
+    frames = read_rendered(job.out, key)
     height, width = frames.shape[1:3]
     scene = scene_of(read_sidecar(job.out, key))
     queries = grid_queries(height, width, job.tracker.rows, job.tracker.cols)
     tracker = build_tracker(on_own_device(job.tracker, worker_number()), scene)
     points, visibility = tracker.track(frames, queries)
-    (job.out / "tracks").mkdir(parents=True, exist_ok=True)
     unmark(job.out, "track", key)
     Tracks.from_arrays(points, visibility, height, width).save(job.out / "tracks" / f"{key}.npz")
 
 
 def preview_item(job: Job, key: str) -> None:
     tracks = Tracks.load(job.out / "tracks" / f"{key}.npz")
-    frames = read_video(job.out / "clips" / f"{key}.mp4")
-    drawn = draw_tracks_on(frames, tracks.points[0].numpy(), tracks.visibility[0].numpy())
-    write_video(_preview_path(job.out, key), drawn, job.geometry.fps)
+    drawn = draw_tracks_on(read_rendered(job.out, key), tracks.points[0].numpy(), tracks.visibility[0].numpy())
+    write_video(products(job.out, "preview", key)[0], drawn, job.geometry.fps)
 
 
-def _preview_path(out: Path, key: str) -> Path:
-    return out / "previews" / f"{key}.preview.mp4"
+def _sidecar_path(out: Path, key: str) -> Path:
+    return products(out, "render", key)[1]
 
 
 def read_sidecar(out: Path, key: str) -> dict[str, Any]:
-    return json.loads((out / "clips" / f"{key}.json").read_text())
+    return json.loads(_sidecar_path(out, key).read_text())
 
 
 def _source_settings(job: Job, names: tuple[str, ...]) -> dict[str, Any]:
@@ -232,13 +295,13 @@ def pack(settings: PrepareConfig, out: Path, geometry: ClipGeometry) -> int:
     """Write the shards of the clips of this geometry with current tracks; if any is encoded, only of those with
     current latents.
 
-    Current: made from the clip as it is rendered now, latents also by what encoded/about.json names (the index
-    repeats it). The other clips are left out and listed in rejected.jsonl with the step to run again. If nothing can
-    be packed, the shards stay as they are.
+    Current: made from the clip as it is rendered now, by what tracks/about.json and encoded/about.json name (the index
+    repeats the latter), and still there. The other clips are left out and listed in rejected.jsonl with the step to run
+    again. If nothing can be packed, the shards stay as they are.
     """
-    rendered = done_keys(out, "render")
-    fitting = [key for key in rendered if has_geometry(out, key, geometry)]
-    tracked = [key for key in fitting if tracked_now(out, key, settings.tracker)]
+    rendered = accepted_keys(out, "render")
+    fitting = [key for key in rendered if has_products(out, "render", key) and has_geometry(out, key, geometry)]
+    tracked = tracked_now(out, fitting, settings.tracker)
     encoded = set(encoded_now(out, tracked))
     keys = [key for key in tracked if key in encoded] if encoded else tracked
     forget(out, "pack")
@@ -275,16 +338,31 @@ def has_geometry(out: Path, key: str, geometry: ClipGeometry) -> bool:
     return all(sidecar[name] == value for name, value in asdict(geometry).items())
 
 
-def tracked_now(out: Path, key: str, tracker: TrackerConfig) -> bool:
-    """Whether a clip has tracks of the clip as it is rendered now, by any tracker.
+def tracked_now(out: Path, keys: Sequence[str], tracker: TrackerConfig) -> list[str]:
+    """Those of the keys with tracks of the clip as it is rendered now, by the tracker that tracks/about.json names.
 
-    The marker names the rendering. One of an older version has it only inside its stamp, which can be computed if
+    A data set of an older version has no about.json; then by any tracker.
+    """
+    about = out / "tracks" / "about.json"
+    made_by = json.loads(about.read_text())["tracker"] if about.is_file() else None
+    current = []
+    for key in keys:
+        clip, note = clip_stamp(marker(out, "render", key)), marker(out, "track", key)
+        if not note or note["rejected"] is not None or not has_products(out, "track", key):
+            continue
+        if _by_any_tracker(out, key, tracker) if made_by is None else note["stamp"] == stamp(made_by, clip):
+            current.append(key)
+    return current
+
+
+def _by_any_tracker(out: Path, key: str, tracker: TrackerConfig) -> bool:
+    """Whether tracks of an older version are of the clip as it is rendered now.
+
+    The marker names the rendering. One of a still older version has it only inside its stamp, which can be computed if
     `tracker` is what the clip was tracked with. Otherwise the times decide: the tracks are refused only if the clip
     was rendered after them, since to track a large data set again is dear.
     """
     clip, note = clip_stamp(marker(out, "render", key)), marker(out, "track", key)
-    if not note or note["rejected"] is not None:
-        return False
     if note.get("clip") is not None:
         return note["clip"] == clip
     if note["stamp"] in _former_track_stamps(tracker, clip):
@@ -304,15 +382,15 @@ def _leave_out(out: Path, step: str, keys: list[str]) -> None:
 
 
 def _members(out: Path, key: str, encoded: bool) -> dict[str, bytes]:
-    clip = out / "clips" / key
-    with np.load(out / "tracks" / f"{key}.npz") as tracks:
+    video, sidecar = products(out, "render", key)
+    with np.load(products(out, "track", key)[0]) as tracks:
         members = {
-            "mp4": clip.with_suffix(".mp4").read_bytes(),
-            "json": clip.with_suffix(".json").read_bytes(),
+            "mp4": video.read_bytes(),
+            "json": sidecar.read_bytes(),
             "tracks.npy": npy_bytes(tracks["points"].astype(np.float32)),
             "visibility.npy": npy_bytes(tracks["visibility"]),
         }
     if encoded:
-        with np.load(out / "encoded" / f"{key}.npz") as arrays:
+        with np.load(products(out, "encode", key)[0]) as arrays:
             members |= {f"{name}.npy": npy_bytes(arrays[name]) for name in arrays.files}
     return members

@@ -1,8 +1,9 @@
 """Resumable work over items: markers of what is done or rejected, and running what is missing.
 
-A marker holds a hash of the settings that made the item, so an item is done again when they change. Each step notes
-which items it was last asked for: markers of others stay, and count again when they are asked for again. Clips
-that cannot be used raise VideoError and are noted with the reason; any other error is ours and ends the run.
+A marker holds a hash of the settings that made the item, so an item is done again when they change or its files are
+gone. Each step notes which items it was last asked for: markers of others stay, and count again when they are asked for
+again. Clips that cannot be used raise VideoError and are noted with the reason, those that cannot be read now
+(UnreadableVideo) so that the next run tries them again; any other error is ours and ends the run.
 """
 
 from __future__ import annotations
@@ -10,25 +11,36 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from multiprocessing import get_context
+from dataclasses import dataclass, field
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait as wait_for
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from data.video import VideoError
-from models.files import replace_file, write_json
+from data.video import UnreadableVideo, VideoError, read_video
+from models.files import remove_abandoned, replace_file, write_json
 
 log = logging.getLogger(__name__)
 
 STEPS = ("render", "track", "encode", "pack")
+PRODUCTS = {  # step -> files that it leaves of an item
+    "render": ("clips/{key}.mp4", "clips/{key}.json"),
+    "track": ("tracks/{key}.npz",),
+    "preview": ("previews/{key}.preview.mp4",),
+    "encode": ("encoded/{key}.npz",),
+}
+TRY_AGAIN = ""  # in place of the settings' hash in the marker of an item that the next run tries again
 ITEMS_PER_WORKER = 2  # given to a pool at a time: one in work, one waiting
 
 _worker_number = 0
@@ -44,7 +56,7 @@ class Call:
     function: Callable[..., None]
     arguments: tuple
     clip: str | None = None  # stamp of the rendered clip that the item is, or is made from
-    former: tuple[str, ...] = ()  # what earlier versions stamped an item of the same settings with
+    former: Mapping[str, str | None] = field(default_factory=dict)  # same settings in earlier versions: stamp -> clip
 
 
 def stamp(*settings: Any) -> str:
@@ -83,8 +95,31 @@ def unmark(out: Path, step: str, key: str) -> None:
 
 
 def done_keys(out: Path, step: str) -> list[str]:
-    """Keys that the step was last asked for, finished and did not reject, sorted."""
+    """Keys that the step was last asked for, finished and did not reject, and whose files are there, sorted."""
+    return [key for key in accepted_keys(out, step) if has_products(out, step, key)]
+
+
+def accepted_keys(out: Path, step: str) -> list[str]:
+    """Keys that the step was last asked for, finished and did not reject, sorted; their files may be gone since."""
     return [key for key, note in _notes(out, step) if note["rejected"] is None]
+
+
+def products(out: Path, step: str, key: str) -> list[Path]:
+    """Files that the step leaves of an item."""
+    return [out / name.format(key=key) for name in PRODUCTS.get(step, ())]
+
+
+def has_products(out: Path, step: str, key: str) -> bool:
+    return all(path.is_file() for path in products(out, step, key))
+
+
+def read_rendered(out: Path, key: str) -> np.ndarray:
+    """Frames of a rendered clip: uint8 [T, H, W, 3]. Raises UnreadableVideo, since to render it again may help."""
+    path = products(out, "render", key)[0]
+    try:
+        return read_video(path)
+    except VideoError as error:
+        raise UnreadableVideo(f"{error}; delete {path} and run step=render") from error
 
 
 def rejected_keys(out: Path, step: str) -> list[str]:
@@ -117,6 +152,15 @@ def _notes(out: Path, step: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield key, note
 
 
+def keys_of_origins(out: Path, step: str, origins: Collection[str]) -> dict[str, list[str]]:
+    """Origin -> keys that the step ever reached it as, sorted, of the origins that it reached."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((out / "markers" / step).glob("*.json")):
+        if (origin := json.loads(path.read_text())["origin"]) in origins:
+            found.setdefault(origin, []).append(path.stem)
+    return found
+
+
 def forget(out: Path, step: str) -> None:
     """Drop all markers of a step."""
     for path in (out / "markers" / step).glob("*.json"):
@@ -138,25 +182,32 @@ def write_rejected(out: Path) -> None:
 # ------------------------------------------------------------------------------------------ running
 def run_items(step: str, out: Path, calls: list[Call], num_workers: int) -> int:
     """Do the calls whose marker is absent or of other settings; returns how many items are usable now."""
+    for folder in {path.parent for path in (marker_path(out, step, ""), *products(out, step, ""))}:
+        remove_abandoned(folder)
     ask_for(out, step, (call.key for call in calls))
     pending = [call for call in calls if not _is_done(out, step, call)]
     log.info("%s: %d of %d items to do", step, len(pending), len(calls))
-    for call, reason in tqdm(_results(pending, num_workers), total=len(pending), desc=step, unit="clip"):
-        if reason is not None:
-            log.warning("%s: %s rejected: %s", step, _printable(call.origin), _printable(reason))
-        mark(out, step, call.key, call.stamp, call.origin, reason, call.clip)
+    for call, error in tqdm(_results(pending, num_workers), total=len(pending), desc=step, unit="clip"):
+        if error is not None:
+            log.warning("%s: %s rejected: %s", step, _printable(call.origin), _printable(str(error)))
+        made_with = TRY_AGAIN if isinstance(error, UnreadableVideo) else call.stamp
+        mark(out, step, call.key, made_with, call.origin, None if error is None else str(error), call.clip)
     usable = len(done_keys(out, step))
     log.info("%s: %d usable, %d rejected", step, usable, len(calls) - usable)
     return usable
 
 
 def _is_done(out: Path, step: str, call: Call) -> bool:
-    """Whether the item was made with these settings. One that an earlier version made is noted anew."""
+    """Whether the item was made with these settings and is there, or was rejected under them. One that an earlier
+    version made is noted anew.
+    """
     note = marker(out, step, call.key)
-    if note.get("stamp") == call.stamp:
+    if not note or (note["rejected"] is None and not has_products(out, step, call.key)):
+        return False
+    if note["stamp"] == call.stamp:
         return True
-    if is_former := note.get("stamp") in call.former and note["rejected"] is None:
-        mark(out, step, call.key, call.stamp, call.origin, clip=call.clip)
+    if is_former := note["stamp"] in call.former and note["rejected"] is None:
+        mark(out, step, call.key, call.stamp, call.origin, clip=call.former[note["stamp"]])
     return is_former
 
 
@@ -165,8 +216,8 @@ def _printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _results(calls: list[Call], num_workers: int) -> Iterator[tuple[Call, str | None]]:
-    """(call, reason of rejection or None) as they finish."""
+def _results(calls: list[Call], num_workers: int) -> Iterator[tuple[Call, VideoError | None]]:
+    """(call, why it is rejected or None) as they finish."""
     if num_workers == 0:
         for call in calls:
             yield call, attempt(call)
@@ -182,11 +233,11 @@ def _results(calls: list[Call], num_workers: int) -> Iterator[tuple[Call, str | 
 
 def _until_a_crash(
     waiting: deque[Call], num_workers: int
-) -> Generator[tuple[Call, str | None], None, list[Call]]:  # -> suspects
+) -> Generator[tuple[Call, VideoError | None], None, list[Call]]:  # -> suspects
     """Do the calls that wait, in one pool. A decoder that crashes its process breaks the pool: what the pool had been
     given and not handed back is returned, the rest still waits.
     """
-    given: dict[Future[str | None], Call] = {}
+    given: dict[Future[VideoError | None], Call] = {}
     try:
         with _open_pool(num_workers) as pool:
             while waiting or given:
@@ -194,19 +245,19 @@ def _until_a_crash(
                     given[pool.submit(attempt, waiting[0])] = waiting[0]
                     waiting.popleft()
                 for future in wait(given, return_when=FIRST_COMPLETED).done:
-                    reason = future.result()
-                    yield given.pop(future), reason
+                    error = future.result()
+                    yield given.pop(future), error
     except BrokenProcessPool:
         return list(given.values())
     return []
 
 
-def _attempt_alone(call: Call) -> str | None:
+def _attempt_alone(call: Call) -> VideoError | None:
     try:
         with _open_pool(1) as pool:
             return pool.submit(attempt, call).result()
     except BrokenProcessPool:
-        return "its process died: the decoder crashed on this file"
+        return VideoError("its process died: the decoder crashed on this file")
 
 
 def _open_pool(num_workers: int) -> ProcessPoolExecutor:
@@ -217,9 +268,18 @@ def _open_pool(num_workers: int) -> ProcessPoolExecutor:
 def _take_number(next_number: Synchronized[int]) -> None:
     global _worker_number
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with next_number.get_lock():
         _worker_number = next_number.value
         next_number.value += 1
+
+
+def _end_with_parent() -> None:
+    """A pool's workers wait for work for ever, also when the process that gives it was killed."""
+    parent = parent_process()
+    assert parent is not None, "runs in a worker"
+    wait_for([parent.sentinel])
+    os._exit(1)
 
 
 def worker_number() -> int:
@@ -227,10 +287,10 @@ def worker_number() -> int:
     return _worker_number
 
 
-def attempt(call: Call) -> str | None:
+def attempt(call: Call) -> VideoError | None:
     """None, or why the clip is unusable."""
     try:
         call.function(*call.arguments)
     except VideoError as error:
-        return str(error)
+        return error
     return None

@@ -12,6 +12,7 @@ index is for: exact resume and a sample order that does not depend on workers or
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -53,25 +54,62 @@ class SampleEntry:
     parts: dict[str, tuple[int, int]]  # member suffix -> (offset, size) in bytes
 
 
+class SampleTable:
+    """Entries of all samples, in arrays: as objects they take five times the memory, in every loading process."""
+
+    def __init__(self, entries: Iterable[SampleEntry]) -> None:
+        entries = list(entries)
+        self.keys = [entry.key for entry in entries]
+        self.suffixes = list(dict.fromkeys(suffix for entry in entries for suffix in entry.parts))
+        self.shard = np.array([entry.shard for entry in entries], np.int32)  # [S]
+        ranges = [[entry.parts.get(suffix, (-1, -1)) for suffix in self.suffixes] for entry in entries]
+        self.ranges = np.array(ranges, np.int64).reshape(
+            len(entries), len(self.suffixes), 2
+        )  # offset, size; -1: absent
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, position: int) -> SampleEntry:
+        parts = zip(self.suffixes, self.ranges[position].tolist())
+        found = {suffix: (offset, size) for suffix, (offset, size) in parts if offset >= 0}
+        return SampleEntry(self.keys[position], int(self.shard[position]), found)
+
+    def __iter__(self) -> Iterator[SampleEntry]:
+        return (self[position] for position in range(len(self)))
+
+    def all_have(self, suffix: str) -> bool:
+        """Whether there are samples, and each has this member."""
+        return suffix in self.suffixes and bool((self.ranges[:, self.suffixes.index(suffix), 0] >= 0).all())
+
+    def beyond(self, sizes: Sequence[int]) -> tuple[SampleEntry, str] | None:
+        """The first sample and member that ends after its shard does, by the sizes of the shards in bytes."""
+        ends = np.array(sizes, np.int64)[self.shard]
+        found = np.argwhere(self.ranges.sum(axis=2) > ends[:, None])
+        return (self[int(found[0, 0])], self.suffixes[found[0, 1]]) if len(found) else None
+
+
 @dataclass
 class ShardIndex:
     geometry: ClipGeometry
     shards: list[str]  # file names
-    samples: list[SampleEntry]
+    samples: SampleTable
     text_len: int | None = None  # tokens that text embeddings are padded to
     fingerprints: dict[str, str] = field(default_factory=dict)  # "vae", "text", "clip" -> what made them
 
     @property
     def fields(self) -> list[str]:
         """Fields that every sample has."""
-        return [
-            name
-            for name, parts in FIELD_PARTS.items()
-            if self.samples and all(part in sample.parts for sample in self.samples for part in parts)
-        ]
+        return [name for name, parts in FIELD_PARTS.items() if all(map(self.samples.all_have, parts))]
+
+    @property
+    def identity(self) -> str:
+        """Hash of the keys in their order: what the numbers of a sampler mean."""
+        return hashlib.sha256("\n".join(self.samples.keys).encode()).hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
-        content = {"version": INDEX_VERSION, "fields": self.fields} | asdict(self)
+        samples = [asdict(sample) for sample in self.samples]
+        content = {"version": INDEX_VERSION, "fields": self.fields, **asdict(self), "samples": samples}
         with replace_file(Path(folder) / INDEX_NAME) as fresh, fresh.open("w") as file:
             json.dump(content, file)
 
@@ -83,10 +121,7 @@ class ShardIndex:
         content = json.loads(path.read_text())
         if content.get("version") != INDEX_VERSION:
             raise ShardError(f"{path}: version {content.get('version')} must be {INDEX_VERSION}; run step=pack again")
-        samples = [
-            SampleEntry(s["key"], s["shard"], {k: (v[0], v[1]) for k, v in s["parts"].items()})
-            for s in content["samples"]
-        ]
+        samples = SampleTable(SampleEntry(**sample) for sample in content["samples"])
         geometry = ClipGeometry(**content["geometry"])
         return cls(geometry, content["shards"], samples, content["text_len"], content["fingerprints"])
 
@@ -142,7 +177,8 @@ def write_shards(
     for old in folder.glob("clips-*.tar"):
         old.unlink()
     seen: set[str] = set()
-    pattern = str(folder / "clips-%06d.tar")
+    # absolute, since webdataset takes "a:b/…" for an address
+    pattern = str(folder.resolve()).replace("%", "%%") + "/clips-%06d.tar"
     with webdataset.ShardWriter(
         pattern, maxcount=1_000_000, maxsize=max_shard_bytes, encoder=False, mtime=0.0, verbose=0
     ) as writer:
@@ -154,8 +190,8 @@ def write_shards(
     shards = sorted(path.name for path in folder.glob("clips-*.tar") if seen)
     for shard in shards:
         bring_to_disk(folder / shard)
-    entries = [entry for number, shard in enumerate(shards) for entry in _scan(folder / shard, number)]
-    index = ShardIndex(geometry, shards, entries, text_len, dict(fingerprints or {}))
+    table = SampleTable(entry for n, shard in enumerate(shards) for entry in _scan(folder / shard, n))
+    index = ShardIndex(geometry, shards, table, text_len, dict(fingerprints or {}))
     index.save(folder)
     return index
 
@@ -265,10 +301,9 @@ class ShardDataset(Dataset):
             if not path.is_file():
                 raise ShardError(f"{shard}: listed in {INDEX_NAME} but absent from {self.folder}; run step=pack again")
             sizes.append(path.stat().st_size)
-        for entry in self.index.samples:
-            for suffix, (offset, size) in entry.parts.items():
-                if offset + size > sizes[entry.shard]:
-                    raise self._truncated(entry, suffix, sizes[entry.shard])
+        if (cut := self.index.samples.beyond(sizes)) is not None:
+            entry, suffix = cut
+            raise self._truncated(entry, suffix, sizes[entry.shard])
 
     def _truncated(self, entry: SampleEntry, suffix: str, end: int) -> ShardError:
         offset, size = entry.parts[suffix]

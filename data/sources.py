@@ -11,6 +11,7 @@ Left out: downloading. Licences: OpenVid-1M CC-BY-4.0, VidProM CC-BY-NC-4.0.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 
 VIDEO_FOLDERS = ("clips", "previews")  # of a data set: where the steps write videos
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+MAX_KEY = 240  # characters: with what files and markers add to it, a name of at most 255
+CUT_KEY = 200  # of a longer key, before the hash that stands for the whole name
 NSFW_COLUMNS = ("toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")
 
 
@@ -71,7 +75,10 @@ class Source(Protocol):
 
 def clip_key(name: str) -> str:
     """A webdataset key from a file name: webdataset ends keys at the first dot."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "clip"
+    key = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "clip"
+    if len(key) <= MAX_KEY:
+        return key
+    return f"{key[:CUT_KEY]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
 
 
 # ------------------------------------------------------------------------------------------ sprites
@@ -133,7 +140,7 @@ class FolderSource:
 
     @dataclass
     class Config:
-        path: str = ""  # folder of videos, searched recursively
+        path: str = ""  # folder of videos, searched recursively, through links too
         captions: str | None = None  # CSV with the columns file and caption
         default_caption: str = ""  # for clips without one
         crf: int = 8  # H.264 quality of the prepared mp4
@@ -146,7 +153,8 @@ class FolderSource:
         self.folder = _required_folder(cfg.path)
 
     def videos(self) -> list[Path]:
-        return sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+        found = (place / name for place, names in _folders_below(self.folder) for name in names)
+        return sorted(path for path in found if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
 
     def items(self) -> Iterator[SourceItem]:
         table = _caption_table(Path(self.cfg.captions)) if self.cfg.captions else {}
@@ -157,10 +165,10 @@ class FolderSource:
         bare = 0
         for path in paths:
             relative = path.relative_to(self.folder)
-            key = _unused(clip_key(relative.with_suffix("").as_posix()), seen)
+            key = unused_key(clip_key(relative.with_suffix("").as_posix()), seen)
             try:
                 own = _sidecar_caption(path)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 yield UnusableItem(key, "", relative.as_posix(), path=str(path), reason=str(error))
                 continue
             caption = own or table.get(relative.as_posix()) or table.get(path.name)
@@ -174,6 +182,23 @@ class FolderSource:
 
     def write_manifest(self, folder: Path) -> None:
         """Nothing to add: captions are in the sidecars."""
+
+
+def _folders_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and all below it, each with the names of its files. Links to folders come after what is no link, and no
+    folder comes twice.
+    """
+    seen: set[str] = set()
+    tops = [folder]
+    for top in tops:
+        for place, folders, files in os.walk(top, onerror=lambda error: log.warning("left out: %s", error)):
+            real = os.path.realpath(place)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            tops += (Path(place, name) for name in sorted(folders) if os.path.islink(os.path.join(place, name)))
+            yield Path(place), files
 
 
 def read_item(item: SourceItem, geometry: ClipGeometry, whole: bool = False) -> np.ndarray:
@@ -203,26 +228,29 @@ def _required_folder(path: str) -> Path:
 def require_apart(source: Source, out: str) -> None:
     """Raises ValueError where the source would take for new videos what is written below `out`.
 
-    A folder of videos is searched recursively; the other sources find their files in the folder itself.
+    A folder of videos is searched recursively and through links; the other sources find their files in the folder
+    itself.
     """
     if isinstance(source, SpritesSource) or not source.cfg.path:
         return
-    videos = Path(source.cfg.path).resolve()
+    videos = Path(source.cfg.path)
+    searched = [place.resolve() for place, _ in _folders_below(videos)] if isinstance(source, FolderSource) else []
     for written in (Path(out) / name for name in VIDEO_FOLDERS):
         place = written.resolve()
-        if place == videos or (isinstance(source, FolderSource) and place.is_relative_to(videos)):
+        if place == videos.resolve() or any(place.is_relative_to(folder) for folder in searched):
             raise ValueError(
                 f"out={out} lies below source.path={source.cfg.path} or around it: a next run would take the videos in "
                 f"{written} for new ones; write somewhere else, or move what is there: it stays finished"
             )
 
 
-def _unused(key: str, seen: set[str]) -> str:
+def unused_key(key: str, seen: set[str]) -> str:
     """The key, or where an earlier item has it, the key with a number: names can differ in what clip_key drops."""
     candidate, number = key, 1
     while candidate in seen:
         number += 1
-        candidate = f"{key}-{number}"
+        suffix = f"-{number}"
+        candidate = key[: MAX_KEY - len(suffix)] + suffix
     seen.add(candidate)
     return candidate
 
@@ -284,7 +312,7 @@ def _number(row: dict[str, str], column: str, manifest: str, absent: float) -> f
 # ------------------------------------------------------------------------------------------ OpenVid-1M
 class OpenVidSource:
     """Clips of nkp37/OpenVid-1M, unzipped flat into one folder, chosen by its CSV (video, caption, frame,
-    fps).
+    fps). Those of parts that were not downloaded are passed over.
     """
 
     @dataclass
@@ -294,7 +322,7 @@ class OpenVidSource:
         min_frames: int = 81  # frames of the stored video
         aspect: float = 16 / 9  # width / height
         aspect_tolerance: float = 0.02  # relative
-        max_clips: int | None = None  # stop after so many; None = all
+        max_clips: int | None = None  # stop after so many that are there; None = all
         crf: int = 8  # H.264 quality of the prepared mp4
         default_tracker: str = "cotracker3"
         default_grid: int = 50
@@ -307,16 +335,14 @@ class OpenVidSource:
         self.folder = _required_folder(cfg.path)
 
     def items(self) -> Iterator[SourceItem]:
-        count = 0
         seen: set[str] = set()
-        for row in _rows(Path(self.cfg.manifest), ("video", "caption", "frame")):
-            if _number(row, "frame", self.cfg.manifest, absent=0) < self.cfg.min_frames or not row["caption"]:
-                continue
-            if self.cfg.max_clips is not None and count >= self.cfg.max_clips:
-                return
-            count += 1
-            path = self.folder / row["video"]
-            yield SourceItem(_unused(clip_key(path.stem), seen), row["caption"], row["video"], path=str(path))
+        listed = (
+            SourceItem(unused_key(clip_key(Path(row["video"]).stem), seen), row["caption"], row["video"],
+                       path=str(self.folder / row["video"]))
+            for row in _rows(Path(self.cfg.manifest), ("video", "caption", "frame"))
+            if _number(row, "frame", self.cfg.manifest, absent=0) >= self.cfg.min_frames and row["caption"]
+        )  # fmt: skip
+        return islice(_those_there(listed, self.cfg), self.cfg.max_clips)
 
     def render(self, item: SourceItem, geometry: ClipGeometry, target: Path) -> dict[str, Any]:
         info = probe_video(item.path or "")
@@ -329,6 +355,21 @@ class OpenVidSource:
 
     def write_manifest(self, folder: Path) -> None:
         """Nothing to add: the CSV stays where it is."""
+
+
+def _those_there(items: Iterator[SourceItem], cfg: Any) -> Iterator[SourceItem]:
+    """The items whose file is there; how many are not is told at the end. FileNotFoundError if none is."""
+    found, absent = 0, 0
+    for item in items:
+        if os.path.isfile(item.path or ""):
+            found += 1
+            yield item
+        else:
+            absent += 1
+    if absent and not found:
+        raise FileNotFoundError(f"source.path={cfg.path} holds none of the {absent} clips that {cfg.manifest} lists")
+    if absent:
+        log.warning("%d of %d clips of %s are not in %s", absent, absent + found, cfg.manifest, cfg.path)
 
 
 # ------------------------------------------------------------------------------------------ VidProM
@@ -369,8 +410,11 @@ class VidPromSource:
 
     def items(self) -> Iterator[SourceItem]:
         folder = _required_folder(self.cfg.path)
-        for uuid, prompt in self.prompts():
-            yield SourceItem(clip_key(uuid), prompt, uuid, path=str(folder / f"{uuid}.mp4"))
+        listed = (
+            SourceItem(clip_key(uuid), prompt, uuid, path=str(folder / f"{uuid}.mp4"))
+            for uuid, prompt in self.prompts()
+        )
+        return _those_there(listed, self.cfg)
 
     def render(self, item: SourceItem, geometry: ClipGeometry, target: Path) -> dict[str, Any]:
         return _render_video(item, geometry, target, self.cfg.crf)

@@ -157,9 +157,15 @@ class CoTracker3:
         self.model = (self._from_hub() if checkpoint is None else self._installed(checkpoint)).to(device)
 
     def _from_hub(self) -> Any:
+        import fcntl
+
         import torch
 
-        return torch.hub.load("facebookresearch/co-tracker", f"cotracker3_{self.mode}")
+        hub = Path(torch.hub.get_dir())
+        hub.mkdir(parents=True, exist_ok=True)
+        with (hub / "cotracker.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # torch.hub does not reckon with other processes that download the same
+            return torch.hub.load("facebookresearch/co-tracker", f"cotracker3_{self.mode}")
 
     def _installed(self, checkpoint: str) -> Any:
         from cotracker.predictor import CoTrackerOnlinePredictor, CoTrackerPredictor

@@ -3,7 +3,7 @@
 A broken file is refused with a `VideoError` that says why. Because decoders can crash or hang on cut files,
 the box structure of an mp4 is checked in plain Python before any decoder opens it.
 Frames come as a player shows them: with square pixels, turned by the rotation that the file states. Left out: audio,
-mirroring, variable frame rate (frames are taken by the average rate).
+mirroring, variable frame rate (frames are taken by the average rate), HDR (refused).
 """
 
 from __future__ import annotations
@@ -20,18 +20,24 @@ from typing import Any, TypeVar
 import numpy as np
 
 from models.condition import ClipGeometry
-from models.files import bring_to_disk
+from models.files import bring_to_disk, fresh_path
 from models.motion.tracks import centre_crop
 
 Result = TypeVar("Result")
 
 ISO_SUFFIXES = (".mp4", ".m4v", ".mov")
+READ_BYTES = 1 << 24  # at a time, where only it matters whether a file can be read
 DECODE_FRAMES = 8  # frames decoded at a time: bounds the memory of full-resolution frames
 MAX_PIXEL_ASPECT = 8  # width / height of a pixel, or its inverse, beyond which a header must be wrong
+HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # transfer characteristics of ISO/IEC 23091-2
 
 
 class VideoError(ValueError):
     """A video that cannot be used; the message is the reason."""
+
+
+class UnreadableVideo(VideoError):
+    """A video that cannot be read on this machine now; it may be usable the next time."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def read_video(source: str | Path | bytes, geometry: ClipGeometry | None = None,
     With a geometry: frames nearest to 0, 1/fps, 2/fps … for geometry.num_frames, cropped about the centre to
     its aspect, resized (area when shrinking, cubic when enlarging). Without: every frame at the size it is shown at.
     whole: geometry.num_frames frames from the first to the last, evenly spread, at whatever rate that is.
-    Raises VideoError if the file is broken or too short.
+    Raises VideoError if the file is broken or too short, UnreadableVideo where the machine does not give it.
     """
     name = "video bytes" if isinstance(source, bytes) else Path(source).name
     if not isinstance(source, bytes):
@@ -136,6 +142,7 @@ class PyavReader:
         self._errors = (av.FFmpegError, IndexError, ValueError)
         try:
             with _open(source) as container:
+                _refuse_hdr(container)
                 self.fps = float(container.streams.video[0].average_rate or 0)
                 self._pixel_aspect = _pixel_aspect(container)
                 self.num_frames, _ = _walk(container)
@@ -204,6 +211,15 @@ def _pixel_aspect(container: Any) -> Fraction:
     return aspect if abs(aspect - 1) * stream.codec_context.width >= 1 else Fraction(1)
 
 
+def _refuse_hdr(container: Any) -> None:
+    """Raises DecodeFailure: taken for the usual curve, the curves of HDR give dark and washed out frames."""
+    transfer = HDR_TRANSFERS.get(container.streams.video[0].codec_context.color_trc)
+    if transfer is not None:
+        raise DecodeFailure(
+            f"HDR ({transfer}) is not supported; convert it to SDR, for example with ffmpeg's tonemap filter"
+        )
+
+
 def _with_square_pixels(frame: np.ndarray, pixel_aspect: Fraction) -> np.ndarray:
     """Stretch or shrink the width: uint8 [H, W, 3] -> [H, W * pixel_aspect, 3]."""
     height, width = frame.shape[:2]
@@ -221,6 +237,7 @@ def _misread_by_decord(source: str | Path | bytes, num_frames: int) -> str | Non
 
     try:
         with _open(source) as container:
+            _refuse_hdr(container)
             pixel_aspect = _pixel_aspect(container)
             num_shown, has_open_gops = _walk(container)
     except (av.FFmpegError, IndexError, ValueError):
@@ -241,7 +258,25 @@ def _first_that_works(source: str | Path | bytes, name: str, use: Callable[[Any]
         try:
             return use(PyavReader(source))
         except DecodeFailure as second:
-            raise VideoError(f"{name} is not decodable as video: {first}; {second}") from second
+            _require_readable(source, second)
+            reasons = dict.fromkeys((str(first), str(second)))  # one where both give the same
+            raise VideoError(f"{name} is not decodable as video: {'; '.join(reasons)}") from second
+
+
+def _require_readable(source: str | Path | bytes, failure: DecodeFailure) -> None:
+    """Raises UnreadableVideo where it was not the file that made the decoders fail: memory is short, or the file cannot
+    be read to its end, whatever is in it.
+    """
+    if isinstance(failure.__cause__, MemoryError):
+        raise UnreadableVideo("out of memory") from failure
+    if isinstance(source, bytes):
+        return
+    try:
+        with open(source, "rb") as file:
+            while file.read(READ_BYTES):
+                pass
+    except OSError as error:
+        raise UnreadableVideo(f"cannot be read: {error}") from error
 
 
 def _info(reader: DecordReader | PyavReader, name: str) -> VideoInfo:
@@ -274,14 +309,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise VideoError(f"no such file: {path}")
-    size = path.stat().st_size
-    if size == 0:
-        raise VideoError("empty file (0 bytes)")
-    if path.suffix.lower() in ISO_SUFFIXES:
-        with path.open("rb") as file:
-            _check_boxes(file, size)
+    try:
+        if not path.is_file():
+            raise VideoError(f"no such file: {path}")
+        size = path.stat().st_size
+        if size == 0:
+            raise VideoError("empty file (0 bytes)")
+        if path.suffix.lower() in ISO_SUFFIXES:
+            with path.open("rb") as file:
+                _check_boxes(file, size)
+    except OSError as error:
+        raise UnreadableVideo(f"cannot be read: {error}") from error
 
 
 def _check_boxes(file: io.BufferedReader, size: int) -> None:
@@ -323,7 +361,7 @@ class VideoWriter:
         import av
 
         self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.partial = fresh_path(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._av = av
         self._container = av.open(str(self.partial), "w", format="mp4")

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 UMASK = os.umask(0o077)  # of this process; only setting it tells what it was
 os.umask(UMASK)
 SUFFIX_LENGTH = 8  # of the name that a file has while it is written
+FRESH_SUFFIX = "[0-9a-f]" * SUFFIX_LENGTH
+KEPT_LENGTH = 240  # of the file's own name in that one: file systems take 255 bytes
+ABANDONED_SECONDS = 3600  # a file that has not grown for so long is not being written any more
 
 
 @contextmanager
@@ -26,7 +30,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     Several processes may replace the same file: what one of them wrote stays.
     """
     path = Path(path)
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:SUFFIX_LENGTH]}")
+    fresh = fresh_path(path)
     try:
         yield fresh
         bring_to_disk(fresh)
@@ -36,10 +40,24 @@ def replace_file(path: str | Path) -> Iterator[Path]:
         fresh.unlink(missing_ok=True)
 
 
+def fresh_path(path: Path) -> Path:
+    """A name of its own beside a file, to write to before it takes the file's place."""
+    return path.with_name(f".{path.name[:KEPT_LENGTH]}.{uuid.uuid4().hex[:SUFFIX_LENGTH]}")
+
+
 def remove_unfinished(path: Path) -> None:
     """Delete what killed processes left of `replace_file`; for a file that this process alone writes."""
-    for fresh in path.parent.glob(f".{path.name}.{'[0-9a-f]' * SUFFIX_LENGTH}"):
+    for fresh in path.parent.glob(f".{path.name[:KEPT_LENGTH]}.{FRESH_SUFFIX}"):
         fresh.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete what killed processes left of any file in a folder, and no other process is writing."""
+    limit = time.time() - ABANDONED_SECONDS
+    for fresh in folder.glob(f".*.{FRESH_SUFFIX}"):
+        with suppress(FileNotFoundError):  # another process was faster
+            if fresh.stat().st_mtime < limit:
+                fresh.unlink()
 
 
 def bring_to_disk(path: Path) -> None:

@@ -104,11 +104,37 @@ def test_loader_state_counts_what_was_handed_out():
     ids = []
     for batch in itertools.islice(loader, 4):
         ids += batch.sample_ids
-    assert loader.state_dict() == {"epoch": 1, "samples_seen": 6}
+    assert loader.state_dict() == {"epoch": 1, "samples_seen": 6, "identity": None}
     again = Loader(Numbers(), ResumableSampler(10, 4, seed=3))
     again.load_state_dict({"epoch": 0, "samples_seen": 8})
     resumed = [i for batch in itertools.islice(again, 2) for i in batch.sample_ids]
     assert resumed == ids[8:]
+
+
+def test_a_data_set_packed_anew_begins_its_next_epoch(caplog):
+    def loader(identity: str | None) -> Loader:
+        return Loader(Numbers(), ResumableSampler(10, 4, seed=3), identity=identity)
+
+    begun = loader("a")
+    next(iter(begun))
+    state = begun.state_dict()
+    for identity, position in (("a", (0, 4)), ("b", (1, 0)), (None, (0, 4))):
+        resumed = loader(identity)
+        resumed.load_state_dict(state)
+        assert (resumed.sampler.epoch, resumed.sampler.samples_seen) == position
+    assert caplog.text.count("packed anew since epoch 0 began; going on with the next epoch") == 1
+    resumed = loader("b")
+    resumed.load_state_dict({"epoch": 2, "samples_seen": 8})  # as earlier versions saved it
+    assert (resumed.sampler.epoch, resumed.sampler.samples_seen) == (2, 8)
+
+
+def test_resuming_with_workers_continues_the_order():
+    whole = [batch.sample_ids for batch in itertools.islice(Loader(Numbers(), ResumableSampler(10, 4, seed=3)), 6)]
+    begun, resumed = (Loader(Numbers(), ResumableSampler(10, 4, seed=3), num_workers=1) for _ in range(2))
+    for _ in itertools.islice(begun, 2):
+        pass
+    resumed.load_state_dict(begun.state_dict())
+    assert [batch.sample_ids for batch in itertools.islice(resumed, 4)] == whole[2:]
 
 
 def test_worker_processes_change_neither_order_nor_state():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from data import encode, prepare, progress
-from data.app import build_config, compose_config
+from data.app import build_config, build_target, compose_config
 from data.encode import EncodeConfig, fingerprint, fingerprints
 from data.shards import ShardDataset
 from data.sprites import SpritesConfig
@@ -135,6 +136,167 @@ def test_tracks_of_a_version_that_stamped_every_setting_stay(tmp_path, attempts)
     assert attempts == []
 
 
+def as_left_by_earlier_versions(data: Sequence[str], has_filters: bool = True) -> None:
+    """Stamp a data set as when caption and place of a file counted as parts of its clip, or still earlier ones without
+    the filters. Nothing told then by which tracker the tracks were to be.
+    """
+    cfg = compose_config("data", [*SMALL, *data])
+    source, out = build_target(cfg.source), Path(cfg.out)
+    settings = {name: vars(source.cfg)[name] for name in prepare.FRAME_SETTINGS if name in vars(source.cfg)}
+    filters = {name: vars(source.cfg)[name] for name in prepare.FILTER_SETTINGS if name in vars(source.cfg)}
+    if "world" in settings:
+        settings["world"] = asdict(settings["world"])
+    (out / "tracks/about.json").unlink()
+    for item in source.items():
+        clip = progress.stamp(dict(cfg.model.clip), settings, asdict(item), prepare._file_state(item.path))
+        for step in ("render", "track", "encode"):
+            if not (note := progress.marker(out, step, item.key)):
+                continue
+            if step == "render":
+                made_with = progress.stamp(clip, filters) if filters and has_filters else clip
+            elif step == "track":
+                made_with = progress.stamp(build_config(cfg.tracker, TrackerConfig).decisive(), clip)
+            else:
+                about = json.loads((out / "encoded/about.json").read_text())
+                made_with = progress.stamp(about["fingerprints"], about["dtype"], clip)
+            note |= {"stamp": made_with, "clip": clip if has_filters else None}
+            progress.marker_path(out, step, item.key).write_text(json.dumps(note))
+
+
+def test_a_data_set_of_a_version_that_stamped_captions_and_places_stays(tmp_path, attempts, monkeypatch):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    for name in "ab":
+        noise_video(videos / f"{name}.mp4")
+        (videos / f"{name}.txt").write_text("a red disc")
+    data = ["source=folder", f"source.path={videos}", f"out={out}", "tracker.rows=2", "tracker.cols=2", "previews=0"]
+    data.append(save_vae(tmp_path / "vae", seed=0))
+    assert run(*data) == 0
+    as_left_by_earlier_versions(data)
+    attempts.clear()
+    encoded = {path: path.stat().st_mtime_ns for path in out.glob("encoded/*.npz")}
+    for _ in range(2):
+        assert run(*data) == 0
+        assert len(ShardDataset(out / "shards", ["latents", "tracks"])) == 2
+    videos.rename(tmp_path / "moved")
+    assert run(*data, f"source.path={tmp_path / 'moved'}") == 0
+    assert attempts == [] and {path: path.stat().st_mtime_ns for path in encoded} == encoded
+
+
+def test_another_caption_costs_its_text_alone(tmp_path, attempts, monkeypatch):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    for name in "ab":
+        noise_video(videos / f"{name}.mp4")
+        (videos / f"{name}.txt").write_text("a red disc")
+    data = ["source=folder", f"source.path={videos}", f"out={out}", "tracker.rows=2", "tracker.cols=2", "previews=0"]
+    data.append(save_vae(tmp_path / "vae", seed=0))
+    run(*data)
+    attempts.clear()
+    made = {path: path.stat().st_mtime_ns for path in out.glob("*/?.*")}
+    (videos / "a.txt").write_text("a blue disc")
+    run(*data, "step=render")
+    run(*data, "step=pack")
+    assert [s.key for s in ShardDataset(out / "shards", ["latents"]).index.samples] == ["b"]
+    run(*data)
+    assert attempts == []
+    changed = {f"{path.parent.name}/{path.name}" for path, time in made.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"clips/a.json", "encoded/a.npz"}
+    dataset = ShardDataset(out / "shards", ["prompt_embeds"])
+    assert dataset[0].caption == "a blue disc"
+    assert not torch.equal(dataset[0].prompt_embeds, dataset[1].prompt_embeds)
+
+
+def test_a_file_more_does_not_shift_the_keys_of_names_that_keys_drop(tmp_path, attempts):
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    for name in ("犬", "猫"):
+        noise_video(videos / f"{name}.mp4")
+    data = ["source=folder", f"source.path={videos}", f"out={out}", "step=render"]
+    run(*data)
+    assert attempts == [("render_item", "clip"), ("render_item", "clip-2")]
+    attempts.clear()
+    noise_video(videos / "一.mp4")
+    for _ in range(2):
+        run(*data)
+        assert attempts == [("render_item", "clip-3")]
+    (videos / "犬.mp4").unlink()
+    run(*data)
+    assert attempts == [("render_item", "clip-3")]
+    assert progress.done_keys(out, "render") == ["clip-2", "clip-3"]
+
+
+@pytest.mark.parametrize("name", ["clips/{}.mp4", "clips/{}.json", "tracks/{}.npz", "encoded/{}.npz"])
+def test_an_item_whose_file_is_gone_is_made_again(encoded_clips, name):
+    common, vae, out = encoded_clips
+    before = latents(out)
+    lost = out / name.format("train-000001")
+    lost.unlink()
+    assert run(*common, "step=pack") == 0
+    keys = [sample.key for sample in ShardDataset(out / "shards", ["latents"]).index.samples]
+    assert keys == ["train-000000", "train-000002"]
+    assert "run step=" in rejected(out)["seed 3"]["reason"]
+    assert run(*common, vae) == 0 and lost.is_file()
+    assert torch.equal(latents(out), before) and not rejected(out)
+
+
+def test_a_broken_clip_that_is_deleted_is_tracked_again(tmp_path):
+    data = ("source=sprites", "source.num_clips=2", f"out={tmp_path}", "previews=0")
+    run(*data, "step=render")
+    clip = tmp_path / "clips/train-000001.mp4"
+    clip.write_bytes(b"broken")
+    run(*data)
+    assert "delete" in rejected(tmp_path)["seed 3"]["reason"]
+    clip.unlink()
+    run(*data)
+    assert not rejected(tmp_path) and len(ShardDataset(tmp_path / "shards", ["tracks"])) == 2
+
+
+def test_a_clip_that_breaks_does_not_end_encoding(encoded_clips):
+    common, vae, out = encoded_clips
+    (out / "clips/train-000001.mp4").write_bytes(b"broken")
+    (out / "encoded/train-000001.npz").unlink()
+    assert run(*common, vae) == 0
+    assert rejected(out)["seed 3"]["step"] == "encode"
+    assert len(ShardDataset(out / "shards", ["latents"])) == 2
+
+
+def test_tracks_of_another_grid_are_not_mixed(monkeypatch, caplog, encoded_clips):
+    common, vae, out = encoded_clips
+    cut_short(monkeypatch, prepare, "track_item", calls=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(*common, "tracker.rows=4", "step=track")
+    monkeypatch.undo()
+    assert run(*common, "step=pack") == 0
+    dataset = ShardDataset(out / "shards", ["tracks"])
+    assert [dataset[n].tracks.num_tracks for n in range(len(dataset))] == [4 * 16]
+    assert "not by the tracker of the last step=track" in caplog.text
+    assert run(*common, vae) == 0
+    assert len(ShardDataset(out / "shards", ["latents"])) == 3 and not rejected(out)
+
+
+def test_a_checkpoint_of_a_tracker_is_known_by_its_content(tmp_path, monkeypatch, attempts):
+    monkeypatch.setattr(prepare, "require_available", lambda *args, **kwargs: None)
+    monkeypatch.setattr(prepare, "build_tracker", lambda cfg, scene: build_tracker("exact", scene))
+    out = tmp_path / "out"
+    data = ["source=sprites", "source.num_clips=1", f"out={out}", "previews=1", "tracker.name=cotracker3"]
+    for name, content in (("a", "one"), ("b", "one"), ("c", "two")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.pth").write_text(content)
+
+    def made_with(name: str) -> list[str]:
+        attempts.clear()
+        assert run(*data, f"tracker.checkpoint={tmp_path / name}/weights.pth") == 0
+        return [function for function, _ in attempts]
+
+    assert made_with("a") == ["render_item", "track_item", "preview_item"]
+    assert made_with("b") == []
+    tracker = TrackerConfig("cotracker3", 16, 16, checkpoint=f"{tmp_path}/a/weights.pth")
+    clip = progress.marker(out, "render", "train-000000")["clip"]
+    for step in ("track", "preview"):  # as earlier versions stamped them
+        note = progress.marker(out, step, "train-000000") | {"stamp": progress.stamp(tracker.decisive(), clip)}
+        progress.marker_path(out, step, "train-000000").write_text(json.dumps(note))
+    assert made_with("a") == []
+    assert made_with("c") == ["track_item", "preview_item"]
+
+
 def test_fewer_clips_asked_for_are_fewer_packed(tmp_path):
     run("source=sprites", "source.num_clips=3", f"out={tmp_path}", "previews=0")
     run("source=sprites", "source.num_clips=2", f"out={tmp_path}", "previews=0")
@@ -178,7 +340,7 @@ def test_clips_asked_for_again_with_other_settings_are_made_again(tmp_path, atte
     assert attempts == [("render_item", "train-000001")]
     run(*data, "step=pack")
     assert [s.key for s in ShardDataset(tmp_path / "shards", ["tracks"]).index.samples] == ["train-000000"]
-    assert "tracks are missing or of an earlier rendering" in rejected(tmp_path)["seed 3"]["reason"]
+    assert "tracks are missing, of an earlier rendering" in rejected(tmp_path)["seed 3"]["reason"]
 
 
 def test_a_data_set_of_a_version_that_noted_no_keys_asked_for(tmp_path, attempts):
@@ -398,6 +560,7 @@ def test_a_rendering_cut_short_is_not_packed_with_tracks_of_the_last_one(monkeyp
 def test_tracks_of_a_version_that_noted_no_rendering(encoded_clips):
     """They are packed, under other tracker settings too, unless the clip was rendered after them."""
     common, _, out = encoded_clips
+    (out / "tracks/about.json").unlink()
     for path in (out / "markers/track").iterdir():
         note = json.loads(path.read_text())
         del note["clip"]
@@ -565,12 +728,10 @@ def test_other_filters_judge_the_clips_again(tmp_path, attempts):
     assert [made for made in attempts if made[0] == "track_item"] == [("track_item", "odd")]
     run(*data)
     assert set(rejected(out)) == {"odd.mp4"} and len(ShardDataset(out / "shards", ["tracks"])) == 1
-    for path in (out / "markers/render").iterdir():  # as earlier versions left them
-        note = json.loads(path.read_text())
-        path.write_text(json.dumps(note | {"stamp": note["clip"], "clip": None}))
+    as_left_by_earlier_versions(data, has_filters=False)
     attempts.clear()
     run(*data)
-    assert attempts == [("render_item", "odd")]
+    assert [made for made in attempts if made[0] == "render_item"] == [("render_item", "odd")]
 
 
 def test_nothing_usable_is_an_error_code(tmp_path):
@@ -611,6 +772,7 @@ def test_real_clips_with_a_50x50_grid(tmp_path):
         (["encode.dtype=float8"], "encode.dtype='float8' must be one of float32, bfloat16, auto"),
         (["encode.device=gpu"], "encode.device=gpu must be auto, cpu or cuda"),
         (["num_workers=-1"], "num_workers=-1 must be at least 0"),
+        (["max_shard_mb=0"], "max_shard_mb=0.0 must be above 0"),
     ],
 )
 def test_values_are_checked(tmp_path, overrides, message):
@@ -635,6 +797,26 @@ def test_a_tracker_that_cannot_work_here_is_refused_before_any_work(tmp_path, mo
     overrides = [text.format(tmp_path=tmp_path) for text in overrides]
     with pytest.raises((ValueError, ImportError), match=message):
         run(f"out={tmp_path / 'out'}", "tracker.name=cotracker3", *overrides)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["model.vae.path={absent}"],
+            r"model\.vae\.path=\S+/absent holds no VAE .*; set it to a folder of one, or to null",
+        ),
+        (["model.vae.path={vae}", "model.text.kind=umt5"], r"model\.text\.path is null"),
+        (["model.vae.path={vae}", "model.text.kind=umt5", "model.text.path={absent}"], r"model\.text\.path=\S+/absent"),
+        (["model.vae.path={vae}", "model.clip_encoder={absent}"], r"model\.clip_encoder=\S+/absent: there is nothing"),
+    ],
+)
+def test_encoders_that_are_not_there_are_refused_before_any_work(tmp_path, overrides, message):
+    save_vae(tmp_path / "vae", seed=0)
+    overrides = [text.format(absent=tmp_path / "absent", vae=tmp_path / "vae") for text in overrides]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(f"out={tmp_path / 'out'}", "source.num_clips=1", *overrides)
     assert not (tmp_path / "out").exists()
 
 

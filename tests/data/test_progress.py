@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from data import progress
 from data.progress import Call, done_keys, run_items, worker_number, write_rejected
-from data.video import VideoError
+from data.video import UnreadableVideo, VideoError
+
+
+@pytest.fixture(autouse=True)
+def no_products(monkeypatch):
+    """The items here leave no files."""
+    monkeypatch.setattr(progress, "PRODUCTS", {})
 
 
 def rejected(out: Path) -> dict[str, dict]:
@@ -78,3 +90,60 @@ def test_rejected_items_that_are_not_asked_for_are_neither_listed_nor_tried_agai
 
 def _refuse(reason: str) -> None:
     raise VideoError(reason)
+
+
+def test_an_item_that_cannot_be_read_now_is_tried_again(tmp_path):
+    call = Call("a", "a.mp4", "s", _be_away, ())
+    assert run_items("render", tmp_path, [call], 0) == 0
+    assert rejected(tmp_path)["a.mp4"]["reason"] == "stale file handle"
+    call = replace(call, function=_note_handler, arguments=(tmp_path / "tried",))
+    assert run_items("render", tmp_path, [call], 0) == 1 and not rejected(tmp_path)
+
+
+def _be_away() -> None:
+    raise UnreadableVideo("stale file handle")
+
+
+RUN_ONE = """
+import sys
+from pathlib import Path
+from data.progress import Call, run_items
+from tests.data.test_progress import _wait
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    run_items("render", out, [Call("a", "a.mp4", "s", _wait, (out / "process",))], num_workers=1)
+"""
+
+
+def _wait(path: Path) -> None:
+    path.write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    (tmp_path / "script.py").write_text(RUN_ONE)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    started = subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path], env=environment)
+    noted = tmp_path / "process"
+    _until(lambda: noted.exists() and noted.read_text() != "")
+    worker = int(noted.read_text())
+    assert _is_running(worker)
+    started.kill()
+    started.wait(timeout=60)
+    _until(lambda: not _is_running(worker))
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _is_running(process: int) -> bool:
+    """Not ended, whether or not anyone has taken notice."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

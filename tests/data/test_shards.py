@@ -10,7 +10,16 @@ import torch
 
 from data.batch import collate
 from data.loader import LoaderConfig, build_loader
-from data.shards import ShardDataset, ShardError, npy_bytes, trim_text, write_shards
+from data.shards import (
+    SampleEntry,
+    SampleTable,
+    ShardDataset,
+    ShardError,
+    ShardIndex,
+    npy_bytes,
+    trim_text,
+    write_shards,
+)
 from data.video import write_video
 from models.condition import ClipGeometry
 
@@ -86,6 +95,33 @@ def test_same_samples_give_the_same_bytes(tmp_path):
     assert (tmp_path / "a/clips-000000.tar").read_bytes() == (tmp_path / "b/clips-000000.tar").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["best50%set", "top_50%/shards", "a:1/x"])
+def test_folders_of_any_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_shards([("k", {"json": b"{}"})], name, GEOMETRY)
+    assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["clips-000000.tar", "index.json"]
+
+
+def test_the_table_gives_back_the_entries(shards):
+    entries = [SampleEntry("a", 0, {"json": (512, 7), "mp4": (1536, 9)}), SampleEntry("b", 1, {"json": (0, 5)})]
+    table = SampleTable(entries)
+    assert list(table) == entries and table[1] == entries[1] and len(table) == 2
+    assert table.all_have("json") and not table.all_have("mp4") and not SampleTable([]).all_have("json")
+    assert table.beyond([1545, 5]) is None and table.beyond([1544, 5]) == (entries[0], "mp4")
+    index = ShardIndex.load(shards[0])
+    before = (shards[0] / "index.json").read_bytes()
+    index.save(shards[0])
+    assert (shards[0] / "index.json").read_bytes() == before
+
+
+def test_the_identity_is_of_the_keys_in_their_order(tmp_path):
+    found = []
+    for keys in ("ab", "ba", "abc", "ab"):
+        index = write_shards([(key, {"json": b"{}"}) for key in keys], tmp_path, GEOMETRY)
+        found.append(index.identity)
+    assert found[0] == found[3] and len(set(found)) == 3
+
+
 def test_webdataset_reads_them(shards):
     wds = pytest.importorskip("webdataset")
     paths = sorted(str(path) for path in shards[0].glob("*.tar"))
@@ -150,6 +186,7 @@ def test_interrupted_packing_leaves_no_index(shards):
 def test_build_loader(shards):
     loader = build_loader(LoaderConfig(str(shards[0])), ["latents"], 2, rank=1, world=2)
     assert next(iter(loader)).size == 2
+    assert loader.state_dict()["identity"] == ShardDataset(shards[0]).index.identity
     with pytest.raises(ValueError, match="path is empty"):
         build_loader(LoaderConfig(), ["latents"], 2)
 

@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.sources import NSFW_COLUMNS, FolderSource, OpenVidSource, SpritesSource, VidPromSource, clip_key
+from data.sources import (
+    NSFW_COLUMNS,
+    FolderSource,
+    OpenVidSource,
+    SpritesSource,
+    VidPromSource,
+    clip_key,
+    read_item,
+    require_apart,
+)
 from data.video import VideoError, write_video
 from models.condition import ClipGeometry
 
@@ -52,6 +61,49 @@ def test_names_that_clash_get_other_keys(tmp_path):
         gray_video(tmp_path / folder / "x.mp4")
     keys = [item.key for item in FolderSource(FolderSource.Config(str(tmp_path))).items()]
     assert keys == ["a_b_x", "a_b_x-2"] and clip_key("...") == "clip"
+
+
+def test_long_names_are_cut_and_told_apart(tmp_path):
+    for name in ("a" * 240, "b" * 150, *(f"{'c' * 118}{character}{'c' * 117}" for character in " _")):
+        folder = tmp_path / ("f" * (0 if name.startswith("a") else 100 if name.startswith("b") else 4))
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.mp4").touch()
+    (tmp_path / ("f" * 100) / f"{'b' * 149}c.mp4").touch()
+    keys = [item.key for item in FolderSource(FolderSource.Config(str(tmp_path))).items()]
+    assert "a" * 240 in keys, "as it always was"
+    assert len(set(keys)) == 5 and max(map(len, keys)) == 240
+
+
+def test_folders_are_searched_through_links_each_once(tmp_path):
+    for folder in ("videos/own", "elsewhere/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.mp4").touch()
+    for link, target in (("a_link", "videos/own"), ("part1", "elsewhere"), ("part2", "elsewhere"), ("up", "videos")):
+        (tmp_path / "videos" / link).symlink_to(tmp_path / target)
+    (tmp_path / "elsewhere/deep/back").symlink_to(tmp_path / "elsewhere")
+    source = FolderSource(FolderSource.Config(str(tmp_path / "videos")))
+    assert [path.relative_to(source.folder).as_posix() for path in source.videos()] == ["own/x.mp4", "part1/deep/x.mp4"]
+    with pytest.raises(ValueError, match="lies below source.path"):
+        require_apart(source, str(tmp_path / "elsewhere/out"))
+    require_apart(source, str(tmp_path / "out"))
+
+
+def test_a_caption_file_that_cannot_be_read_costs_its_clip_alone(tmp_path, monkeypatch):
+    for video in "ab":
+        (tmp_path / f"{video}.mp4").touch()
+        (tmp_path / f"{video}.txt").touch()
+    read = Path.read_text
+
+    def limited(path: Path, **kwargs) -> str:
+        if path.name == "a.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", limited)
+    first, second = FolderSource(FolderSource.Config(str(tmp_path))).items()
+    with pytest.raises(VideoError, match="Permission denied"):
+        read_item(first, GEOMETRY)
+    assert second.key == "b"
 
 
 @pytest.mark.parametrize(
@@ -107,6 +159,8 @@ def test_openvid_filters(tmp_path):
 
 def test_openvid_names_that_clash_get_other_keys(tmp_path):
     names = ("a.b.mp4", "c.mp4", "a_b.mp4", "a b.mp4", "a-b.mp4")
+    for name in names:
+        (tmp_path / name).touch()
     rows = "".join(f"{name},caption,90\n" for name in names)
     (tmp_path / "list.csv").write_text(f"video,caption,frame\n{rows}")
     source = OpenVidSource(OpenVidSource.Config(str(tmp_path), str(tmp_path / "list.csv")))
@@ -128,10 +182,21 @@ def test_vidprom_filters_and_leaves_its_prompts(tmp_path):
         "u1",
         "u4",
     ]
-    first, second = source.items()
+    (first,) = source.items()
     source.render(first, GEOMETRY, tmp_path / "out.mp4")
-    with pytest.raises(VideoError, match="no such file"):
-        source.render(second, GEOMETRY, tmp_path / "out2.mp4")
+
+
+def test_clips_of_the_manifest_that_are_not_there_are_counted_once(tmp_path, caplog):
+    (tmp_path / "list.csv").write_text("video,caption,frame\n" + "".join(f"{n}.mp4,caption,90\n" for n in range(9)))
+    source = OpenVidSource(OpenVidSource.Config(str(tmp_path), str(tmp_path / "list.csv"), max_clips=2))
+    with pytest.raises(FileNotFoundError, match=r"source\.path=\S+ holds none of the 9 clips that \S+/list\.csv lists"):
+        list(source.items())
+    for n in (3, 5, 7):
+        (tmp_path / f"{n}.mp4").touch()
+    assert [item.key for item in source.items()] == ["3", "5"]
+    source.cfg.max_clips = None
+    assert len(list(source.items())) == 3
+    assert [record.message.split(" of ")[0] for record in caplog.records] == ["6"]
 
 
 def test_csv_without_a_column_is_refused(tmp_path):

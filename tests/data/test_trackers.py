@@ -5,6 +5,8 @@ given).
 from __future__ import annotations
 
 import sys
+import threading
+import time
 import types
 from importlib.machinery import ModuleSpec
 
@@ -295,14 +297,35 @@ def test_cotracker_without_weights_is_refused_even_if_installed(fake_cotracker):
         build_tracker("cotracker3")
 
 
-def test_cotracker_from_the_hub_is_loaded_once(monkeypatch):
+def test_cotracker_from_the_hub_is_loaded_once(monkeypatch, tmp_path):
     """Until other settings are asked for."""
     asked = []
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "load", lambda *args: asked.append(args[1]) or FakeOffline())
     first, second = (build_tracker(TrackerConfig("cotracker3", rows=n, allow_download=True)) for n in (2, 3))
     assert first is second and asked == ["cotracker3_offline"]
     build_tracker(TrackerConfig("cotracker3", mode="online", allow_download=True))
     assert asked == ["cotracker3_offline", "cotracker3_online"]
+
+
+def test_workers_download_cotracker_one_after_the_other(monkeypatch, tmp_path):
+    at_work, most = [], []
+
+    def load(*args):
+        at_work.append(args)
+        time.sleep(0.05)
+        most.append(len(at_work))
+        at_work.pop()
+        return FakeOffline()
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "load", load)
+    workers = [threading.Thread(target=CoTracker3) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert most == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import struct
 import subprocess
@@ -13,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import video
 from data.video import (
     DecodeFailure,
     DecordReader,
     PyavReader,
+    UnreadableVideo,
     VideoError,
     VideoWriter,
     draw_tracks_on,
@@ -288,6 +291,52 @@ def test_a_name_that_is_not_unicode(tmp_path, bar_file):
     assert np.array_equal(read_video(path), read_video(bar_file))
 
 
+@pytest.mark.parametrize("name, transfer", [("PQ", 16), ("HLG", 18), ("", 1)])
+def test_hdr_is_refused(tmp_path, name, transfer):
+    import av
+
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.codec_context.color_trc = transfer
+        for frame in np.zeros((2, 32, 32, 3), np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    if not name:
+        assert probe_video(tmp_path / "a.mkv").num_frames == 2
+        return
+    with pytest.raises(VideoError, match=rf"as video: HDR \({name}\) is not supported; convert it to SDR[^;]*$"):
+        probe_video(tmp_path / "a.mkv")
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_file_that_the_machine_does_not_give_is_no_broken_video(tmp_path, monkeypatch, suffix):
+    (tmp_path / f"a.{suffix}").write_bytes(b"\x00\x00\x00\x08free" * 9)
+    with pytest.raises(VideoError) as broken:
+        probe_video(tmp_path / f"a.{suffix}")
+    assert not isinstance(broken.value, UnreadableVideo)
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(builtins, "open", denied)
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(UnreadableVideo, match="cannot be read: .*Permission denied"):
+        probe_video(tmp_path / f"a.{suffix}")
+
+
+def test_short_memory_is_no_broken_video(monkeypatch, bar_file):
+    import av
+
+    def short(*args, **kwargs):
+        raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(video, "DecordReader", lambda source: (_ for _ in ()).throw(DecodeFailure("short")))
+    monkeypatch.setattr(video, "_walk", short)
+    with pytest.raises(UnreadableVideo, match="out of memory"):
+        probe_video(bar_file)
+
+
 def test_missing_file():
     with pytest.raises(VideoError, match="no such file"):
         probe_video("nowhere.mp4")
@@ -311,6 +360,17 @@ def test_file_appears_only_when_closed(tmp_path):
         writer.write(moving_bar()[0])
         assert not (tmp_path / "a.mp4").exists()
     assert probe_video(tmp_path / "a.mp4").num_frames == 1
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    first, second = (VideoWriter(tmp_path / "a.mp4", 8) for _ in range(2))
+    for writer, num_frames in ((first, 1), (second, 2)):
+        for frame in moving_bar()[:num_frames]:
+            writer.write(frame)
+    first.close()
+    second.close()
+    assert read_video(tmp_path / "a.mp4").shape[0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
 WRITE_ONE = """

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.files import replace_file, write_json
+from models.files import remove_abandoned, replace_file, write_json
 from models.vae.folder import replace_folder
 
 
@@ -73,6 +74,21 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path):
         first.write_bytes(b"first")
         second.write_bytes(b"second")
     assert path.read_bytes() == b"first"
+
+
+def test_what_killed_processes_left_is_removed_once_nobody_writes_it(tmp_path):
+    left, written, other = (tmp_path / name for name in (f".{'a' * 240}.0123abcd", ".b.mp4.89abcdef", ".gitignore"))
+    for path in (left, written, other):
+        path.touch()
+    for path in (left, other):
+        os.utime(path, (0, 0))
+    remove_abandoned(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted((written, other))
+
+
+def test_a_file_may_have_a_long_name(tmp_path):
+    write_json(tmp_path / ("a" * 255), {})
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
 
 
 def test_json_has_no_nan(tmp_path):
