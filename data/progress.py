@@ -129,9 +129,15 @@ def rejected_keys(out: Path, step: str) -> list[str]:
 
 def ask_for(out: Path, step: str, keys: Iterable[str]) -> None:
     """Note which items of a step are wanted now: what it made of others is neither packed nor listed as rejected."""
-    path = _asked_path(out, step)
+    keys, path = sorted(keys), _asked_path(out, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, sorted(keys))
+    others = {made.stem for made in (out / "markers" / step).glob("*.json")} - set(keys)
+    if others and step == "render":  # the steps after it take its word
+        log.warning(
+            "%d clips of earlier runs in %s are not among the %d of this source: they stay and are not packed", len(others),
+            out, len(keys),
+        )  # fmt: skip
+    write_json(path, keys)
 
 
 def _asked_path(out: Path, step: str) -> Path:

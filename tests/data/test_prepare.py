@@ -297,9 +297,12 @@ def test_a_checkpoint_of_a_tracker_is_known_by_its_content(tmp_path, monkeypatch
     assert made_with("c") == ["track_item", "preview_item"]
 
 
-def test_fewer_clips_asked_for_are_fewer_packed(tmp_path):
+def test_fewer_clips_asked_for_are_fewer_packed(tmp_path, caplog):
+    """Said, as another source in the same place would take the place of the first one's clips too."""
     run("source=sprites", "source.num_clips=3", f"out={tmp_path}", "previews=0")
+    assert "earlier runs" not in caplog.text
     run("source=sprites", "source.num_clips=2", f"out={tmp_path}", "previews=0")
+    assert caplog.text.count("1 clips of earlier runs in") == 1 and "not among the 2 of this source" in caplog.text
     assert len(ShardDataset(tmp_path / "shards", ["tracks"])) == 2
 
 
