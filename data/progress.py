@@ -134,8 +134,8 @@ def ask_for(out: Path, step: str, keys: Iterable[str]) -> None:
     others = {made.stem for made in (out / "markers" / step).glob("*.json")} - set(keys)
     if others and step == "render":  # the steps after it take its word
         log.warning(
-            "%d clips of earlier runs in %s are not among the %d of this source: they stay and are not packed", len(others),
-            out, len(keys),
+            "%d clips of earlier runs in %s are not among the %d of this source: they stay and are not packed",
+            len(others), out, len(keys),
         )  # fmt: skip
     write_json(path, keys)
 
