@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -57,6 +57,7 @@ from models.diffusion.noise import KeyedNoise, KeyPart
 from models.diffusion.prediction import add_noise
 from models.diffusion.schedule import NUM_TRAIN_TIMESTEPS
 from models.rollout import (
+    CONTEXT_FIELDS,
     Chunk,
     GradientPolicy,
     RolloutConfig,
@@ -312,7 +313,12 @@ class SelfForcing:
     def export(self, folder: Path, weights: Mapping[str, nn.Module]) -> None:
         """The student is the result; the critic stays in the checkpoints."""
         student: WanDiT = weights[STUDENT]  # type: ignore[assignment]
-        save_dit(student, folder / STUDENT, stage="self_forcing", guidance=self.guidance.describe())
+        contexts = self._contexts(self.model_cfg.rollout)
+        seen = {name: list(dict.fromkeys(vars(cfg)[name] for cfg in contexts)) for name in CONTEXT_FIELDS}
+        trained_with = asdict(self.model_cfg.rollout) | seen
+        save_dit(
+            student, folder / STUDENT, stage="self_forcing", guidance=self.guidance.describe(), rollout=trained_with
+        )
 
 
 def draw_rollout(noise: KeyedNoise, choices: Sequence[RolloutConfig], *key: KeyPart) -> RolloutConfig:

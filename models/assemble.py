@@ -277,8 +277,11 @@ def load_role(cfg: ModelConfig, role: str) -> WanDiT:
     if not Path(path).exists():
         raise FileNotFoundError(f"model.{role}={path}: there is nothing; {made_by}")
     if (Path(path) / "model.json").is_file():
-        if (made := read_provenance(path).get("stage")) in OTHER_ROLES[role]:
-            log.warning("model.%s=%s was made by stage=%s: it is no %s", role, path, made, role)
+        made = read_provenance(path)
+        if made.get("stage") in OTHER_ROLES[role]:
+            log.warning("model.%s=%s was made by stage=%s: it is no %s", role, path, made["stage"], role)
+        if others := cfg.rollout.differences(made.get("rollout", {})):
+            log.warning("model.%s=%s has not seen model.rollout.%s in training", role, path, ", ".join(others))
         return load_exported(cfg, path, owner=f"model.{role}={path}")
     log.info("%s: published checkpoint %s", role, path)
     dit = build_dit(cfg, seed=0)

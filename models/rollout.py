@@ -18,10 +18,11 @@ Left out: losses, pixels, and which tracks or prompt come next; the caller hands
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ from models.wan.dit import Modulation, PreparedCondition, TextContext, WanDiT
 from models.wan.static_cache import RingSnapshot, StaticKVCache
 
 CACHES = ("immutable", "static")
+CONTEXT_FIELDS = ("sink_chunks", "window_chunks")  # that one student may be trained with several of
 
 
 @dataclass
@@ -71,6 +73,15 @@ class RolloutConfig:
                 "as the input of the last step"
             )
         _ = self.sigmas, self.cache_spec  # their own checks
+
+    def differences(self, trained_with: Mapping[str, Any]) -> list[str]:
+        """What of it a student has not been trained with: fields as Self-Forcing exports them, contexts as lists."""
+        return [
+            f"{name}={value} (trained with {trained_with[name]})"
+            for name, value in vars(self).items()
+            if name in trained_with
+            and (value not in trained_with[name] if name in CONTEXT_FIELDS else value != trained_with[name])
+        ]
 
     @property
     def sigmas(self) -> list[float]:

@@ -12,7 +12,7 @@ from distill.conditions import select_samples
 from distill.health import CollapseError, HealthThresholds
 from distill.roles import CRITIC, STUDENT, contexts_of
 from distill.self_forcing import SelfForcing, SelfForcingConfig, draw_rollout
-from models.assemble import build_dit
+from models.assemble import build_dit, load_role
 from models.diffusion.noise import KeyedNoise
 from models.rollout import draw_exit_step
 from models.wan.checkpoint import save_dit
@@ -225,6 +225,17 @@ def test_export_is_loaded_again_as_the_start(model_cfg, batch, tmp_path):
     again = build(model_cfg, tmp_path, init_from=str(tmp_path / STUDENT))
     torch.testing.assert_close(again.student.head.head.bias, stage.student.head.head.bias)
     torch.testing.assert_close(again.critic.head.head.bias, stage.teacher.head.head.bias)
+
+
+def test_an_export_tells_what_rollout_its_student_has_seen(model_cfg, batch, tmp_path, caplog):
+    stage = build(model_cfg, tmp_path, sink_chunks=[0, 1], window_chunks=[1, None])
+    stage.export(tmp_path, stage.modules())
+    as_trained = replace(model_cfg, student=str(tmp_path / STUDENT))
+    load_role(as_trained, "student")
+    load_role(replace(as_trained, rollout=replace(model_cfg.rollout, sink_chunks=0, window_chunks=None)), "student")
+    assert "has not seen" not in caplog.text
+    load_role(replace(as_trained, rollout=replace(model_cfg.rollout, step_indices=[0, 2], window_chunks=2)), "student")
+    assert "has not seen model.rollout.window_chunks=2 (trained with [1, None]), step_indices=[0, 2] (" in caplog.text
 
 
 @pytest.mark.parametrize(
