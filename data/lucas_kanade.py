@@ -26,7 +26,7 @@ class LucasKanadeConfig:
     levels: int = 3  # pyramid levels above the first
     upsample: int = 2  # cubic enlargement before tracking, 1..4
     max_roundtrip_px: float = 0.5  # forward-backward error beyond which a point is lost
-    max_layers: int | None = 0  # rigid layers that carry points through occlusion; 0 = off, as suits real video
+    max_layers: int | None = 0  # rigid layers that carry points through occlusion; 0 = off; null: see bench.tracker
 
     def __post_init__(self) -> None:
         if not 1 <= self.upsample <= 4:

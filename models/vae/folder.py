@@ -17,6 +17,7 @@ from models.files import bring_to_disk, follow_umask
 
 DESCRIPTION, WEIGHTS = "model.json", "model.safetensors"
 REPLACED = "replaced"  # name of the old folder in the one that it is set aside in
+UNFINISHED = ".unfinished-"  # in the name of a folder that is not whole, and of no folder that a user would name
 RANDOM_LENGTH = 8  # of the end that tempfile gives a name
 
 
@@ -64,11 +65,11 @@ def read_model(folder: str | Path, what: str, made_by: str) -> tuple[dict[str, A
 
 
 def _beside(folder: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    return Path(tempfile.mkdtemp(prefix=f".{folder.name}{UNFINISHED}", dir=folder.parent))
 
 
 def _clear_unfinished(folder: Path) -> None:
-    for leftover in folder.parent.glob(f".{folder.name}-{'?' * RANDOM_LENGTH}"):
+    for leftover in folder.parent.glob(f".{folder.name}{UNFINISHED}{'?' * RANDOM_LENGTH}"):
         if not folder.exists() and (leftover / REPLACED).exists():  # killed between the two renames
             (leftover / REPLACED).rename(folder)
         shutil.rmtree(leftover)

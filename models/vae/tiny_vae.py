@@ -245,7 +245,8 @@ class TinyVae(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, C, F, h, w] -> pixels [B, 3, 1 + 4(F-1), H, W] in [-1, 1], float32.
 
-        A few latents at a time: the features of a whole clip of 81 x 480 x 832 take 19 GB in bfloat16.
+        A few latents at a time: the features of a whole clip of 81 x 480 x 832 would take some 19 GB in bfloat16
+        (extrapolated from smaller ones on a CPU).
         """
         stream = self.streaming()
         return torch.cat([stream.push(part) for part in latents.split(LATENTS_PER_CALL, dim=2)], dim=2)

@@ -163,13 +163,18 @@ def as_left_by_earlier_versions(data: Sequence[str], has_filters: bool = True) -
             progress.marker_path(out, step, item.key).write_text(json.dumps(note))
 
 
-def test_a_data_set_of_a_version_that_stamped_captions_and_places_stays(tmp_path, attempts, monkeypatch):
+def two_videos(tmp_path):
+    """A folder of two captioned videos, where their data set goes, and the settings that make it, latents included."""
     videos, out = tmp_path / "videos", tmp_path / "out"
     for name in "ab":
         noise_video(videos / f"{name}.mp4")
         (videos / f"{name}.txt").write_text("a red disc")
     data = ["source=folder", f"source.path={videos}", f"out={out}", "tracker.rows=2", "tracker.cols=2", "previews=0"]
-    data.append(save_vae(tmp_path / "vae", seed=0))
+    return videos, out, [*data, save_vae(tmp_path / "vae", seed=0)]
+
+
+def test_a_data_set_of_a_version_that_stamped_captions_and_places_stays(tmp_path, attempts, monkeypatch):
+    videos, out, data = two_videos(tmp_path)
     assert run(*data) == 0
     as_left_by_earlier_versions(data)
     attempts.clear()
@@ -183,12 +188,7 @@ def test_a_data_set_of_a_version_that_stamped_captions_and_places_stays(tmp_path
 
 
 def test_another_caption_costs_its_text_alone(tmp_path, attempts, monkeypatch):
-    videos, out = tmp_path / "videos", tmp_path / "out"
-    for name in "ab":
-        noise_video(videos / f"{name}.mp4")
-        (videos / f"{name}.txt").write_text("a red disc")
-    data = ["source=folder", f"source.path={videos}", f"out={out}", "tracker.rows=2", "tracker.cols=2", "previews=0"]
-    data.append(save_vae(tmp_path / "vae", seed=0))
+    videos, out, data = two_videos(tmp_path)
     run(*data)
     attempts.clear()
     made = {path: path.stat().st_mtime_ns for path in out.glob("*/?.*")}
