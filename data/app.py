@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.command_help import help_text
-from data.config_errors import ConfigError, explain, leaf_keys, refuse_added_keys
+from data.config_errors import ConfigError, choices_of, explain, leaf_keys, refuse_added_keys
 
 log = logging.getLogger(__name__)
 
@@ -142,9 +142,15 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
 def as_value(override: str, sweeps: bool = False) -> str:
     """`key=value` with the value quoted where Hydra's grammar would not take it for one: a sentence, a path with
     letters beyond ASCII. What parses, and choices of a group, stay as they are; with ``sweeps`` also `key=a,b`.
+
+    Raises ConfigError for a group without a choice.
     """
     key, equals, value = override.partition("=")
-    if not equals or (CONF_DIR / key.lstrip("+")).is_dir():
+    if not equals:
+        return override
+    if (group := CONF_DIR / key.lstrip("+")).is_dir():
+        if value in ("", "null"):
+            raise ConfigError(f"{override} names no choice; choices: {', '.join(choices_of(group))}")
         return override
     try:
         parsed = OverridesParser.create().parse_override(override)
@@ -220,8 +226,8 @@ def run_app(config_name: str, main: Callable[[DictConfig], int | None], kept: st
     """
     overrides = [arg for arg in sys.argv[1:] if arg.startswith("~") or ("=" in arg and arg[0] != "-")]
     options = [arg for arg in sys.argv[1:] if arg not in overrides]
-    overrides = [as_value(override, sweeps=bool({"-m", "--multirun"} & set(options))) for override in overrides]
     try:
+        overrides = [as_value(override, sweeps=bool({"-m", "--multirun"} & set(options))) for override in overrides]
         if {"-h", "--help"} & set(options):
             print(help_text(CONF_DIR, config_name, compose_config(config_name, overrides), overrides))
             sys.exit(0)

@@ -118,6 +118,11 @@ def _unknown_field(name: str, known: list[str], where: str = "") -> ConfigError:
     return ConfigError(f"no field '{name}'{where}; {hint}")
 
 
+def choices_of(group: Path) -> list[str]:
+    """What a group's folder has to choose from, by the names that the command line takes."""
+    return sorted(path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml"))
+
+
 def _missing_choice(
     error: MissingConfigException, conf_dir: Path, schema_failures: dict[str, Exception]
 ) -> ConfigError:
@@ -127,9 +132,7 @@ def _missing_choice(
         cause = schema_failures[file]
         return ConfigError(f"conf/{file}.yaml: its _target_ cannot be imported: {type(cause).__name__}: {cause}")
     group, _, name = wanted.partition("/")
-    choices = sorted(
-        path.relative_to(conf_dir / group).with_suffix("").as_posix() for path in (conf_dir / group).rglob("*.yaml")
-    )
+    choices = choices_of(conf_dir / group)
     if not name or not choices:
         groups = ", ".join(sorted(path.name for path in conf_dir.iterdir() if path.is_dir()))
         return ConfigError(f"{_first_line(error)}; groups of choices: {groups}")

@@ -210,8 +210,10 @@ def fingerprint(path: str | None, *settings: str | int, parts: Sequence[str] = (
     """Hash of settings and of the files at a path: their names, sizes, first and last MiB.
 
     parts: subfolders that alone are read; of a folder that lacks one of them, everything is. Hidden files and folders
-    never count: downloads keep notes with their times there.
+    never count: downloads keep notes with their times there. Raises FileNotFoundError where there is nothing.
     """
+    if path and not Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist; weights are expected there")
     digest = hashlib.sha256(json.dumps(settings).encode())
     for file in _weight_files(Path(path), parts) if path else []:
         size = file.stat().st_size

@@ -369,6 +369,13 @@ def test_what_parses_and_choices_of_a_group_stay_as_they_are(override):
     assert app.as_value(override) == override
 
 
+@pytest.mark.parametrize("value", ["null", ""])
+def test_a_group_without_a_choice_is_refused(value):
+    """Hydra's own answer would be a traceback."""
+    with pytest.raises(ConfigError, match=f"^stage={value} names no choice; choices: .*teacher"):
+        app.compose_config("train", [f"stage={value}"])
+
+
 def test_sweeps_are_for_multirun():
     assert app.as_value("seed=1,2", sweeps=True) == "seed=1,2" and app.as_value("seed=1,2") == 'seed="1,2"'
     with pytest.raises(ConfigError, match=r"optim.lr='0,001'.* could not be converted to Float"):

@@ -638,6 +638,11 @@ def test_fingerprints_in_use_stay(tmp_path):
     assert fingerprint(None, "vocabulary", 32) == "14d9cb8b814a25d3"
 
 
+def test_a_fingerprint_of_nothing_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; weights are expected there"):
+        fingerprint(str(tmp_path / "nowhere"))
+
+
 def test_fingerprint_is_of_what_is_read(tmp_path):
     """Not of a download's notes, nor of the DiT beside the text encoder in one repository."""
     model = build_config(compose_config("data", ["model=tiny"]).model)
