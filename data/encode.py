@@ -25,9 +25,9 @@ from tqdm import tqdm
 from data.progress import (
     TRY_AGAIN,
     ask_for,
-    clip_stamp,
     done_keys,
-    has_products,
+    is_done,
+    is_made_now,
     mark,
     marker,
     read_rendered,
@@ -91,8 +91,8 @@ def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool
     encoders = build_encoders(cfg, model)
     mine = keys[rank::world]
     clips = {key: marker(out, "render", key) for key in keys}
-    stamps = {key: stamp(encoders.fingerprints, cfg.dtype, clip_stamp(clip)) for key, clip in clips.items()}
-    pending = [key for key in mine if not _is_done(out, key, stamps[key])]
+    stamps = {key: stamp(encoders.fingerprints, cfg.dtype, clip["clip"]) for key, clip in clips.items()}
+    pending = [key for key in mine if not is_done(out, "encode", key, stamps[key])]
     log.info("encode: %d of %d clips to do", len(pending), len(mine))
     (out / "encoded").mkdir(exist_ok=True)
     if rank == 0:
@@ -111,15 +111,9 @@ def encode_clips(cfg: EncodeConfig, out: Path, model: DictConfig, may_skip: bool
                     log.warning("encode: %s rejected: %s", key, error)
                 made_with = TRY_AGAIN if isinstance(error, UnreadableVideo) else stamps[key]
                 reason = None if error is None else str(error)
-                mark(out, "encode", key, made_with, clips[key]["origin"], reason, clip_stamp(clips[key]))
+                mark(out, "encode", key, made_with, clips[key]["origin"], reason, clips[key]["clip"])
                 bar.update()
     return _not_rejected(out, stamps)
-
-
-def _is_done(out: Path, key: str, made_with: str) -> bool:
-    """Whether a clip was rejected under this stamp, or has latents of it."""
-    note = marker(out, "encode", key)
-    return note.get("stamp") == made_with and (note["rejected"] is not None or has_products(out, "encode", key))
 
 
 def _not_rejected(out: Path, stamps: dict[str, str]) -> int:
@@ -139,21 +133,12 @@ def _not_rejected(out: Path, stamps: dict[str, str]) -> int:
 def encoded_now(out: Path, keys: Sequence[str]) -> list[str]:
     """Those of the keys whose latents are by the weights and dtype that encoded/about.json names, of the clip as it
     is rendered now.
-
-    An about.json of an older version names no dtype; then each passes.
     """
     path = out / "encoded" / "about.json"
     if not path.is_file():
         return []
     about = json.loads(path.read_text())
-    dtypes = [about["dtype"]] if "dtype" in about else list(DTYPES)
-    current = []
-    for key in keys:
-        note, clip = marker(out, "encode", key), clip_stamp(marker(out, "render", key))
-        stamps = [stamp(about["fingerprints"], dtype, clip) for dtype in dtypes]
-        if note and note["rejected"] is None and note["stamp"] in stamps and has_products(out, "encode", key):
-            current.append(key)
-    return current
+    return [key for key in keys if is_made_now(out, "encode", key, about["fingerprints"], about["dtype"])]
 
 
 def process_share() -> tuple[int, int]:

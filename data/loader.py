@@ -134,9 +134,9 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the state was taken. If that was in another data set, with the next epoch: which samples of this
-        one were seen in the old one is not known. States of earlier versions have no identity.
+        one were seen in the old one is not known.
         """
-        then = state.get("identity")
+        then = state["identity"]
         if None not in (then, self.identity) and then != self.identity:
             log.warning(
                 "the data set was packed anew since epoch %d began; going on with the next epoch", state["epoch"]

@@ -36,14 +36,13 @@ from data.progress import (
     STEPS,
     Call,
     accepted_keys,
-    clip_stamp,
     done_keys,
     forget,
     has_products,
+    is_made_now,
     keys_of_origins,
     mark,
     marker,
-    marker_path,
     products,
     read_rendered,
     rejected_keys,
@@ -162,12 +161,11 @@ def render_calls(job: Job) -> list[Call]:
     calls = []
     for item in keep_keys(job.out, list(job.source.items())):
         keep_caption(job.out, item)
-        described, file = asdict(item), _file_state(item.path)
-        earlier = stamp(*made_by, described, file)  # by versions that took caption and place for a part of the clip
-        clip = stamp(*made_by, {name: described[name] for name in described.keys() - {"caption", "path"}}, file)
+        described = asdict(item)
+        frames_of = {name: described[name] for name in described.keys() - {"caption", "path"}}
+        clip = stamp(*made_by, frames_of, _file_state(item.path))
         made_with = stamp(clip, filters) if filters else clip
-        former = dict.fromkeys((earlier, stamp(earlier, filters)), earlier)
-        calls.append(Call(item.key, item.origin, made_with, render_item, (job, item), clip, former))
+        calls.append(Call(item.key, item.origin, made_with, render_item, (job, item), clip))
     return calls
 
 
@@ -212,9 +210,8 @@ def track_calls(job: Job) -> list[Call]:
     calls = []
     for key in done_keys(job.out, "render"):
         rendered = marker(job.out, "render", key)
-        clip = clip_stamp(rendered)
-        former = dict.fromkeys(_former_track_stamps(job.tracker, clip), clip)
-        calls.append(Call(key, rendered["origin"], stamp(made_by, clip), track_item, (job, key), clip, former))
+        clip = rendered["clip"]
+        calls.append(Call(key, rendered["origin"], stamp(made_by, clip), track_item, (job, key), clip))
     return calls
 
 
@@ -226,21 +223,13 @@ def _tracker_settings(tracker: TrackerConfig) -> dict[str, Any]:
     return settings
 
 
-def _former_track_stamps(tracker: TrackerConfig, clip: str) -> list[str]:
-    """Earlier versions told checkpoints apart by their place; still earlier ones all settings, and whether the clip had
-    a preview.
-    """
-    return [stamp(tracker.decisive(), clip), *(stamp(asdict(tracker), preview, clip) for preview in (False, True))]
-
-
 def preview_calls(job: Job, previews: str) -> list[Call]:
     """Of the first clips that have tracks."""
     keys = done_keys(job.out, "track")
     calls = []
     for key in keys if previews == "all" else keys[: int(previews)]:
         tracked = marker(job.out, "track", key)
-        former = dict.fromkeys(_former_track_stamps(job.tracker, clip_stamp(tracked)))
-        calls.append(Call(key, tracked["origin"], tracked["stamp"], preview_item, (job, key), former=former))
+        calls.append(Call(key, tracked["origin"], tracked["stamp"], preview_item, (job, key)))
     return calls
 
 
@@ -301,7 +290,7 @@ def pack(settings: PrepareConfig, out: Path, geometry: ClipGeometry) -> int:
     """
     rendered = accepted_keys(out, "render")
     fitting = [key for key in rendered if has_products(out, "render", key) and has_geometry(out, key, geometry)]
-    tracked = tracked_now(out, fitting, settings.tracker)
+    tracked = tracked_now(out, fitting)
     encoded = set(encoded_now(out, tracked))
     keys = [key for key in tracked if key in encoded] if encoded else tracked
     forget(out, "pack")
@@ -338,37 +327,13 @@ def has_geometry(out: Path, key: str, geometry: ClipGeometry) -> bool:
     return all(sidecar[name] == value for name, value in asdict(geometry).items())
 
 
-def tracked_now(out: Path, keys: Sequence[str], tracker: TrackerConfig) -> list[str]:
-    """Those of the keys with tracks of the clip as it is rendered now, by the tracker that tracks/about.json names.
-
-    A data set of an older version has no about.json; then by any tracker.
-    """
+def tracked_now(out: Path, keys: Sequence[str]) -> list[str]:
+    """Those of the keys with tracks of the clip as it is rendered now, by the tracker that tracks/about.json names."""
     about = out / "tracks" / "about.json"
-    made_by = json.loads(about.read_text())["tracker"] if about.is_file() else None
-    current = []
-    for key in keys:
-        clip, note = clip_stamp(marker(out, "render", key)), marker(out, "track", key)
-        if not note or note["rejected"] is not None or not has_products(out, "track", key):
-            continue
-        if _by_any_tracker(out, key, tracker) if made_by is None else note["stamp"] == stamp(made_by, clip):
-            current.append(key)
-    return current
-
-
-def _by_any_tracker(out: Path, key: str, tracker: TrackerConfig) -> bool:
-    """Whether tracks of an older version are of the clip as it is rendered now.
-
-    The marker names the rendering. One of a still older version has it only inside its stamp, which can be computed if
-    `tracker` is what the clip was tracked with. Otherwise the times decide: the tracks are refused only if the clip
-    was rendered after them, since to track a large data set again is dear.
-    """
-    clip, note = clip_stamp(marker(out, "render", key)), marker(out, "track", key)
-    if note.get("clip") is not None:
-        return note["clip"] == clip
-    if note["stamp"] in _former_track_stamps(tracker, clip):
-        return True
-    rendered, tracked = (marker_path(out, step, key).stat().st_mtime_ns for step in ("render", "track"))
-    return rendered <= tracked
+    if not about.is_file():
+        return []
+    made_by = json.loads(about.read_text())["tracker"]
+    return [key for key in keys if is_made_now(out, "track", key, made_by)]
 
 
 def _leave_out(out: Path, step: str, keys: list[str]) -> None:

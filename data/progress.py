@@ -15,10 +15,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.sharedctypes import Synchronized
@@ -56,7 +56,6 @@ class Call:
     function: Callable[..., None]
     arguments: tuple
     clip: str | None = None  # stamp of the rendered clip that the item is, or is made from
-    former: Mapping[str, str | None] = field(default_factory=dict)  # same settings in earlier versions: stamp -> clip
 
 
 def stamp(*settings: Any) -> str:
@@ -73,11 +72,6 @@ def marker(out: Path, step: str, key: str) -> dict[str, Any]:
     """The note of an item, or {} if the step has not reached it."""
     path = marker_path(out, step, key)
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def clip_stamp(rendered: Mapping[str, Any]) -> str:
-    """Stamp of a rendered clip, from its marker. In one of an earlier version it is the only stamp."""
-    return rendered.get("clip") or rendered["stamp"]
 
 
 def mark(
@@ -113,6 +107,18 @@ def has_products(out: Path, step: str, key: str) -> bool:
     return all(path.is_file() for path in products(out, step, key))
 
 
+def is_done(out: Path, step: str, key: str, made_with: str) -> bool:
+    """Whether the item was made with these settings and is there, or was rejected under them."""
+    note = marker(out, step, key)
+    return note.get("stamp") == made_with and (note["rejected"] is not None or has_products(out, step, key))
+
+
+def is_made_now(out: Path, step: str, key: str, *settings: Any) -> bool:
+    """Whether the step made this item of its clip as it is rendered now, with these settings, and it is still there."""
+    made_with = stamp(*settings, marker(out, "render", key)["clip"])
+    return is_done(out, step, key, made_with) and marker(out, step, key)["rejected"] is None
+
+
 def read_rendered(out: Path, key: str) -> np.ndarray:
     """Frames of a rendered clip: uint8 [T, H, W, 3]. Raises UnreadableVideo, since to render it again may help."""
     path = products(out, "render", key)[0]
@@ -145,9 +151,7 @@ def _asked_path(out: Path, step: str) -> Path:
 
 
 def _notes(out: Path, step: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, note) of the items asked for that the step has reached, sorted. Earlier versions kept no other markers, and
-    no list of what was asked for.
-    """
+    """(key, note) of the items asked for that the step has reached, sorted; of pack, which asks for none, all."""
     asked = _asked_path(out, step)
     if asked.is_file():
         keys = json.loads(asked.read_text())
@@ -191,7 +195,7 @@ def run_items(step: str, out: Path, calls: list[Call], num_workers: int) -> int:
     for folder in {path.parent for path in (marker_path(out, step, ""), *products(out, step, ""))}:
         remove_abandoned(folder)
     ask_for(out, step, (call.key for call in calls))
-    pending = [call for call in calls if not _is_done(out, step, call)]
+    pending = [call for call in calls if not is_done(out, step, call.key, call.stamp)]
     log.info("%s: %d of %d items to do", step, len(pending), len(calls))
     for call, error in tqdm(_results(pending, num_workers), total=len(pending), desc=step, unit="clip"):
         if error is not None:
@@ -201,20 +205,6 @@ def run_items(step: str, out: Path, calls: list[Call], num_workers: int) -> int:
     usable = len(done_keys(out, step))
     log.info("%s: %d usable, %d rejected", step, usable, len(calls) - usable)
     return usable
-
-
-def _is_done(out: Path, step: str, call: Call) -> bool:
-    """Whether the item was made with these settings and is there, or was rejected under them. One that an earlier
-    version made is noted anew.
-    """
-    note = marker(out, step, call.key)
-    if not note or (note["rejected"] is None and not has_products(out, step, call.key)):
-        return False
-    if note["stamp"] == call.stamp:
-        return True
-    if is_former := note["stamp"] in call.former and note["rejected"] is None:
-        mark(out, step, call.key, call.stamp, call.origin, clip=call.former[note["stamp"]])
-    return is_former
 
 
 def _printable(text: str) -> str:

@@ -161,7 +161,7 @@ def _tracks(pair: OdePair, height: int, width: int) -> Tracks:
 
 
 def _require_same_recipe(folder: Path, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
-    names = sorted(found.keys() - {"num_pairs"})  # older versions wrote fewer
+    names = sorted((found.keys() | wanted.keys()) - {"num_pairs"})
     fields = [name for name in names if found.get(name) != wanted.get(name)]
     if fields:
         what = ", ".join(f"{name}={found.get(name)} (now {wanted.get(name)})" for name in fields)

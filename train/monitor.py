@@ -204,13 +204,14 @@ def _start_wandb(cfg: LoggerConfig, output_dir: Path, run_name: str, config: Any
 def _wandb_id(output_dir: Path) -> str:
     """That of the run in this folder; a copy of it is another run, with an id of its own."""
     file, place = output_dir / "wandb_id", str(output_dir.resolve())
-    found = file.read_text().split("\n") if file.exists() else []
-    if found and found[1:2] in ([], [""], [place]):  # older versions wrote the id alone
-        return found[0].strip()
+    found = file.read_text().splitlines() if file.exists() else []
+    if found[1:] == [place]:
+        return found[0]
     if found:
-        log.warning("%s was copied from %s: it gets a W&B run of its own", output_dir, found[1])
-    file.write_text(f"{uuid.uuid4().hex[:8]}\n{place}\n")
-    return file.read_text().split("\n")[0]
+        log.warning("%s was copied from %s: it gets a W&B run of its own", output_dir, found[-1])
+    own = uuid.uuid4().hex[:8]
+    file.write_text(f"{own}\n{place}\n")
+    return own
 
 
 def _wandb_mode(environment: Mapping[str, str]) -> Literal["online", "offline"] | None:

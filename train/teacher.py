@@ -265,7 +265,7 @@ class Teacher:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError where the VAE is another one than the run began with."""
         self.steps_done = int(state["steps_done"])
-        if saved := state.get("latent_space"):  # checkpoints of an older version do not know
+        if saved := state["latent_space"]:
             owner = "the checkpoint of this run"
             self.dit.latent_space = LatentSpace.shared(self.dit.latent_space, LatentSpace(**saved), owner)
 

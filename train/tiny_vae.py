@@ -248,9 +248,7 @@ class TinyVaeStage:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError where the VAE is another one than the run began with."""
-        if "latent_space" in state:  # checkpoints of an older version do not know
-            owner = "the checkpoint of this run"
-            self.vae.latent_space.require(LatentSpace(**state["latent_space"]), owner)
+        self.vae.latent_space.require(LatentSpace(**state["latent_space"]), "the checkpoint of this run")
         self.replay.load_state_dict(state["replay"])
 
     def export(self, folder: Path, weights: Mapping[str, nn.Module]) -> None:

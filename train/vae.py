@@ -151,8 +151,6 @@ class VaeStage:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The folder at init_from may hold another VAE by now; a frozen encoder is the checkpoint's."""
-        if not state:  # of an older version
-            return
         if state["freeze_encoder"] != self.cfg.freeze_encoder:
             raise ValueError(
                 f"stage.freeze_encoder={str(self.cfg.freeze_encoder).lower()} must stay as the run began; to change it "

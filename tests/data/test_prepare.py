@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +12,11 @@ import pytest
 import torch
 
 from data import encode, prepare, progress
-from data.app import build_config, build_target, compose_config
+from data.app import build_config, compose_config
 from data.encode import EncodeConfig, fingerprint, fingerprints
 from data.shards import ShardDataset
 from data.sprites import SpritesConfig
-from data.trackers import TrackerConfig, build_tracker
+from data.trackers import build_tracker
 from data.video import probe_video, write_video
 from models.assemble import TextConfig
 from models.vae.wan_vae import WanVae
@@ -123,46 +121,6 @@ def test_clips_are_tracked_again_only_if_their_tracks_can_change(tmp_path, attem
     assert attempts == [*(("track_item", key) for key in keys), ("preview_item", keys[0])]
 
 
-def test_tracks_of_a_version_that_stamped_every_setting_stay(tmp_path, attempts):
-    data = ("source=sprites", "source.num_clips=2", f"out={tmp_path}", "tracker.rows=4", "tracker.cols=4", "previews=0")
-    run(*data)
-    tracker = TrackerConfig("exact", 4, 4, max_layers=0)
-    for preview, path in zip((False, True), (tmp_path / "markers/track").iterdir(), strict=True):
-        note = json.loads(path.read_text())
-        path.write_text(json.dumps(note | {"stamp": progress.stamp(asdict(tracker), preview, note["clip"])}))
-    attempts.clear()
-    for device in ("cpu", "cuda"):
-        run(*data, "step=track", f"tracker.device={device}")
-    assert attempts == []
-
-
-def as_left_by_earlier_versions(data: Sequence[str], has_filters: bool = True) -> None:
-    """Stamp a data set as when caption and place of a file counted as parts of its clip, or still earlier ones without
-    the filters. Nothing told then by which tracker the tracks were to be.
-    """
-    cfg = compose_config("data", [*SMALL, *data])
-    source, out = build_target(cfg.source), Path(cfg.out)
-    settings = {name: vars(source.cfg)[name] for name in prepare.FRAME_SETTINGS if name in vars(source.cfg)}
-    filters = {name: vars(source.cfg)[name] for name in prepare.FILTER_SETTINGS if name in vars(source.cfg)}
-    if "world" in settings:
-        settings["world"] = asdict(settings["world"])
-    (out / "tracks/about.json").unlink()
-    for item in source.items():
-        clip = progress.stamp(dict(cfg.model.clip), settings, asdict(item), prepare._file_state(item.path))
-        for step in ("render", "track", "encode"):
-            if not (note := progress.marker(out, step, item.key)):
-                continue
-            if step == "render":
-                made_with = progress.stamp(clip, filters) if filters and has_filters else clip
-            elif step == "track":
-                made_with = progress.stamp(build_config(cfg.tracker, TrackerConfig).decisive(), clip)
-            else:
-                about = json.loads((out / "encoded/about.json").read_text())
-                made_with = progress.stamp(about["fingerprints"], about["dtype"], clip)
-            note |= {"stamp": made_with, "clip": clip if has_filters else None}
-            progress.marker_path(out, step, item.key).write_text(json.dumps(note))
-
-
 def two_videos(tmp_path):
     """A folder of two captioned videos, where their data set goes, and the settings that make it, latents included."""
     videos, out = tmp_path / "videos", tmp_path / "out"
@@ -173,18 +131,15 @@ def two_videos(tmp_path):
     return videos, out, [*data, save_vae(tmp_path / "vae", seed=0)]
 
 
-def test_a_data_set_of_a_version_that_stamped_captions_and_places_stays(tmp_path, attempts, monkeypatch):
+def test_a_folder_that_moved_makes_nothing_again(tmp_path, attempts):
     videos, out, data = two_videos(tmp_path)
     assert run(*data) == 0
-    as_left_by_earlier_versions(data)
     attempts.clear()
     encoded = {path: path.stat().st_mtime_ns for path in out.glob("encoded/*.npz")}
-    for _ in range(2):
-        assert run(*data) == 0
-        assert len(ShardDataset(out / "shards", ["latents", "tracks"])) == 2
     videos.rename(tmp_path / "moved")
     assert run(*data, f"source.path={tmp_path / 'moved'}") == 0
     assert attempts == [] and {path: path.stat().st_mtime_ns for path in encoded} == encoded
+    assert len(ShardDataset(out / "shards", ["latents", "tracks"])) == 2
 
 
 def test_another_caption_costs_its_text_alone(tmp_path, attempts, monkeypatch):
@@ -288,12 +243,6 @@ def test_a_checkpoint_of_a_tracker_is_known_by_its_content(tmp_path, monkeypatch
 
     assert made_with("a") == ["render_item", "track_item", "preview_item"]
     assert made_with("b") == []
-    tracker = TrackerConfig("cotracker3", 16, 16, checkpoint=f"{tmp_path}/a/weights.pth")
-    clip = progress.marker(out, "render", "train-000000")["clip"]
-    for step in ("track", "preview"):  # as earlier versions stamped them
-        note = progress.marker(out, step, "train-000000") | {"stamp": progress.stamp(tracker.decisive(), clip)}
-        progress.marker_path(out, step, "train-000000").write_text(json.dumps(note))
-    assert made_with("a") == []
     assert made_with("c") == ["track_item", "preview_item"]
 
 
@@ -505,18 +454,11 @@ def test_latents_know_the_dtype_that_auto_stood_for(monkeypatch, faster, encoded
     assert json.loads((out / "encoded/about.json").read_text())["dtype"] == faster
 
 
-def test_latents_of_a_version_that_noted_no_dtype_are_packed(encoded_clips):
-    common, _, out = encoded_clips
-    about = json.loads((out / "encoded/about.json").read_text())
-    del about["dtype"]
-    (out / "encoded/about.json").write_text(json.dumps(about))
-    assert run(*common, "step=pack") == 0
-    assert len(ShardDataset(out / "shards", ["latents"])) == 3
-
-
 def test_a_clip_rendered_again_is_not_packed_with_its_old_tracks(caplog, encoded_clips):
     common, vae, out = encoded_clips
-    (out / "markers/render/train-000001.json").write_text('{"stamp": "new", "origin": "seed 3", "rejected": null}')
+    (out / "markers/render/train-000001.json").write_text(
+        '{"stamp": "new", "origin": "seed 3", "rejected": null, "clip": "new"}'
+    )
     assert run(*common, "step=pack") == 0
     assert [s.key for s in ShardDataset(out / "shards", ["latents"]).index.samples] == ["train-000000", "train-000002"]
     assert "1 clips left out, e.g. train-000001" in caplog.text
@@ -558,22 +500,6 @@ def test_a_rendering_cut_short_is_not_packed_with_tracks_of_the_last_one(monkeyp
     monkeypatch.undo()
     assert run(*common, "step=pack") == 0
     assert [s.key for s in ShardDataset(out / "shards").index.samples] == ["train-000001", "train-000002"]
-
-
-def test_tracks_of_a_version_that_noted_no_rendering(encoded_clips):
-    """They are packed, under other tracker settings too, unless the clip was rendered after them."""
-    common, _, out = encoded_clips
-    (out / "tracks/about.json").unlink()
-    for path in (out / "markers/track").iterdir():
-        note = json.loads(path.read_text())
-        del note["clip"]
-        path.write_text(json.dumps(note))
-    for tracker in ("tracker.rows=16", "tracker.rows=4"):
-        assert run(*common, tracker, "step=pack") == 0
-        assert len(ShardDataset(out / "shards", ["tracks"])) == 3
-    run(*common, "source.crf=30", "step=render")
-    for tracker in ("tracker.rows=16", "tracker.rows=4"):
-        assert run(*common, tracker, "step=pack") == 1
 
 
 def test_encode_alone_needs_a_vae(tmp_path):
@@ -736,10 +662,6 @@ def test_other_filters_judge_the_clips_again(tmp_path, attempts):
     assert [made for made in attempts if made[0] == "track_item"] == [("track_item", "odd")]
     run(*data)
     assert set(rejected(out)) == {"odd.mp4"} and len(ShardDataset(out / "shards", ["tracks"])) == 1
-    as_left_by_earlier_versions(data, has_filters=False)
-    attempts.clear()
-    run(*data)
-    assert [made for made in attempts if made[0] == "render_item"] == [("render_item", "odd")]
 
 
 def test_nothing_usable_is_an_error_code(tmp_path):

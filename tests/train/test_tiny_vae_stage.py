@@ -190,7 +190,6 @@ def test_a_run_goes_on_with_another_crop_but_with_no_other_vae(model, tmp_path):
     state, again = first.state_dict(), set_up(model, tmp_path, gan_start=0, crop_px=8)
     again.load_state_dict(state)
     again.train_step(pixel_batch([1, 3]), StepContext(1, DISCRIMINATOR, 0, 0, 1, 0))
-    again.load_state_dict({"replay": state["replay"]})  # as an older version wrote it
     vae = build_vae(model)
     vae.normalise_by([0.5] * 4, [1.0] * 4)
     vae.save(tmp_path / "other")
