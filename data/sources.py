@@ -267,7 +267,8 @@ def _sidecar_caption(path: Path) -> str | None:
             raise ValueError(f"{data}: not JSON: {error}") from error
         if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
             raise ValueError(f"{data}: must be an object with a text field 'caption'")
-        return content["caption"].strip()
+        caption = content["caption"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of a pair
+        return caption.strip()
     return None
 
 
@@ -401,7 +402,8 @@ class VidPromSource:
         count = 0
         for row in _rows(Path(self.cfg.manifest), ("uuid", "prompt", *NSFW_COLUMNS)):
             scores = [_number(row, name, self.cfg.manifest, absent=1) for name in NSFW_COLUMNS]
-            if any(score >= self.cfg.max_nsfw for score in scores) or not row["prompt"].strip():
+            is_clean = all(score < self.cfg.max_nsfw for score in scores)  # nan is not
+            if not is_clean or not row["prompt"].strip():
                 continue
             if self.cfg.max_prompts is not None and count >= self.cfg.max_prompts:
                 return

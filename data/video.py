@@ -9,6 +9,7 @@ mirroring, variable frame rate (frames are taken by the average rate), HDR (refu
 from __future__ import annotations
 
 import io
+import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -294,7 +295,8 @@ def _resampled(info: VideoInfo, geometry: ClipGeometry, name: str) -> list[int]:
             f"{geometry.fps} fps, and {geometry.num_frames} are needed"
         )
     step = info.fps / geometry.fps
-    return [min(round(i * step), info.num_frames - 1) for i in range(geometry.num_frames)]
+    # halves always up: rounded to even ones, 24 fps would be 16 by steps of 2, 1, 1, 2
+    return [min(math.floor(i * step + 0.5), info.num_frames - 1) for i in range(geometry.num_frames)]
 
 
 def _spread(info: VideoInfo, geometry: ClipGeometry, name: str) -> list[int]:

@@ -141,6 +141,7 @@ class DragBenchmark:
         runs = {NO_DRAG: bases[NO_DRAG], **runs}
         ideal = [pasted(run, lambda frames: _encoded(context, frames)) for run in bases[IDEAL]]
         results = Results(seed=context.seed)
+        results.clips = [scenario.key for scenario in scenarios]
         verdicts = {
             name: [self.judge(run, base) for run, base in zip(found, bases[name])]
             for name, found in (runs | {IDEAL: ideal}).items()

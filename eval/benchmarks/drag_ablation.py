@@ -156,6 +156,7 @@ class DragAblation:
         seeds = [self._of_seed(replace(context, seed=seed)) for seed in numbers]
         found = {name: over_seeds([one[name] for one in seeds]) for name in self.cfg.variants}
         results = Results(seed=context.seed)
+        results.clips = [scenario.key for scenario in self._bench(context).scenarios(context)]
         for name, verdicts in found.items():
             put_verdicts(results, name.replace(".", ","), verdicts)
             results.add(f"{name.replace('.', ',')}.seconds_ratio", seconds_ratios(verdicts))
@@ -190,14 +191,17 @@ class DragAblation:
             found |= self._drag(alone, {WITHOUT_CONTEXT: context.drag})
         return found
 
-    def _drag(self, context: EvalContext, settings: Mapping[str, DragConfig]) -> dict[str, list[Verdict]]:
+    def _bench(self, context: EvalContext) -> DragBenchmark:
         cfg = self.cfg
         frames = MAX_NEIGHBOURS + 1  # the first of a video may be given: it is no neighbour
         opening = math.ceil(frames / context.model_cfg.rollout.chunk_frames)
-        bench = DragBenchmark(
+        return DragBenchmark(
             DragBenchConfig(num_scenarios=cfg.num_scenarios, baselines=[], world=cfg.world,
                             hold_tracks=cfg.hold_tracks, opening_chunks=opening)
         )  # fmt: skip
+
+    def _drag(self, context: EvalContext, settings: Mapping[str, DragConfig]) -> dict[str, list[Verdict]]:
+        bench = self._bench(context)
         student, scenarios = context.load("student"), bench.scenarios(context)
         runs, bases = bench.stream(context, student, scenarios, settings)
         return {name: [bench.judge(run, base) for run, base in zip(runs[name], bases[name])] for name in settings}

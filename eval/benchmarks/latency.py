@@ -136,7 +136,7 @@ class Latency:
                 f"student.{part}_seconds_p50",
                 statistics.median(vars(timing)[f"{part}_seconds"] for timing in steady),
             )
-        results.put(f"student.chunk_{len(timings)}_over_chunk_{REFERENCE_CHUNK}", growth(timings, pace))
+        results.put(growth_key(len(timings)), growth(timings, pace))
         results.put("num_chunks", len(timings))
 
     def _put_memory(self, results: Results, memory: list[int], device: torch.device) -> None:
@@ -198,6 +198,11 @@ def growth(timings: Sequence[ChunkTiming], pace: Sequence[float]) -> float:
     seconds = [timing.total_seconds / control for timing, control in zip(timings, pace, strict=True)]
     around = seconds[REFERENCE_CHUNK - SPAN // 2 : REFERENCE_CHUNK + SPAN // 2]
     return statistics.median(seconds[-SPAN:]) / statistics.median(around)
+
+
+def growth_key(num_chunks: int) -> str:
+    """Name of the figure `growth` of a stream of so many chunks."""
+    return f"student.chunk_{num_chunks}_over_chunk_{REFERENCE_CHUNK}"
 
 
 def used_memory(device: torch.device) -> int:

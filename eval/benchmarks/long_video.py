@@ -112,6 +112,7 @@ class LongVideo:
         """Stream every clip and follow error and drift over time."""
         cfg, student, results = self.cfg, context.load("student"), Results(seed=context.seed)
         clips = self._clips(context)
+        results.clips = [clip.key for clip in clips]
         tracks = [[self._segment_tracks(context, clip, span) for span in cfg.segments()] for clip in clips]
         videos, moments = [], []
         with progress_bar(len(clips) * cfg.num_frames, "stream", "frame") as bar:

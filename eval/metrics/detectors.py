@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from eval.metrics.frechet import Features, frechet_distance
-from eval.metrics.sprites_network import SpritesNetwork
+from eval.metrics.sprites_network import MIN_FRAMES, SpritesNetwork
 
 I3D_FILE, INCEPTION_FILE = "i3d_torchscript.pt", "inception-2015-12-05.pt"
 I3D_HELP = (
@@ -130,10 +130,12 @@ class Detectors:
         """fvd_sprites, fid_sprites, fvd and fid of two sets uint8 [N, T, H, W, 3], or why there is none."""
         count, length = videos.shape[:2]
         sprites, i3d, inception = self.sprites, self.i3d, self.inception
+        if length < MIN_I3D_FRAMES:
+            i3d = f"unavailable: videos of {length} frames; I3D needs {MIN_I3D_FRAMES} or more"
+        if length < MIN_FRAMES:
+            sprites = f"unavailable: videos of {length} frames; the sprites network needs {MIN_FRAMES} or more"
         if count < 2:
             sprites = i3d = inception = f"unavailable: {count} video; a Fréchet distance needs 2 or more"
-        elif length < MIN_I3D_FRAMES:
-            i3d = f"unavailable: videos of {length} frames; I3D needs {MIN_I3D_FRAMES} or more"
 
         def distance(features: Callable[[np.ndarray], Features] | str) -> float | str:
             if isinstance(features, str):

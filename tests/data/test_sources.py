@@ -106,6 +106,14 @@ def test_a_caption_file_that_cannot_be_read_costs_its_clip_alone(tmp_path, monke
     assert second.key == "b"
 
 
+def test_a_caption_cut_within_a_character_can_be_written(tmp_path):
+    """Tools that count in UTF-16 leave half a surrogate pair; a whole pair is its character."""
+    (tmp_path / "clip.mp4").touch()
+    (tmp_path / "clip.json").write_text(r'{"caption": "a bear \ud83d\ude00 \ud83d"}')
+    (item,) = FolderSource(FolderSource.Config(str(tmp_path))).items()
+    assert item.caption == "a bear \U0001f600 \ufffd"
+
+
 @pytest.mark.parametrize(
     "name, content, caption",
     [
@@ -172,7 +180,7 @@ def test_vidprom_filters_and_leaves_its_prompts(tmp_path):
     columns = "uuid,prompt,time,toxicity,obscene,identity_attack,insult,threat,sexual_explicit\n"
     (tmp_path / "list.csv").write_text(
         f"{columns}u1,a calm sea,t,0,0,0,0,0,0.19\nu2,bad,t,0,0,0,0,0.2,0\n"
-        "u3,unknown,t,,0,0,0,0,0\nu4,a dog,t,0,0,0,0,0,0\n"
+        "u3,unknown,t,,0,0,0,0,0\nu4,a dog,t,0,0,0,0,0,0\nu5,bad,t,nan,0,0,0,0,0\n"
     )
     gray_video(tmp_path / "u1.mp4")
     source = VidPromSource(VidPromSource.Config(str(tmp_path), str(tmp_path / "list.csv")))

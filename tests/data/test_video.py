@@ -21,6 +21,7 @@ from data.video import (
     PyavReader,
     UnreadableVideo,
     VideoError,
+    VideoInfo,
     VideoWriter,
     draw_tracks_on,
     probe_video,
@@ -64,6 +65,11 @@ def test_probe(bar_file):
 def test_resampling_takes_the_nearest_frames_in_time(bar_file):
     half_rate = read_video(bar_file, ClipGeometry(48, 64, 5, 6))
     assert np.array_equal(half_rate, read_video(bar_file)[[0, 2, 4, 6, 8]])
+
+
+def test_frames_half_way_between_two_are_picked_at_even_steps():
+    info = VideoInfo(num_frames=40, fps=24.0, height=48, width=64)
+    assert video._resampled(info, ClipGeometry(48, 64, 9, 16), "film") == [0, 2, 3, 5, 6, 8, 9, 11, 12]
 
 
 def test_too_short_is_refused_with_the_numbers(bar_file):
@@ -239,7 +245,7 @@ def test_frames_shown_before_their_keyframe_are_the_right_ones(tmp_path, suffix)
         for number in range(160):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(number), format="rgb24")))
         container.mux(stream.encode())
-    wanted = [round(n * 30 / 16) for n in range(81)]
+    wanted = [int(n * 30 / 16 + 0.5) for n in range(81)]
     frames = read_video(path, ClipGeometry(64, 8 * NUMBER_BITS, 81, 16))
     assert [number_in(frame) for frame in frames] == wanted
     with pytest.raises(DecodeFailure, match="open GOPs"):

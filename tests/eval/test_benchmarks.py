@@ -191,6 +191,7 @@ def test_long_video_follows_error_and_drift(tiny_weights, tmp_path: Path) -> Non
     assert {name: len(per_clip[f"{name}.saturation_drift"]) for name in ("student", "noise_floor")} == {
         "student": 2, "noise_floor": 1,
     }  # fmt: skip
+    assert len(json.loads((tmp_path / "b" / "meta.json").read_text())["clips"]) == 2
     once = _run(tiny_weights, tmp_path / "c", "bench.requery_frames=0", *common)
     assert once["student.epe_px"] != metrics["student.epe_px"]
 

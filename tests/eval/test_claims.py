@@ -24,6 +24,7 @@ from eval.benchmarks.claims import (
     Run,
 )
 from eval.benchmarks.context import EvalContext
+from eval.benchmarks.latency import Latency, LatencyConfig
 from eval.benchmarks.motion_transfer import MotionTransferConfig
 from eval.metrics.interval import Interval
 from eval.results import Results
@@ -31,6 +32,7 @@ from eval.run import main
 from models.motion.track_head import TrackHead
 from stream.codecs import Codecs
 from stream.session import StreamSession
+from stream.session_state import ChunkTiming
 
 
 def finding(*intervals: Interval) -> Finding:
@@ -217,6 +219,21 @@ def test_timings_of_streams_are_of_chunks_in_turn(context, tmp_path, monkeypatch
     assert order[:10] == order[:1] * 10  # the control, until it is set back each time
     assert order[10:] == [order[10], order[11], order[0]] * 50 and len({*order}) == 3
     assert "student.peak_resident_mib" not in seen.figures["merged"]  # that of both would be neither's
+
+
+@pytest.mark.parametrize(("machine_slows", "grown"), [(True, 1.0), (False, 1.3)])
+def test_what_row_7_says_of_growth_is_beyond_the_control_stream(context, machine_slows, grown):
+    """Chunks of 1.3 times the seconds in the second half; the control's are too, or are not."""
+    seconds = [1.0] * 40 + [1.3] * 40
+    results = Results(seed=0)
+    timings = [ChunkTiming(number, 12, 0.0, each, 0.0) for number, each in enumerate(seconds)]
+    Latency(LatencyConfig(num_chunks=80))._put_times(results, timings, seconds if machine_slows else [1.0] * 80, 0.0)
+    seen = Observations(context, ClaimsConfig(), RUNS)
+    for name in ("latency", "latency_growing"):
+        seen.made[name], seen.figures[name] = results.per_clip, results.values
+    (row,) = (row for row in ROWS if row.number == 7)
+    _, growth = row.effects(seen)
+    assert growth.interval.mean == pytest.approx(1.05 - grown)
 
 
 def test_figures_of_another_commit_are_kept_and_said_to_be(context, made, tmp_path, monkeypatch, caplog):

@@ -169,6 +169,7 @@ def test_the_benchmark_measures_each_method_against_no_drag(tiny_weights, tmp_pa
     assert metrics["drag.fvd"].startswith("unavailable: get i3d")
     per_scenario = json.loads((tmp_path / "scenarios.json").read_text())
     assert len(per_scenario) == 7
+    assert json.loads((tmp_path / "meta.json").read_text())["clips"] == [each["key"] for each in per_scenario]
     assert set(per_scenario[0]) == {"key", "prompt", "no_drag", "drag", "sg_i2v", "ideal"}
     assert metrics["ideal.objmc_px"] < 0.5 and "ideal.seconds_ratio" not in metrics  # nothing is generated for it
     report = (tmp_path / "report.html").read_text()

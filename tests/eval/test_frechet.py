@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
-from eval.metrics.detectors import I3d, SpritesDetector, load_i3d, load_inception, load_sprites_detector
+from eval.metrics.detectors import Detectors, I3d, SpritesDetector, load_i3d, load_inception, load_sprites_detector
 from eval.metrics.frechet import Features, frechet_distance
 from eval.metrics.sprites_network import SpritesNetwork
 
@@ -101,6 +101,14 @@ def test_missing_weights_say_how_to_get_them(tmp_path: Path):
     (tmp_path / "bad.pt").write_bytes(b"no archive")
     with pytest.raises(ValueError, match="is not a TorchScript file"):
         load_i3d(str(tmp_path / "bad.pt"))
+
+
+def test_videos_too_short_for_a_network_have_no_distance_of_it():
+    detectors = Detectors(SpritesDetector(SpritesNetwork.from_config(seed=0)), "unavailable", "unavailable")
+    videos = np.zeros((3, 4, 32, 32, 3), np.uint8)
+    found = detectors.distances(videos, videos)
+    assert found["fvd_sprites"] == found["fid_sprites"] != found["fid"]
+    assert found["fvd_sprites"] == "unavailable: videos of 4 frames; the sprites network needs 5 or more"
 
 
 def test_the_sprites_network_gives_both_kinds_of_features():
