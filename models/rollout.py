@@ -171,6 +171,7 @@ class RolloutSnapshot:
 
     cache: KVCache | RingSnapshot
     is_open: bool
+    sigmas: Sequence[float]  # of its steps
 
 
 class Rollout:
@@ -266,10 +267,20 @@ class Rollout:
 
     def snapshot(self) -> RolloutSnapshot:
         """State at this chunk boundary, to come back to with ``restore``."""
-        return RolloutSnapshot(self.cache.snapshot(), self._is_open)
+        return RolloutSnapshot(self.cache.snapshot(), self._is_open, self.sigmas)
 
     def restore(self, snapshot: RolloutSnapshot) -> None:
-        """Back to a boundary: from here the same conditions give the same chunks bit for bit."""
+        """Back to a boundary: from here the same conditions give the same chunks bit for bit.
+
+        It may be of another rollout with the same steps and context. Raises ValueError, and changes nothing, where
+        these are others.
+        """
+        if list(snapshot.sigmas) != list(self.sigmas):
+            there, here = ([round(sigma, 4) for sigma in each] for each in (snapshot.sigmas, self.sigmas))
+            raise ValueError(
+                f"the snapshot is of a rollout at the noise levels {there}, this one is at {here}; give both the same "
+                "model.rollout.step_indices, num_inference_steps and shift"
+            )
         if isinstance(self.cache, KVCache) and isinstance(snapshot.cache, KVCache):
             self.cache = snapshot.cache
         elif isinstance(self.cache, StaticKVCache) and isinstance(snapshot.cache, RingSnapshot):

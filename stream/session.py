@@ -12,7 +12,6 @@ in session_state.py. Leaves out drawing and transport.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +32,7 @@ from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, check_drag
 from stream.dragstream.editor import DragEditor, DragLog, read_references
 from stream.dragstream.features import FeatureReader, Reference
+from stream.dragstream.geometry import swept_region
 from stream.dragstream.led_tracks import DragTracks
 from stream.session_state import (
     Animation,
@@ -43,6 +43,7 @@ from stream.session_state import (
     SessionState,
     Steering,
     check_target,
+    num_chunks,
 )  # fmt: skip
 from stream.track_buffer import TrackBuffer
 
@@ -106,7 +107,7 @@ class StreamSession:
             sample_ids=[sample_id],
             latent_shape=codecs.frame_latent_shape,
             cache="static",
-            max_chunks=_num_chunks(num_frames, codecs.model_cfg.rollout.chunk_frames),
+            max_chunks=num_chunks(num_frames, codecs.model_cfg.rollout.chunk_frames),
             history_chunks=1 if undo_chunks == 1 else undo_chunks + 1,  # a chunk that fails takes one; 1 costs nothing
         )
         self.student, self._noise = student, noise
@@ -139,12 +140,12 @@ class StreamSession:
             self._buffer.append(self._inbox.popleft())
 
     def unused_track_ids(self, count: int) -> Tensor:
-        """Identities for new tracks, [count] long: such as the stream has not seen yet, while there are any.
+        """Identities for new tracks, [count] long: neither seen by the stream nor given out yet, while there are such.
 
         Raises ValueError where so many are not left beside those in use and those that drags have.
         """
         self._receive()
-        return self._buffer.unused_ids(count, besides=self._buffer.snapshot().released)
+        return self._buffer.reserve_ids(count)
 
     def set_prompt(self, prompt: str) -> None:
         """Another text from the next chunk on."""
@@ -187,17 +188,18 @@ class StreamSession:
 
         The boundary may be another session's of the same student: what it shows and follows comes along (first frame,
         prompt, tracks, drags), noise and settings are this session's own. Give it the same seed to have it repeated.
+
+        Raises ValueError, and changes nothing, where chunks, context, positions or noise levels (model.rollout) are
+        others, or the session has too little room (num_frames without a window).
         """
-        self._inbox.clear()
         self._rollout.restore(state.rollout)
+        self._inbox.clear()
         assert isinstance(self._rollout.cache, StaticKVCache), "a session's cache is static"
         state = state.read_from(self._rollout.cache)
         self._forget_logs(state.boundary.chunk_index)
         self._return_to(state.boundary)
         self._first_frame = state.first_frame
-        self._boundaries.clear()
-        if state.previous is not None:
-            self._boundaries.append(state.previous)
+        self._boundaries = deque([state.previous] if state.previous else [], self._boundaries.maxlen)
 
     def undo(self, chunks: int = 1) -> None:
         """Take back the latest chunks, with the drags and prompts that came for them and all that came since.
@@ -205,9 +207,14 @@ class StreamSession:
         Tracks pushed until the first of them was made wait again (`drop_pending_tracks` forgets them). Going on makes
         the chunks bit for bit as they were before any drag. Raises ValueError beyond `undo_chunks`.
         """
+        if not self._boundaries:
+            raise ValueError(
+                "nothing can be taken back now: no chunk was made since the start, restore(), undo() or a chunk that "
+                "failed; keep a snapshot(), or open the session with a larger undo_chunks"
+            )
         if not 1 <= chunks <= len(self._boundaries):
             raise ValueError(
-                f"chunks={chunks} must be in 1..{len(self._boundaries)}, what this session can take back; open it "
+                f"chunks={chunks} must be in 1..{len(self._boundaries)}, what this session can take back now; open it "
                 "with a larger undo_chunks, or keep a snapshot()"
             )
         self._inbox.clear()
@@ -240,8 +247,9 @@ class StreamSession:
         """Drag regions of the latest frame: edit the latest chunk, or animate the next ones.
 
         Tracks on a handle go with it, or are released (`drag_cfg.tracks`); those on its way are released. A drag that
-        animates ends an earlier one that still goes on, and one that goes nowhere does only that. What stops an edit
-        on its way (memory, an interrupt) leaves the latest chunk taken back.
+        animates ends an earlier one that still goes on, and one that goes nowhere does only that; an edit ends it where
+        it meets what that one moves. What stops an edit on its way (memory, an interrupt) leaves the latest chunk
+        taken back.
 
         Raises:
             ValueError: the drag does not fit the frame, names a chunk that is not the latest or cannot be made again,
@@ -276,7 +284,7 @@ class StreamSession:
         self._boundaries[-1] = boundary  # taking the chunk back takes back what the drag did to the tracks
         self._prompt_embeds = now.prompt_embeds  # what came since the chunk is kept
         self._buffer.restore(replace(self._buffer.snapshot(), pushed=now.tracks.pushed))
-        if now.animation is None:
+        if now.animation is None or (swept_region(drag) & now.animation.region_after(self._chunk_index - 1)).any():
             self._end_animation()
         return DragOutcome(frames, references, editor.logs)
 
@@ -465,7 +473,7 @@ class StreamSession:
     def _check_room(self) -> None:
         """Without a window the cache holds as many chunks as `num_frames` needs."""
         rollout, count = self.codecs.model_cfg.rollout, self.num_frames_limit
-        if rollout.window_chunks is None and self._chunk_index == _num_chunks(count, rollout.chunk_frames):
+        if rollout.window_chunks is None and self._chunk_index == num_chunks(count, rollout.chunk_frames):
             raise ValueError(
                 f"num_frames={count} are made, and model.rollout.window_chunks=null keeps every chunk: open a session "
                 "with more num_frames, or set a window"
@@ -490,11 +498,3 @@ class StreamSession:
         count = self.codecs.model_cfg.rollout.chunk_frames
         frames = pixel_frames_of(chunk * count, count)
         return frames.stop - frames.start
-
-
-def _num_chunks(num_frames: int | None, chunk_frames: int) -> int | None:
-    """Chunks that hold so many frames, 1 + 4(c-1) in the first and 4c in each other; None: endless."""
-    if num_frames is None:
-        return None
-    num_latents = 1 + math.ceil((num_frames - 1) / FRAMES_PER_LATENT)
-    return math.ceil(num_latents / chunk_frames)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.condition import FRAMES_PER_LATENT
 from models.rollout import ChunkPass, CleanEdit, RolloutSnapshot
 from models.vae.streaming_decode import StreamState
 from models.wan.static_cache import RingContext, StaticKVCache
@@ -23,6 +24,7 @@ from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag
 from stream.dragstream.editor import DragLog
 from stream.dragstream.features import Reference
+from stream.dragstream.geometry import covered
 from stream.dragstream.statistics import match_clean
 from stream.track_buffer import TrackBufferState
 
@@ -61,6 +63,12 @@ class Animation:
     first_chunk: int
     end_chunk: int  # the first that it does not concern any more
     tracks_before: TrackBufferState  # of the stream, without it
+
+    def region_after(self, chunk: int) -> np.ndarray:
+        """Where its handles are at the end of a chunk that it bends: bool [H, W]."""
+        chunks_done, chunks = chunk + 1 - self.first_chunk, self.end_chunk - self.first_chunk
+        frame = chunks_done * self.drag.num_frames // chunks - 1
+        return covered([(handle, handle.poses[frame]) for handle in self.drag.handles])
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +169,14 @@ class SessionState:
         """The same for the session of another cache, which was restored from this one's."""
         previous = None if self.previous is None else self.previous.read_from(cache)
         return replace(self, boundary=self.boundary.read_from(cache), previous=previous)
+
+
+def num_chunks(num_frames: int | None, chunk_frames: int) -> int | None:
+    """Chunks that hold so many frames, 1 + 4(c-1) in the first and 4c in each other; None: endless."""
+    if num_frames is None:
+        return None
+    num_latents = 1 + math.ceil((num_frames - 1) / FRAMES_PER_LATENT)
+    return math.ceil(num_latents / chunk_frames)
 
 
 def check_target(drag: Drag, cfg: DragConfig, now: Boundary, num_back: int) -> None:

@@ -101,6 +101,7 @@ class TrackBuffer:
         self._led = _Queue()  # identities that a drag leads
         self._released: frozenset[int] = frozenset()  # pushed identities whose motion is not followed any more
         self._had: frozenset[int] = frozenset()  # identities that drags gave to tracks of their own, now or earlier
+        self._promised: set[int] = set()  # given out by `reserve_ids`; no part of what is returned to
 
     @property
     def num_pending(self) -> int:
@@ -150,8 +151,18 @@ class TrackBuffer:
             return Tracks.empty(1, 1, self.height, self.width)
         return now.select(now.seen[0, 0].nonzero()[:, 0])
 
+    def reserve_ids(self, count: int) -> torch.Tensor:  # -> [count]
+        """Identities for tracks that will be pushed; given out again only when no others are left.
+
+        Raises ValueError where so many are not left beside those in use and those that drags have.
+        """
+        found = self.unused_ids(count, besides=self._released)
+        self._promised.update(found.tolist())
+        return found
+
     def unused_ids(self, count: int, besides: Collection[int] = ()) -> torch.Tensor:  # -> [count]
-        """Identities that no track of this stream has now, nor ``besides``; those that none ever had come first.
+        """Identities that no track of this stream has now, nor ``besides``; those that none ever had come first, those
+        that are reserved and wait for their tracks last.
 
         Raises ValueError where so many are not left.
         """
@@ -160,7 +171,9 @@ class TrackBuffer:
         if len(free) < count:
             raise ValueError(f"{count} new tracks need identities, and {len(free)} of {NUM_TRACK_IDS} are left")
         seen = self._pushed.seen | self._had
-        return torch.tensor(sorted(free, key=lambda identity: identity in seen)[:count], dtype=torch.long)
+        waiting = self._promised - seen
+        order = sorted(free, key=lambda identity: (identity in waiting, identity in seen))
+        return torch.tensor(order[:count], dtype=torch.long)
 
     def release(self, ids: Collection[int]) -> None:
         """From the next frame on these identities are unspecified, whatever is pushed."""

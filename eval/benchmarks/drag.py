@@ -199,14 +199,16 @@ class DragBenchmark:
 
     def _open(self, context: EvalContext, student: WanDiT, scenario: DragScenario, drag: DragConfig) -> StreamSession:
         clip, per_side = context.model_cfg.clip, self.cfg.tracks_per_side
-        tracks = None
+        chunk_frames, tracks = context.model_cfg.rollout.chunk_frames, None
+        num_chunks = max(scenario.num_chunks, WARM_CHUNKS) + 1  # room, should the cache keep all; one is timed alone
         if self.cfg.labels is None:
             points = grid_queries(clip.height, clip.width, per_side, per_side)
-            opening = num_pixel_frames(scenario.events[0].after_chunks * context.model_cfg.rollout.chunk_frames)
+            opening = num_pixel_frames(scenario.events[0].after_chunks * chunk_frames)
             still = np.repeat(points[None], opening, axis=0)
             tracks = Tracks.from_arrays(still, np.ones(still.shape[:2], bool), clip.height, clip.width)
         return StreamSession(
             student, context.codecs, first_frame=scenario.first_frame, prompt=scenario.prompt, tracks=tracks,
+            num_frames=num_pixel_frames(num_chunks * chunk_frames),
             ending="hold" if self.cfg.hold_tracks else "release", seed=context.seed, sample_id=scenario.sample_id,
             undo_chunks=1, drag=drag,
         )  # fmt: skip

@@ -63,22 +63,22 @@ def pasted(run: Run, encode: Callable[[np.ndarray], Tensor]) -> Run:
     """
     drags = []
     for dragged in run.drags:
-        frames = _with_handles_pasted(dragged)
-        opens_video = len(frames) % FRAMES_PER_LATENT == 1
+        opens_video = len(dragged.frames) % FRAMES_PER_LATENT == 1
+        frames = _with_handles_pasted(dragged, opens_video)
         latents = encode(frames if opens_video else np.concatenate([dragged.before[None], frames]))
         latents = latents[:, -dragged.latents.shape[1] :]
         drags.append(replace(dragged, frames=frames, latents=latents, seconds=[]))
     return replace(run, drags=drags)
 
 
-def _with_handles_pasted(dragged: DraggedChunks) -> np.ndarray:
+def _with_handles_pasted(dragged: DraggedChunks, opens_video: bool) -> np.ndarray:
     height, width = size = (dragged.before.shape[0], dragged.before.shape[1])
     content = torch.from_numpy(dragged.before).permute(2, 0, 1).float()
     handles, centers = dragged.drag.handles, cell_centers(height, width, size)
     hole = np.any([handle.mask for handle in handles], axis=0).astype(np.uint8)
     hole = cv2.dilate(hole, np.ones((3, 3), np.uint8))  # its blended border too
     frames = []
-    for frame, poses in zip(dragged.frames, pixel_poses(dragged.drag, len(dragged.frames), opens_video=False)):
+    for frame, poses in zip(dragged.frames, pixel_poses(dragged.drag, len(dragged.frames), opens_video)):
         picture = torch.from_numpy(cv2.inpaint(frame, hole, INPAINT_RADIUS_PX, cv2.INPAINT_TELEA)).float()
         for handle, pose in zip(handles, poses):
             share = moved_mask(torch.from_numpy(handle.mask), pose, handle.center, height, width)[..., None]

@@ -46,6 +46,8 @@ class RingContext(KVContext):
 class RingSnapshot:
     """Copy of a `StaticKVCache`'s state."""
 
+    spec: CacheSpec
+    num_slots: int
     chunk_index: int
     begun: int
     grid: Grid
@@ -185,29 +187,45 @@ class StaticKVCache:
 
     def snapshot(self) -> RingSnapshot:
         """A copy of everything, to return to however far the stream has gone on."""
-        return RingSnapshot(self.chunk_index, self._begun, self._grid, tuple(t.clone() for t in self._all_buffers()))
+        buffers = tuple(buffer.clone() for buffer in self._all_buffers())
+        return RingSnapshot(self.spec, self.num_slots, self.chunk_index, self._begun, self._grid, buffers)
 
     def restore(self, snapshot: RingSnapshot) -> StaticKVCache:
         """Back to a snapshot of this cache, or of another with the same settings; the buffers keep their addresses.
 
-        Raises ValueError where the snapshot's buffers are not those of this cache.
+        Without a window the other may have had another capacity. Raises ValueError where the snapshot does not fit.
         """
+        self._check(snapshot)
         if not self._keys:
             for buffer in snapshot.buffers[: self.num_layers]:  # the keys: values and raw keys are as large
-                self._allocate(tuple(buffer.shape), buffer)
-        found, wanted = ([tuple(each.shape) for each in group] for group in (snapshot.buffers, self._all_buffers()))
-        if found and found != wanted:  # empty: before the first chunk
-            raise ValueError(
-                f"the snapshot holds {len(found)} buffers of {found[0]}, this cache {len(wanted)} of {wanted[:1]}; "
-                "restore it with the settings that it was taken with"
-            )
+                batch, tokens, *rest = buffer.shape
+                self._allocate((batch, tokens // snapshot.num_slots * self.num_slots, *rest), buffer)
         for buffer, copy in zip(self._all_buffers(), snapshot.buffers):
-            buffer.copy_(copy)
+            tokens = min(buffer.shape[1], copy.shape[1])
+            buffer[:, :tokens].copy_(copy[:, :tokens])
         self.chunk_index, self._begun, self._grid = snapshot.chunk_index, snapshot.begun, snapshot.grid
         has_latest = snapshot.begun == snapshot.chunk_index - 1  # with its context: it can be taken back
         self._oldest = max(0, snapshot.chunk_index - has_latest)
         self._overwritten.clear()
         return self
+
+    def _check(self, snapshot: RingSnapshot) -> None:
+        """Whether this cache can go on from there; raises ValueError before anything is changed."""
+        remedy = "restore it with the settings that it was taken with"
+        if snapshot.spec != self.spec:
+            raise ValueError(f"the snapshot is of a cache with {snapshot.spec}, this one has {self.spec}; {remedy}")
+        if snapshot.chunk_index > self.num_slots and self.spec.window_chunks is None:
+            raise ValueError(
+                f"the snapshot holds {snapshot.chunk_index} chunks, this cache has room for {self.num_slots}; give it "
+                "room for more, or set a window"
+            )
+        found = [_per_slot(buffer, snapshot.num_slots) for buffer in snapshot.buffers]
+        own = [_per_slot(buffer, self.num_slots) for buffer in self._all_buffers()]
+        if found and own and found != own:
+            raise ValueError(
+                f"the snapshot holds {len(found)} buffers of {found[0]} a chunk, this cache {len(own)} of {own[0]}; "
+                f"{remedy}"
+            )
 
     @property
     def num_bytes(self) -> int:
@@ -250,6 +268,11 @@ class StaticKVCache:
         for keys, raw_keys in zip(self._keys, self._raw_keys):
             raw = raw_keys[:, slot].transpose(1, 2)
             keys[:, slot] = rotate_chunk(raw, start_frame, self._grid, frames).transpose(1, 2)
+
+
+def _per_slot(buffer: Tensor, num_slots: int) -> tuple[int, ...]:
+    batch, tokens, *rest = buffer.shape
+    return (batch, tokens // num_slots, *rest)
 
 
 def _num_slots(spec: CacheSpec, max_chunks: int | None) -> int:

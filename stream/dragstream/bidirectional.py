@@ -24,9 +24,9 @@ from models.rollout import ChunkPass
 from models.wan.dit import WanDiT
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, Pose, check_drag
-from stream.dragstream.editor import DragEditor
+from stream.dragstream.editor import DragEditor, check_references, read_references
 from stream.dragstream.features import FeatureReader
-from stream.dragstream.objectives import FramePoses, StartPoses, variants_of
+from stream.dragstream.objectives import FramePoses, StartPoses
 
 DRAG_SIGMA = 0.9375  # of the student's second step in the paper
 
@@ -66,10 +66,13 @@ def drag_clip(
     The drag animates: a pose per latent frame after ``frame``, the last one held to the clip's end.
 
     Raises:
-        ValueError: the drag does not fit the frame size or the frames that are left, or edits.
+        ValueError: the drag does not fit the frame size or the frames that are left, edits, or brings references
+            that were read otherwise; blocks that the teacher does not have; before anything is sampled.
     """
-    left = latent_shape[1] - frame - 1
     check_drag(drag, height=size[0], width=size[1], chunk_frames=1)
+    if not 0 <= frame < latent_shape[1]:
+        raise ValueError(f"frame={frame} must be in 0..{latent_shape[1] - 1}, the latent frames of the clip")
+    left = latent_shape[1] - frame - 1
     if drag.mode != "animate" or not 0 < drag.num_frames <= left:
         raise ValueError(
             f"a drag of a clip animates 1 to {left} latent frames after frame {frame}; this one has mode='{drag.mode}' "
@@ -81,14 +84,14 @@ def drag_clip(
     }  # fmt: skip
     sigmas = flow_grid(num_inference_steps, shift)
     step = int((sigmas - DRAG_SIGMA).abs().argmin())
+    cfg, drag = replace(cfg, step=0), drag.copied()  # one pass alone is shown
+    reader = FeatureReader(teacher, cfg, sigmas[step].item())
+    check_references(reader, cfg, drag)
     plain, (latents,) = sample_teacher(teacher, condition, guidance, keep_steps=[step], **settings)
     with torch.no_grad():
         prepared = teacher.prepare(condition)
-    cfg = replace(cfg, step=0)  # one pass alone is shown
-    shown = ChunkPass(0, 0, sigmas[step].item(), latents, prepared, None)
-    reader = FeatureReader(teacher, cfg, shown.sigma)
-    reference = reader.reference(shown, variants_of(cfg, noise, 0), frame)
-    references = tuple(handle.reference or reference for handle in drag.handles)
+    shown = ChunkPass(0, 0, reader.sigma, latents, prepared, None)
+    references = read_references(reader, cfg, drag, shown, noise, frame)
     editor = ClipDragEditor(
         teacher, cfg, drag, size=size, noise=noise, first_chunk=0, references=references, frame=frame
     )

@@ -111,8 +111,8 @@ class Drag:
 
     @property
     def is_still(self) -> bool:
-        """Nothing is asked to move: the stream then is what it would be without the drag."""
-        return all(pose == Pose() for handle in self.handles for pose in handle.poses)
+        """Nothing is asked to move or to come back: the stream then is what it would be without the drag."""
+        return all(not handle.returns and pose == Pose() for handle in self.handles for pose in handle.poses)
 
     def edited(self, frame: int, num_frames: int, opens_video: bool) -> list[Pose]:
         """Poses of the handles in one of the frames, pixel or latent, of a chunk that is edited: on the way there.

@@ -48,7 +48,7 @@ class DragEditor:
     Args:
         student: the model that streams, its weights frozen.
         drag: checked by `check_drag`.
-        references: features of each handle; None: read from the chunk that is edited, before it is.
+        references: features of each handle, see `read_references`.
         first_chunk: the first chunk that the drag concerns.
     """
 
@@ -61,7 +61,7 @@ class DragEditor:
         size: tuple[int, int],
         noise: KeyedNoise,
         first_chunk: int,
-        references: tuple[Reference, ...] | None = None,
+        references: tuple[Reference, ...],
     ) -> None:
         self.student, self.cfg, self.drag, self.size, self.noise = student, cfg, drag, size, noise
         self.first_chunk, self.references = first_chunk, references
@@ -73,8 +73,6 @@ class DragEditor:
             return shown.noisy_latents
         began = time.perf_counter()
         reader = FeatureReader(self.student, self.cfg, shown.sigma)
-        if self.references is None:
-            self.references = read_references(reader, self.cfg, self.drag, shown, self.noise)
         editable = self.drag.editable
         start, targets = self._poses(shown.chunk, shown.noisy_latents.shape[2])
         scene = Scene(
@@ -183,12 +181,27 @@ def gradient_of(objective: Objective, latents: Tensor, iteration: int) -> tuple[
 
 
 def read_references(
-    reader: FeatureReader, cfg: DragConfig, drag: Drag, shown: ChunkPass, noise: KeyedNoise
+    reader: FeatureReader, cfg: DragConfig, drag: Drag, shown: ChunkPass, noise: KeyedNoise, frame: int = -1
 ) -> tuple[Reference, ...]:
-    """Features of each handle: those that it brings, else those of the last frame of the chunk shown.
+    """Features of each handle: those that it brings, else those of a latent frame of the chunk shown, its last.
 
-    Raises ValueError where a handle brings others than those that the drag optimises.
+    Raises ValueError as `check_references` does.
     """
+    check_references(reader, cfg, drag)
+    current: list[Reference] = []
+
+    def of(stored: Reference | None) -> Reference:
+        if stored is not None:
+            return stored
+        if not current:
+            current.append(reader.reference(shown, variants_of(cfg, noise, shown.chunk), frame))
+        return current[0]
+
+    return tuple(of(handle.reference) for handle in drag.handles)
+
+
+def check_references(reader: FeatureReader, cfg: DragConfig, drag: Drag) -> None:
+    """Raises ValueError where a handle brings other features than those that the drag optimises."""
     for index, handle in enumerate(drag.handles):
         if cfg.iterations and handle.reference is not None and handle.reference.read_as != reader.read_as:
             found = handle.reference.read_as or "drag.iterations=0, without features"
@@ -196,16 +209,6 @@ def read_references(
                 f"handle {index} brings a reference that was read with {found}; this drag optimises features with "
                 f"{reader.read_as}: read the reference with the settings that use it, or set drag.iterations=0"
             )
-    current: list[Reference] = []
-
-    def of(stored: Reference | None) -> Reference:
-        if stored is not None:
-            return stored
-        if not current:
-            current.append(reader.reference(shown, variants_of(cfg, noise, shown.chunk)))
-        return current[0]
-
-    return tuple(of(handle.reference) for handle in drag.handles)
 
 
 def segment_poses(start: StartPoses, targets: FramePoses, cfg: DragConfig, height: int) -> list[FramePoses]:

@@ -10,13 +10,14 @@ for 118. Left out: occlusion between handles except that a later one is in front
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stream.dragstream.drag import Drag, Point, Pose
+from stream.dragstream.drag import Drag, Handle, Point, Pose
 
 SMALLEST_SHARE = 1e-3  # of a cell: less is rounding of the bilinear weights
 
@@ -74,13 +75,14 @@ def contains(mask: np.ndarray, points: Tensor) -> Tensor:
 
 def swept_region(drag: Drag) -> np.ndarray:
     """Where the handles are, and will be in each latent frame: bool [H, W]."""
-    swept = np.zeros_like(drag.handles[0].mask)
-    for handle in drag.handles:
-        here = () if handle.returns else (Pose(),)
-        for pose in (*here, *handle.poses):
-            mask = torch.from_numpy(handle.mask)
-            swept |= (moved_mask(mask, pose, handle.center, *handle.mask.shape) >= 0.5).numpy()
-    return swept
+    here = [(handle, Pose()) for handle in drag.handles if not handle.returns]
+    return covered([*here, *((handle, pose) for handle in drag.handles for pose in handle.poses)])
+
+
+def covered(placed: Sequence[tuple[Handle, Pose]]) -> np.ndarray:
+    """Pixels that handles cover at poses: bool [H, W]."""
+    masks = [moved_mask(torch.from_numpy(h.mask), pose, h.center, *h.mask.shape) >= 0.5 for h, pose in placed]
+    return torch.stack(masks).any(0).numpy()
 
 
 def gaussian_map(boxes: list[tuple[float, float, float, float]], rows: int, cols: int, size: tuple[int, int],

@@ -118,7 +118,10 @@ class DragLabel:
 
     @classmethod
     def from_drag(cls, drag: Drag, prompt: str, block: int, chunk_frames: int) -> DragLabel:
-        """A label of an operation that was checked. Raises ValueError for a handle that both turns and moves."""
+        """A label of an operation that was checked.
+
+        Raises ValueError for a handle that both turns and moves, or brings a reference.
+        """
         mode = {ours: name for name, ours in MODE_NAMES.items()}[drag.mode]
         prefix, masks = f"block_{block}_{mode}", {}
         trajectories = []
@@ -167,6 +170,8 @@ def _trajectory(index: int, handle: Handle, chunk_frames: int) -> dict[str, Any]
     turns, moves = handle.is_rotation, any(pose.distance_px for pose in handle.poses)
     if turns and moves:
         raise ValueError(f"handle {index} turns and moves at once, which the format cannot say; split it in two")
+    if handle.returns:
+        raise ValueError(f"handle {index} brings back a reference, which the format cannot say")
     start, center = _to_pixel(handle.point), _to_pixel(handle.center)
     deltas: list[Any] = [pose.degrees if turns else [pose.dx, pose.dy] for pose in handle.poses]
     size = max(1, min(chunk_frames, len(deltas)))

@@ -118,8 +118,18 @@ def _along(paths: Tracks, tracks: Tracks) -> Tracks:
 def _one_per_cell(buffer: TrackBuffer, handle: Handle, grid: tuple[int, int], held: Collection[int]) -> Tracks:
     height, width = handle.mask.shape
     centers = cell_centers(*grid, (height, width)).reshape(-1, 2)
-    x, y = centers.long().unbind(-1)
-    points = centers[torch.from_numpy(handle.mask)[y, x]]
-    points = points if len(points) else torch.tensor([handle.point])
+    points = centers[contains(handle.mask, centers)]
+    points = points if len(points) else _inside_cells(handle.mask, grid)
     visible = np.ones((1, len(points)), bool)
     return Tracks.from_arrays(points[None], visible, height, width).with_ids(buffer.unused_ids(len(points), held)[None])
+
+
+def _inside_cells(mask: np.ndarray, grid: tuple[int, int]) -> torch.Tensor:
+    """Of a region that holds no cell's middle: its pixel nearest to the mean of those in each cell, [N, 2] px."""
+    pixels = np.argwhere(mask)
+    cells = pixels * np.array(grid) // np.array(mask.shape)
+    points = []
+    for cell in np.unique(cells, axis=0):
+        own = pixels[(cells == cell).all(1)]
+        points.append(own[np.square(own - own.mean(0)).sum(1).argmin(), ::-1] + 0.5)
+    return torch.tensor(np.stack(points), dtype=torch.float32)

@@ -134,6 +134,18 @@ def test_a_pasted_region_is_where_it_should_be_and_no_longer_where_it_was() -> N
     assert (found.frames[1] == red).all(-1)[25].nonzero()[0].tolist() == list(range(22, 32))  # two px on
 
 
+def test_the_given_frame_of_a_chunk_that_opens_a_video_keeps_its_region() -> None:
+    before = np.full((64, 64, 3), 90, np.uint8)
+    before[20:30, 20:30] = (250, 10, 10)
+    mask = before[..., 0] == 250
+    drag = Drag("edit", (Handle(mask, (25.0, 25.0), (Pose(dx=16.0),), (25.0, 25.0)),))
+    frames = np.repeat(before[None], 9, axis=0)
+    dragged = DraggedChunks(drag, before, torch.zeros(2, 16, 16), frames, torch.zeros(2, 3, 16, 16), 0, [1.0])
+    (found,) = pasted(Run(frames, [dragged], []), lambda video: torch.zeros(2, 3, 16, 16)).drags
+    place = [(frame[..., 0] == 250)[25].nonzero()[0].tolist() for frame in found.frames]
+    assert place[0] == list(range(20, 30)) and place[-1] == list(range(36, 46))
+
+
 def test_labels_need_a_first_frame_beside_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no \*_trajectory.json"):
         labelled_scenarios(tmp_path, GEOMETRY, 3)
@@ -216,6 +228,19 @@ def test_a_single_drag_has_no_distances(tiny_weights, tmp_path: Path) -> None:
     metrics = _run(tiny_weights, tmp_path, "bench.num_scenarios=1", "bench.baselines=[paper]", *bigger)
     assert metrics["drag.fvd"] == "unavailable: 1 video; a Fréchet distance needs 2 or more"
     assert np.isfinite(metrics["paper.objmc_px"])
+
+
+def test_a_student_that_keeps_all_the_past_can_be_dragged(tiny_weights, tmp_path: Path) -> None:
+    bigger = ["model.clip.height=32", "model.clip.width=32", "bench.world.min_size=0.4", "bench.world.max_size=0.5"]
+    metrics = _run(
+        tiny_weights,
+        tmp_path,
+        "bench.num_scenarios=1",
+        "bench.baselines=[]",
+        "model.rollout.window_chunks=null",
+        *bigger,
+    )
+    assert np.isfinite(metrics["drag.objmc_px"]) and metrics["drag.extra_memory_ratio"] > 0
 
 
 def test_an_unknown_method_names_the_known_ones() -> None:

@@ -189,6 +189,21 @@ def test_an_identity_that_alone_would_stand_for_none_is_given_to_nobody() -> Non
     assert 0 not in buffer.unused_ids(NUM_TRACK_IDS - 1).tolist()
 
 
+def test_reserved_identities_are_given_out_again_only_when_no_others_are_left() -> None:
+    buffer = _buffer()
+    state = buffer.snapshot()
+    first = buffer.reserve_ids(10).tolist()
+    buffer.restore(state)
+    rest = buffer.reserve_ids(NUM_TRACK_IDS - 11).tolist()
+    assert not set(first) & set(rest)
+    assert len(buffer.unused_ids(NUM_TRACK_IDS - 1)) == NUM_TRACK_IDS - 1
+    buffer.push(_tracks(2, count=1, ids=first[:1]))
+    buffer.take(2)
+    buffer.push(_tracks(2, count=1, ids=[first[1]]))
+    buffer.take(2)
+    assert buffer.unused_ids(1).tolist() == first[:1], "its stroke has come and ended; the others' may come"
+
+
 def test_the_identity_of_a_stroke_that_ended_is_given_to_no_other_while_there_are_new_ones() -> None:
     buffer = _buffer()
     (first,) = buffer.unused_ids(1).tolist()

@@ -12,18 +12,23 @@ from models.wan.config import WanConfig
 from stream.dragstream.bidirectional import drag_clip
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, Handle, Pose
+from stream.dragstream.features import Reference
 
 CONFIG = WanConfig.tiny()
 FRAMES = 5
 
 
-def run(poses: tuple[Pose, ...], frame: int = 1, mode: str = "animate", seed: int = 0) -> tuple[torch.Tensor, ...]:
+def run(
+    poses: tuple[Pose, ...], frame: int = 1, mode: str = "animate", seed: int = 0, reference: Reference | None = None,
+    **settings: object,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     prompt = torch.randn(1, CONFIG.text_len, CONFIG.text_dim, generator=torch.Generator().manual_seed(1))
-    drag = Drag(mode, (Handle(mask(), (32.0, 28.0), poses, (32.0, 28.0)),), editable=np.ones(SIZE, bool))
+    handle = Handle(np.flip(mask()[::-1], 0), (32.0, 28.0), poses, (32.0, 28.0), reference)  # a view, as tools give
+    drag = Drag(mode, (handle,), editable=np.ones(SIZE, bool))
     return drag_clip(
         make_student(CONFIG), Condition(prompt, torch.zeros_like(prompt)), Guidance({"text": 2.0}), drag, frame,
-        DragConfig(iterations=2), size=SIZE, num_inference_steps=6, shift=6.0, noise=KeyedNoise(seed), sample_ids=[0],
-        latent_shape=(CONFIG.latent_channels, FRAMES, *CELLS),
+        DragConfig(**{"iterations": 2} | settings), size=SIZE, num_inference_steps=6, shift=6.0,
+        noise=KeyedNoise(seed), sample_ids=[0], latent_shape=(CONFIG.latent_channels, FRAMES, *CELLS),
     )  # fmt: skip
 
 
@@ -38,6 +43,20 @@ def test_a_bidirectional_clip_can_be_dragged() -> None:
 def test_no_movement_is_the_clip_itself() -> None:
     dragged, plain = run((Pose(), Pose()))
     torch.testing.assert_close(dragged, plain, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frame": -1}, f"frame=-1 must be in 0..{FRAMES - 1}"),
+        ({"layers": [99]}, r"drag.layers=\[99\] must be blocks of the model"),
+        ({"reference": Reference(torch.zeros(4, *CELLS))}, "handle 0 brings a reference that was read with"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_clip_is_sampled(monkeypatch, changes: dict, message: str) -> None:
+    monkeypatch.setattr("stream.dragstream.bidirectional.sample_teacher", lambda *_, **__: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match=message):
+        run((Pose(dx=4.0),), **changes)
 
 
 @pytest.mark.parametrize(("frame", "mode", "count"), [(3, "animate", 2), (1, "edit", 1)])

@@ -17,7 +17,7 @@ from models.wan.dit import WanDiT
 from stream.dragstream import editor as editor_module
 from stream.dragstream.config import METHODS, DragConfig
 from stream.dragstream.drag import Drag, Handle, Pose
-from stream.dragstream.editor import DragEditor, LatentAdam, segment_poses
+from stream.dragstream.editor import DragEditor, LatentAdam, read_references, segment_poses
 from stream.dragstream.features import FeatureReader
 from stream.dragstream.labels import DragLabel
 from stream.dragstream.statistics import PER_CHANNEL
@@ -69,22 +69,33 @@ def run_chunks(student: WanDiT, cells: tuple[int, int], count: int, edit: Latent
     return passes
 
 
-def last_pass() -> tuple[object, ChunkPass]:
+def last_pass() -> tuple[WanDiT, ChunkPass]:
     """A student, and the second step of its second chunk."""
     student = make_student(CONFIG)
     return student, run_chunks(student, CELLS, 2)[-2]
 
 
 @pytest.fixture(scope="module")
-def shown() -> tuple[object, ChunkPass]:
+def shown() -> tuple[WanDiT, ChunkPass]:
     return last_pass()
 
 
-def edit(shown: tuple[object, ChunkPass], cfg: DragConfig, drag: Drag, seed: int = 0, **options) -> torch.Tensor:
+def make_editor(
+    shown: tuple[WanDiT, ChunkPass],
+    cfg: DragConfig,
+    drag: Drag,
+    first_chunk: int = 1,
+    noise: KeyedNoise = NOISE,
+    size: tuple[int, int] = SIZE,
+) -> DragEditor:
+    """Of the chunk shown, whose features are its references."""
     student, chunk_pass = shown
-    options = {"first_chunk": 1} | options
-    editor = DragEditor(student, cfg, drag, size=SIZE, noise=KeyedNoise(seed), **options)
-    return editor(chunk_pass)
+    references = read_references(FeatureReader(student, cfg, chunk_pass.sigma), cfg, drag, chunk_pass, noise)
+    return DragEditor(student, cfg, drag, size=size, noise=noise, first_chunk=first_chunk, references=references)
+
+
+def edit(shown: tuple[WanDiT, ChunkPass], cfg: DragConfig, drag: Drag, seed: int = 0) -> torch.Tensor:
+    return make_editor(shown, cfg, drag, noise=KeyedNoise(seed))(shown[1])
 
 
 RIGHT = Drag("edit", (handle(Pose(dx=20.0)),))
@@ -108,23 +119,21 @@ def test_another_seed_switches_frequencies_otherwise(shown):
 @pytest.mark.parametrize("changes", [{}, {"cst_on": "x0", "reduction": "all"}, {"norm": "l1", "reduction": "sum"}])
 def test_the_optimisation_lowers_the_reconstruction_loss(shown, changes: dict):
     cfg = config(iterations=30, max_iterations=None, cutoffs=[None], segment_ratio=None, **changes)
-    student, chunk_pass = shown
-    editor = DragEditor(student, cfg, RIGHT, size=SIZE, noise=NOISE, first_chunk=1)
-    editor(chunk_pass)
+    editor = make_editor(shown, cfg, RIGHT)
+    editor(shown[1])
     losses = editor.logs[0].losses
     assert len(losses) == 30 and losses[-1] < 0.9 * losses[0]
 
 
 def test_no_movement_no_iterations_and_other_steps_return_the_latents_themselves(shown):
-    student, chunk_pass = shown
+    chunk_pass = shown[1]
     still = Drag("edit", (handle(Pose()),))
     for cfg, drag, given in (
         (config(), still, chunk_pass),
         (config(iterations=0, warm_rounds=0), RIGHT, chunk_pass),
         (config(), RIGHT, replace(chunk_pass, step=2)),
     ):
-        editor = DragEditor(student, cfg, drag, size=SIZE, noise=NOISE, first_chunk=1)
-        assert editor(given) is given.noisy_latents
+        assert make_editor(shown, cfg, drag)(given) is given.noisy_latents
 
 
 def test_statistics_are_those_before_the_drag(shown):
@@ -175,17 +184,15 @@ def test_segments_are_equal_parts_of_at_most_the_given_length():
 
 
 def test_an_animation_goes_on_where_the_last_chunk_ended(shown):
-    student, chunk_pass = shown
     poses = tuple(Pose(dx=4.0 * n) for n in range(1, 7))
-    drag = Drag("animate", (handle(*poses),))
-    editor = DragEditor(student, config(), drag, size=SIZE, noise=NOISE, first_chunk=0)
-    start, targets = editor._poses(chunk_pass.chunk, CHUNK)
+    editor = make_editor(shown, config(), Drag("animate", (handle(*poses),)), first_chunk=0)
+    start, targets = editor._poses(shown[1].chunk, CHUNK)
     assert start == [poses[2]] and [each[0] for each in targets] == list(poses[3:])
 
 
 def test_an_edit_of_the_first_chunk_leaves_the_given_frame(shown):
     target = Pose(dx=8.0)
-    editor = DragEditor(shown[0], config(), Drag("edit", (handle(target),)), size=SIZE, noise=NOISE, first_chunk=0)
+    editor = make_editor(shown, config(), Drag("edit", (handle(target),)), first_chunk=0)
     assert editor._poses(0, 3) == ([Pose()], [None, [Pose(dx=4.0)], [target]])
     assert [poses[0].dx for poses in editor._poses(1, 3)[1]] == pytest.approx([8 / 3, 16 / 3, 8])
     assert editor._poses(0, 1) == ([Pose()], [None])
@@ -194,9 +201,7 @@ def test_an_edit_of_the_first_chunk_leaves_the_given_frame(shown):
 def test_what_comes_back_has_no_way_and_no_old_place(shown):
     reference = FeatureReader(shown[0], config(), shown[1].sigma).reference(shown[1], (None,))
     back = replace(handle(Pose(dx=200.0), Pose(dx=100.0), Pose(dx=8.0)), reference=reference)
-    editor = DragEditor(
-        shown[0], config(), Drag("animate", (back,)), size=SIZE, noise=NOISE, first_chunk=shown[1].chunk
-    )
+    editor = make_editor(shown, config(), Drag("animate", (back,)), first_chunk=shown[1].chunk)
     start, targets = editor._poses(shown[1].chunk, CHUNK)
     assert start == [None]
     assert segment_poses(start, targets, config(), SIZE[0]) == [targets]
@@ -287,8 +292,16 @@ def test_the_official_label_drives_an_edit_of_a_wan_shaped_student() -> None:
     """832 x 480 px: latents of 60 x 104, 1560 tokens a frame; nothing but sizes differs from the sprites world."""
     student, drag = make_student(WanConfig.tiny(latent_channels=16)), DragLabel.read(LABEL).to_drag()
     cfg = config(iterations=1, max_iterations=2, segment_ratio=1 / 30)
-    editor = DragEditor(student, cfg, drag, size=(480, 832), noise=NOISE, first_chunk=drag.chunk)
-    run_chunks(student, (60, 104), drag.chunk + 1, editor)
+    editors: list[DragEditor] = []
+
+    def dragged(shown: ChunkPass) -> torch.Tensor:
+        if shown.step == cfg.step:
+            editors.append(make_editor((student, shown), cfg, drag, drag.chunk, size=(480, 832)))
+            return editors[0](shown)
+        return shown.noisy_latents
+
+    run_chunks(student, (60, 104), drag.chunk + 1, dragged)
+    (editor,) = editors
     log = editor.logs[0]
     assert (log.chunk, log.num_segments, len(log.losses)) == (2, 2, 2) and np.isfinite(log.losses).all()
     assert editor.references[0].variants[0.4].shape == (80, 30, 52)

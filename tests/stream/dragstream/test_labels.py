@@ -8,8 +8,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
-from stream.dragstream.drag import Drag, Handle, check_drag
+from stream.dragstream.drag import Drag, Handle, Pose, check_drag
+from stream.dragstream.features import Reference
 from stream.dragstream.labels import DragLabel
 
 OFFICIAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "dragstream_label"
@@ -99,6 +101,14 @@ def test_our_drags_survive_the_format(tmp_path: Path):
     for ours, theirs in zip(drag.handles, found.handles):
         np.testing.assert_array_equal(ours.mask, theirs.mask)
         assert ours.poses == theirs.poses and ours.center == theirs.center
+
+
+def test_what_the_format_cannot_say_is_refused():
+    turned = Handle(mask(), (12.5, 10.5), (Pose(dx=1.0, degrees=5.0),), (12.5, 10.5))
+    back = Handle.translation(mask(), [(12.5, 10.5), (14, 11)], reference=Reference(torch.zeros(4, 8, 8)))
+    for handle, message in ((turned, "handle 0 turns and moves at once"), (back, "handle 0 brings back a reference")):
+        with pytest.raises(ValueError, match=message):
+            DragLabel.from_drag(Drag("edit", (handle,)), "a red disc", 1, chunk_frames=3)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,15 @@ def test_a_prompt_set_before_an_edit_holds_from_the_next_chunk_on(parts) -> None
     np.testing.assert_array_equal(edited.next_chunk(), plain.next_chunk())
 
 
-def test_an_animation_goes_on_after_an_edit_of_its_chunk_and_one_that_waits_is_not_lost(parts) -> None:
+@pytest.mark.parametrize(
+    ("edited", "chunks"),
+    [
+        (mask(12, 16, 12, 16), [2, 3]),  # something else
+        (mask(0, 3, 4, 10), [2]),  # where it is now, 3 px further to the left
+        (mask(8, 10, 4, 10), [2, 3]),  # where it was when it was grabbed
+    ],
+)
+def test_an_animation_goes_on_after_an_edit_of_its_chunk_but_for_one_that_meets_it(parts, edited, chunks) -> None:
     session = open_session(parts)
     advance(session, 2)
     poses = tuple(Pose(dx=-n) for n in range(1, 7))
@@ -107,9 +115,25 @@ def test_an_animation_goes_on_after_an_edit_of_its_chunk_and_one_that_waits_is_n
     with pytest.raises(ValueError, match=r"animates begins with chunk 2, after chunk 1 that this one would edit"):
         session.drag(drag("edit", LEFT))
     session.next_chunk()
-    session.drag(drag("edit", LEFT))
+    y, x = np.argwhere(edited)[0] + 0.5
+    session.drag(Drag("edit", (Handle(edited, (x, y), (Pose(dy=1.0),), (x, y)),)))
     session.next_chunk()
-    assert [log.chunk for log in outcome.logs] == [2, 3]
+    assert [log.chunk for log in outcome.logs] == chunks
+
+
+@pytest.mark.parametrize("mode", ["edit", "animate"])
+def test_what_comes_back_to_where_it_was_grabbed_is_no_still_drag(parts, mode: str) -> None:
+    """Its poses count from the frame that its reference is of: none is the way home."""
+    frames = []
+    for brings in (True, False):
+        session = open_session(parts)
+        advance(session, 2)
+        outcome = session.drag(drag("animate", Pose(dx=-20.0)))
+        advance(session, 2)
+        home = drag(mode, Pose()).handles[0]
+        outcome = session.drag(Drag(mode, (replace(home, reference=outcome.references[0] if brings else None),)))
+        frames.append(session.next_chunk() if mode == "animate" else outcome.frames)
+    assert not np.array_equal(*frames)
 
 
 @pytest.mark.parametrize("frames", [0, 2, 9, 18])

@@ -180,8 +180,38 @@ def test_drags_give_back_the_identities_of_tracks_that_have_ended(parts) -> None
         assert not taken & ids, "while there are new ones, no other gets them"
         taken |= ids
         advance(session, 2)
-    assert len(session.unused_track_ids(NUM_TRACK_IDS - 1)) == NUM_TRACK_IDS - 1  # 0 stands for no identity
     assert not set(session.unused_track_ids(NUM_TRACK_IDS - 1 - len(taken)).tolist()) & taken
+    assert len(session.unused_track_ids(NUM_TRACK_IDS - 1)) == NUM_TRACK_IDS - 1  # 0 stands for no identity
+
+
+def test_identities_are_given_out_once_and_not_to_drags(parts) -> None:
+    session = open_session(parts)
+    advance(session, 2)
+    first, second = (set(session.unused_track_ids(4).tolist()) for _ in range(2))
+    session.drag(drag("animate", LEFT))
+    session.undo()
+    third = set(session.unused_track_ids(4).tolist())
+    assert len(first | second | third) == 12
+    advance(session, 1)
+    assert not set(_led(session, drag("animate", LEFT))) & (first | second | third)
+
+
+@pytest.mark.parametrize(
+    ("region", "pose", "count"),
+    [
+        ((6, 7, 3, 4), Pose(dx=1.0), 1),  # one pixel
+        ((5, 6, 0, 16), Pose(dx=1.0), 4),  # a bar of a pixel's width beside the middles of four cells
+        ((4, 6, 4, 5), Pose(degrees=30.0), 1),
+    ],
+)
+def test_a_handle_that_holds_no_cell_s_middle_gets_tracks_within_it(parts, region, pose: Pose, count: int) -> None:
+    session = open_session(parts)
+    advance(session, 2)
+    region = mask(*region)
+    handle = Handle(region, (8.0, 8.0), (pose,) * 3, (8.0, 8.0))  # the point is the centre of rotation
+    (tracks,) = tracks_on(session._buffer, Drag("animate", (handle,)), (4, 4))
+    x, y = tracks.points[0, 0].floor().long().unbind(-1)
+    assert tracks.num_tracks == count and region[y, x].all()
 
 
 def test_a_drag_that_finds_no_identities_leaves_the_one_before_it(parts, monkeypatch) -> None:

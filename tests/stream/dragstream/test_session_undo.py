@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_after_a_chunk_that_failed_a_drag_is_refused_or_right(parts, monkeypatch
         session.next_chunk()
     if undo_chunks == 1:
         refused(session, drag("edit", LEFT), r"chunk 4 cannot be read or made again.*larger undo_chunks")
-        with pytest.raises(ValueError, match=r"chunks=1 must be in 1\.\.0"):
+        with pytest.raises(ValueError, match="nothing can be taken back now.*chunk that failed"):
             session.undo()
     else:
         session.undo()
@@ -167,6 +168,47 @@ def test_a_snapshot_is_dragged_in_another_session_whatever_the_first_one_does(pa
     np.testing.assert_array_equal(dragged(other), expected)
 
 
+def with_rollout(parts, **changes):
+    """The same parts under another rollout."""
+    student, codecs = parts
+    return student, codecs.under(replace(codecs.model_cfg, rollout=replace(codecs.model_cfg.rollout, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step_indices": [0]}, r"at the noise levels \[1.0, .*same model.rollout.step_indices"),
+        ({"step_indices": [0, 8, 20]}, "same model.rollout.step_indices, num_inference_steps and shift"),
+        ({"sink_chunks": 0}, r"cache with CacheSpec\(.*sink_chunks=1.*, this one has CacheSpec\(.*sink_chunks=0"),
+        ({"positions": "absolute"}, "positions='slot'.*positions='absolute'"),
+    ],
+)
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_a_snapshot_of_another_rollout_is_refused_and_changes_nothing(parts, changes, message, is_fresh: bool) -> None:
+    first, other = open_session(parts), open_session(with_rollout(parts, **changes))
+    advance(first, 4)
+    if not is_fresh:
+        advance(other, 1)
+    other.push_tracks(Tracks.from_arrays(np.full((12, 2, 2), 9.0), np.ones((12, 2), bool), 16, 16))
+    before = (other.chunk_index, other.num_pending_track_frames)
+    with pytest.raises(ValueError, match=message):
+        other.restore(first.snapshot())
+    assert (other.chunk_index, other.num_pending_track_frames) == before
+
+
+def test_a_snapshot_without_a_window_goes_on_where_there_is_room(parts) -> None:
+    parts = with_rollout(parts, window_chunks=None)
+    first, larger, smaller = (open_session(parts, num_frames=frames) for frames in (45, 69, 33))
+    advance(first, 4)
+    state = first.snapshot()
+    with pytest.raises(ValueError, match="holds 4 chunks, this cache has room for 3"):
+        smaller.restore(state)
+    larger.restore(state)
+    reference = open_session(parts, num_frames=69)
+    for found, wanted in zip(advance(larger, 2), advance(reference, 6)[4:]):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_what_is_shown_comes_along_with_a_snapshot_and_the_noise_does_not(parts) -> None:
     first = tracked_session(parts)
     same = open_session(parts, first_frame=255 - first_frame(), prompt="a green ring")
@@ -225,7 +267,7 @@ def test_a_restored_stream_can_be_edited(parts) -> None:
 
 def test_undo_says_how_far_it_can_go(parts) -> None:
     session = open_session(parts, undo_chunks=2)
-    with pytest.raises(ValueError, match=r"chunks=1 must be in 1..0"):
+    with pytest.raises(ValueError, match="nothing can be taken back now: no chunk was made since the start"):
         session.undo()
     advance(session, 4)
     with pytest.raises(ValueError, match=r"chunks=3 must be in 1..2.*larger undo_chunks"):
