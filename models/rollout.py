@@ -38,6 +38,7 @@ from models.wan.static_cache import RingSnapshot, StaticKVCache
 
 CACHES = ("immutable", "static")
 CONTEXT_FIELDS = ("sink_chunks", "window_chunks")  # that one student may be trained with several of
+LEVEL_FIELDS = ("num_inference_steps", "shift", "step_indices")  # that together make the noise levels
 
 
 @dataclass
@@ -76,18 +77,20 @@ class RolloutConfig:
 
     def differences(self, trained_with: Mapping[str, Any]) -> list[str]:
         """What of it a student has not been trained with: fields as Self-Forcing exports them, contexts as lists."""
+        told = set(trained_with)
+        if told >= set(LEVEL_FIELDS) and noise_levels(*(trained_with[name] for name in LEVEL_FIELDS)) == self.sigmas:
+            told -= set(LEVEL_FIELDS)  # at most another grid with the same levels
         return [
             f"{name}={value} (trained with {trained_with[name]})"
             for name, value in vars(self).items()
-            if name in trained_with
+            if name in told
             and (value not in trained_with[name] if name in CONTEXT_FIELDS else value != trained_with[name])
         ]
 
     @property
     def sigmas(self) -> list[float]:
         """Noise level of each step, descending from 1.0; [1.0, 0.92727, 0.77143] by default."""
-        grid = flow_grid(self.num_inference_steps, self.shift)
-        return [grid[index].item() for index in self.step_indices]
+        return noise_levels(self.num_inference_steps, self.shift, self.step_indices)
 
     @property
     def num_steps(self) -> int:
@@ -106,6 +109,12 @@ class RolloutConfig:
                 f"valid: {nearest} ({num_pixel_frames(nearest)} frames)"
             )
         return num_latents // self.chunk_frames
+
+
+def noise_levels(num_inference_steps: int, shift: float, step_indices: Sequence[int]) -> list[float]:
+    """sigma at some steps of the teacher's grid."""
+    grid = flow_grid(num_inference_steps, shift)
+    return [grid[index].item() for index in step_indices]
 
 
 class GradientPolicy(Enum):

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,10 +108,7 @@ class WanDiT(nn.Module):
         """
         x, time, prepared, context = self._enter(noisy_latents, timestep, condition, attention, start_frame)
         context = replace(context, taps=taps)
-        recompute = self.config.activation_checkpointing
-        for layer, block in enumerate(self.blocks):
-            args = (x, layer, of_layer(time, layer), of_layer(prepared.text, layer), context)
-            x = self._run_block(block, args, recompute)
+        x = self._run(self.blocks, x, time, prepared, context, recompute=self.config.activation_checkpointing)
         return self._leave(x, time, noisy_latents)
 
     def predict_x0(
@@ -155,9 +151,7 @@ class WanDiT(nn.Module):
         context, last = replace(context, taps=taps), max(taps.layers, default=-1)
         if not 0 <= min(taps.layers, default=-1) <= last < len(self.blocks):
             raise ValueError(f"layers={sorted(taps.layers)} must be in 0..{len(self.blocks) - 1}, the blocks")
-        for layer, block in enumerate(self.blocks[:last]):
-            args = (x, layer, of_layer(time, layer), of_layer(prepared.text, layer), context)
-            x = self._run_block(block, args, recompute)
+        x = self._run(self.blocks[:last], x, time, prepared, context, recompute=recompute)
         self.blocks[last].attend_only(x, last, of_layer(time, last), context)
 
     @torch.no_grad()
@@ -177,7 +171,8 @@ class WanDiT(nn.Module):
             timestep = _per_sample(timestep, latents.shape[0], latents.device)
         x, time, prepared, shared = self._enter(latents, timestep, condition, context, 0)
         *blocks, last_block = self.blocks
-        x, layers = self._run_with_key_values(blocks, x, time, prepared, shared)
+        layers: list[LayerKV] = []
+        x = self._run(blocks, x, time, prepared, shared, layers=layers)
         return [*layers, last_block.project_key_value(x, of_layer(time, len(blocks)))]
 
     @torch.no_grad()
@@ -191,7 +186,8 @@ class WanDiT(nn.Module):
     ) -> tuple[Tensor, list[LayerKV]]:
         """`predict_x0` of a chunk, and the keys and values of that very pass (of noisy context); no gradient."""
         x, time, prepared, shared = self._enter(noisy_latents, modulation, condition, context, 0)
-        x, layers = self._run_with_key_values(self.blocks, x, time, prepared, shared)
+        layers: list[LayerKV] = []
+        x = self._run(self.blocks, x, time, prepared, shared, layers=layers)
         velocity = self._leave(x, time, noisy_latents)
         return self._x0(noisy_latents, velocity, sigma, prepared), layers
 
@@ -274,26 +270,29 @@ class WanDiT(nn.Module):
         return tokens, time, condition, context
 
     @staticmethod
-    def _run_block(block: nn.Module, args: tuple[Any, ...], recompute: bool) -> Tensor:
-        if recompute and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
-        return block(*args)
-
-    def _run_with_key_values(
-        self,
+    def _run(
         blocks: Iterable[nn.Module],
         x: Tensor,
         time: TimeEmbedding | Modulation,
         prepared: PreparedCondition,
         context: AttentionContext,
-    ) -> tuple[Tensor, list[LayerKV]]:
-        """Tokens after the first blocks, and the keys and values of each."""
-        layers = []
+        recompute: bool = False,
+        layers: list[LayerKV] | None = None,
+    ) -> Tensor:
+        """Tokens after these blocks, the model's first ones.
+
+        ``recompute``: keep only each block's input for the backward pass. ``layers``: takes keys and values of each.
+        """
         for layer, block in enumerate(blocks):
-            text = of_layer(prepared.text, layer)
-            x, key_value = block.forward_with_key_value(x, layer, of_layer(time, layer), text, context)
-            layers.append(key_value)
-        return x, layers
+            args = (x, layer, of_layer(time, layer), of_layer(prepared.text, layer), context)
+            if layers is not None:
+                x, key_value = block.forward_with_key_value(*args)
+                layers.append(key_value)
+            elif recompute and torch.is_grad_enabled():
+                x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*args)
+        return x
 
     def _leave(self, x: Tensor, time: TimeEmbedding | Modulation, latents: Tensor) -> Tensor:
         """Tokens after the last block -> velocity [B, C, F, H, W]."""

@@ -493,6 +493,23 @@ def test_bad_requests_are_named():
             static.next_chunk(part, **request)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, []),
+        ({"num_inference_steps": 50, "step_indices": [0, 16, 32]}, []),  # the same noise levels, by another grid
+        ({"step_indices": [0, 8, 20]}, ["step_indices"]),
+        ({"shift": 5.0}, ["shift"]),
+        ({"window_chunks": 3, "sink_chunks": 0}, ["sink_chunks", "window_chunks"]),
+    ],
+)
+def test_what_a_student_has_not_been_trained_with_is_named(changes: dict, named: list[str]):
+    cfg = RolloutConfig(num_inference_steps=25, step_indices=[0, 8, 16])
+    trained_with = vars(cfg) | {"sink_chunks": [1], "window_chunks": [1, 2]}
+    found = replace(cfg, **changes).differences(trained_with)
+    assert [each.split("=")[0] for each in found] == named
+
+
 def test_a_snapshot_belongs_to_its_kind_of_cache():
     dit = student(1)
     boundary = start(dit, config(), cache="static").snapshot()
