@@ -35,8 +35,6 @@ class CheckpointStore:
     """The checkpoints of one run."""
 
     def __init__(self, folder: Path, keep_last: int = 2, keep_every: int = 0) -> None:
-        if keep_last < 1:
-            raise ValueError(f"keep_last={keep_last} must be >= 1")
         self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
 
     # ------------------------------------------------------------------------------------------ writing

@@ -423,16 +423,12 @@ class Trainer:
             self.loader.load_state_dict(trainer["loader"])
         windows = trainer["windows"]
         self.window.load_state_dict(windows[self.parallel.rank] if self.parallel.rank < len(windows) else {})
-        nonfinite = trainer["nonfinite"]
-        if isinstance(nonfinite, int):  # checkpoints from before the modules were counted apart
-            nonfinite = dict.fromkeys(self.modules, nonfinite)
-        self.counters = _Counters(trainer["step"], dict(trainer["updates"]), dict(nonfinite))
+        self.counters = _Counters(trainer["step"], dict(trainer["updates"]), dict(trainer["nonfinite"]))
         self._saved = self.counters.step
         for name in self.modules:
             self._set_rate(name)
         log.info("resumed from %s at step %d", path, self.counters.step)
-        stored = trainer.get("config") or self.config  # a checkpoint may be from before it was stored
-        changed = checkpoint.changed_fields(stored, self.config)
+        changed = checkpoint.changed_fields(trainer["config"], self.config)
         self._settings_differ = self.parallel.from_main(bool(changed))
         if self.parallel.is_main:
             self._tell_changes(path, "; ".join(changed))
@@ -458,14 +454,14 @@ class Trainer:
                     f"{path} was written in launch mode {trainer['mode']}, this is {self.parallel.mode}; "
                     "DeepSpeed's optimizer state can only be resumed by DeepSpeed"
                 )
-            if trainer.get("world", self.parallel.world) != self.parallel.world:
+            if trainer["world"] != self.parallel.world:
                 raise ValueError(
                     f"{path} was written by {trainer['world']} processes, these are {self.parallel.world}; DeepSpeed's "
                     "optimizer state can only be resumed by as many"
                 )
             self.parallel.load_engine(path)
             return
-        there, here = ((config.get("optim") or {}).get("kind") for config in (trainer.get("config") or {}, self.config))
+        there, here = ((config.get("optim") or {}).get("kind") for config in (trainer["config"], self.config))
         if there and here and there != here:
             raise ValueError(
                 f"{path} was trained with optim.kind={there}, this is {here}, whose moments mean something else; set "
@@ -475,7 +471,8 @@ class Trainer:
             fill_optimizer(self.modules[name], optimizer, tensors["optimizers"][name])
 
     def _require_same(self, path: Path, identity: dict[str, Any]) -> None:
-        there = {key: identity.get(key, own) for key, own in self.identity.items()}  # older ones had fewer
+        # an encoder whose weights were not on the machine that wrote it has no fingerprint there
+        there = {key: identity.get(key, own) for key, own in self.identity.items()}
         if differing := checkpoint.changed_fields(there, self.identity):
             raise ValueError(f"{path} is of another run ({'; '.join(differing)}); choose another name or output_dir")
 
