@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 REPO_DIR = CONF_DIR.parent
 REFUSALS = (HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)  # while a configuration is composed
+EXIT_FAILED = 1  # exit code of a run that began and cannot go on
 EXIT_CONFIG = 2  # exit code of a refused configuration
 EXIT_INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 _ADDED_FIELDS = ("_target_", "name")
@@ -51,6 +52,10 @@ KEPT_BYTES = 1 << 30  # of freed memory at the top of the heap
 _schema_failures: dict[str, Exception] = {}
 # file that each registered schema came from, and when it was written: unchanged files are not read again
 _schema_files: dict[str, tuple[Path, int]] = {}
+
+
+class RunFailedError(RuntimeError):
+    """A run that began cannot go on. The message says in one line why, and what to do about it."""
 
 
 # --------------------------------------------------------------------------------------------- schemas
@@ -221,8 +226,9 @@ def run_app(config_name: str, main: Callable[[DictConfig], int | None], kept: st
     The run directory is the config's `output_dir`; the working directory is not changed. A refused
     configuration, and any ValueError, FileNotFoundError or ImportError raised by this repository's own code,
     is told in one line (exit code 2; the traceback goes to <output_dir>/traceback.txt, or to the terminal
-    with MARIONETTE_DEBUG=1 or hydra.verbose=true). An integer returned by `main` is the exit code. Ctrl-C is
-    told in one line too (exit code 130): the message of the KeyboardInterrupt, or else `kept`, what it leaves.
+    with MARIONETTE_DEBUG=1 or hydra.verbose=true), and so is a RunFailedError (exit code 1). An integer returned
+    by `main` is the exit code. Ctrl-C is told in one line too (exit code 130): the message of the
+    KeyboardInterrupt, or else `kept`, what it leaves.
     """
     overrides = [arg for arg in sys.argv[1:] if arg.startswith("~") or ("=" in arg and arg[0] != "-")]
     options = [arg for arg in sys.argv[1:] if arg not in overrides]
@@ -330,14 +336,21 @@ def _debug() -> bool:
 def _guarded(main: Callable[[DictConfig], int | None], cfg: DictConfig) -> int:
     try:
         return main(cfg) or 0
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        if _debug() or not (isinstance(error, ConfigError) or _raised_here(error)):
+    except (RunFailedError, ValueError, FileNotFoundError, ImportError) as error:
+        if _debug() or not (isinstance(error, (RunFailedError, ConfigError)) or _raised_here(error)):
             raise
-        log.debug("refused", exc_info=error)
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        (folder / "traceback.txt").write_text("".join(traceback.format_exception(error)))
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_CONFIG
+        _keep_traceback(error)
+        return EXIT_FAILED if isinstance(error, RunFailedError) else EXIT_CONFIG
+
+
+def _keep_traceback(error: Exception) -> None:
+    log.debug("refused", exc_info=error)
+    file = Path(HydraConfig.get().runtime.output_dir) / "traceback.txt"
+    try:
+        file.write_text("".join(traceback.format_exception(error)))
+    except OSError as unwritten:  # the disk may be full, which may be what is told
+        log.debug("%s is not written: %s", file, unwritten)
 
 
 def _raised_here(error: Exception) -> bool:

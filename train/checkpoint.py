@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from data.app import RunFailedError
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -41,7 +43,7 @@ class CheckpointStore:
     def save(self, step: int, tensors: Mapping[str, Any], trainer: Mapping[str, Any]) -> Path:
         """Write <name>.pt for each of `tensors` and trainer.json. Main process only.
 
-        Raises OSError, with the room that there is, where it cannot be written; what was of it is removed.
+        Raises RunFailedError, with the room that there is, where it cannot be written; what was of it is removed.
         """
         final = self.path(step)
         partial = final.with_name(final.name + PARTIAL)
@@ -55,10 +57,10 @@ class CheckpointStore:
                 _fsync(file)
             _fsync(partial)
         except (OSError, RuntimeError) as error:  # torch.save has its own for a full disk
-            free = shutil.disk_usage(self.folder).free
+            free = free_gb(self.folder)
             shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(
-                f"the checkpoint of step {step} cannot be written to {self.folder}, where {free / 1e9:.3g} GB were "
+            raise RunFailedError(
+                f"the checkpoint of step {step} cannot be written to {self.folder}, where {free:.3g} GB were "
                 f"free ({error}); make room, and the same command goes on from step {max(self.steps(), default=0)}"
             ) from error
         if final.exists():
@@ -133,6 +135,12 @@ class CheckpointStore:
                 "resume=never with another output_dir to start again"
             )
         return None
+
+
+def free_gb(folder: Path) -> float:
+    """Room on the disk of a folder, which need not be there yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free / 1e9
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

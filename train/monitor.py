@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.app import RunFailedError
+
 log = logging.getLogger(__name__)
 
 KINDS = ("jsonl", "wandb")
@@ -34,7 +36,7 @@ TIMES = ("time/", "samples_per_second", "seconds_per_step")
 VALIDATION = "validation/"  # begins the names of the metrics and videos of held-out clips
 
 
-class AlarmError(RuntimeError):
+class AlarmError(RunFailedError):
     """A metric stayed beyond its limit; the message names it, its value and the limit."""
 
 

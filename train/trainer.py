@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.app import EXIT_INTERRUPTED
+from data.app import EXIT_INTERRUPTED, RunFailedError
 from data.batch import Batch
 from data.loader import Loader
 from train import checkpoint
@@ -275,7 +275,7 @@ class Trainer:
         self.counters.nonfinite[name] = in_a_row
         log.warning("step %d: gradient norm of %s is %s; update skipped", self.counters.step, name, norm)
         if in_a_row >= MAX_NONFINITE:
-            raise RuntimeError(
+            raise RunFailedError(
                 f"{MAX_NONFINITE} updates in a row had a gradient that is not finite ({name}, step "
                 f"{self.counters.step}); lower optim.lr or try precision=fp32. Last good checkpoint: "
                 f"{self.store.last_good()}"

@@ -57,6 +57,8 @@ def main(cfg):
     Path(cfg.out).mkdir(parents=True)
     if stage.cfg.window_chunks == 77:
         int("not ours")
+    if stage.cfg.window_chunks == 66:
+        raise app.RunFailedError("the disk is full;\\nmake room")
     if stage.cfg.window_chunks == 33:
         raise KeyboardInterrupt
     if stage.cfg.window_chunks == 44:
@@ -222,6 +224,15 @@ def test_value_errors_of_our_code_are_one_line_others_keep_their_traceback(small
     assert refused.stderr == "error: window_chunks=-1 must be >= 0; give 0 for no window\n"
     assert "Traceback" in (small_app / "outputs/causal/traceback.txt").read_text()
     assert _run(small_app, "stage.window_chunks=55").returncode == 5
+
+
+def test_a_run_that_cannot_go_on_says_why_in_one_line(small_app):
+    failed = _run(small_app, "stage.window_chunks=66")
+    assert (failed.returncode, failed.stderr) == (1, "error: the disk is full; make room\n")
+    assert "RunFailedError" in (small_app / "outputs/causal/traceback.txt").read_text()
+    (small_app / "outputs/second/traceback.txt").mkdir(parents=True)  # nothing more can be written there
+    again = _run(small_app, "stage.window_chunks=66", "output_dir=outputs/second", "out=outputs/second/out")
+    assert (again.returncode, again.stderr) == (1, failed.stderr)
 
 
 def test_help(small_app):

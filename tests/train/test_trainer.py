@@ -14,7 +14,7 @@ import pytest
 import torch
 from toy_stage import Toy
 
-from data.app import EXIT_INTERRUPTED
+from data.app import EXIT_INTERRUPTED, RunFailedError
 from models.diffusion.noise import KeyedNoise
 from train import checkpoint
 from train.__main__ import claim
@@ -437,7 +437,7 @@ def test_nonfinite_gradient_is_skipped_then_given_up(tmp_path, caplog):
 
     endless = Toy(KeyedNoise(0))
     endless.train_step, step = (lambda batch, context: _nan(step(batch, context))), endless.train_step
-    with pytest.raises(RuntimeError, match=f"{MAX_NONFINITE} updates in a row .* lower optim.lr"):
+    with pytest.raises(RunFailedError, match=f"{MAX_NONFINITE} updates in a row .* lower optim.lr"):
         trainer_of(tmp_path / "b", steps=100, stage=endless).fit()
 
 
