@@ -59,6 +59,10 @@ def main(cfg):
         int("not ours")
     if stage.cfg.window_chunks == 66:
         raise app.RunFailedError("the disk is full;\\nmake room")
+    if stage.cfg.window_chunks == 88:
+        raise OSError(28, "No space left on device")
+    if stage.cfg.window_chunks == 99:
+        raise OSError(5, "Input/output error")
     if stage.cfg.window_chunks == 33:
         raise KeyboardInterrupt
     if stage.cfg.window_chunks == 44:
@@ -201,6 +205,20 @@ def test_a_file_in_the_way_of_the_run_directory_is_told_in_one_line(small_app):
     done = _run(small_app, "output_dir=main.py/run")
     assert done.returncode == 2
     assert re.fullmatch(r"error: main.py/run: \S+main.py is a file where a folder is needed; .*\n", done.stderr)
+
+
+def test_a_place_that_cannot_be_written_is_told_in_one_line(small_app):
+    (small_app / "outputs/run/top.log").mkdir(parents=True)
+    done = _run(small_app, "output_dir=outputs/run")
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: \S+/run/top.log cannot be written \(Is a directory\); name another place\n", done.stderr
+    )
+    full = _run(small_app, "stage.window_chunks=88")
+    assert full.returncode == 1 and full.stderr.count("\n") == 1
+    assert full.stderr.startswith("error: what the command makes cannot be written (No space left on device); name")
+    broken = _run(small_app, "stage.window_chunks=99", "out=outputs/other")
+    assert broken.returncode == 1 and "Traceback" in broken.stderr and "Input/output error" in broken.stderr
 
 
 def test_where_a_folder_can_be_made(tmp_path):
