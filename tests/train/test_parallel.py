@@ -297,6 +297,18 @@ def _check_patience():
     parallel.close()
 
 
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_the_jobs_of_a_multirun_follow_each_other_in_the_same_processes(mode):
+    run_forked(_agree_twice, mode, (mode,))
+
+
+def _agree_twice(mode):
+    for _ in range(2):
+        parallel = Parallel(device="cpu", precision="fp32")
+        assert parallel.mode == mode and parallel.gather(parallel.rank) == [0, 1]
+        parallel.close()
+
+
 def test_health_is_that_of_all_processes():
     run_forked(_measure_health, "ddp", ())
 
