@@ -164,6 +164,20 @@ class Parallel:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    @contextlib.contextmanager
+    def raised_everywhere(self, kind: type[Exception]) -> Iterator[None]:
+        """What the main process raises of this kind in the block, all raise at its end: alone it would leave the others
+        waiting. A collective.
+        """
+        own: Exception | None = None
+        try:
+            yield
+        except kind as error:
+            own = error
+        message = self.from_main(None if own is None else str(own))
+        if message is not None:
+            raise own or kind(message)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from data.app import RunFailedError
+from train.stage import ValidationOutput
+from train.timing import duration
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +109,31 @@ class Monitor:
             if self.cfg.alarms[name].stop:
                 raise AlarmError(message)
             log.warning(message)
+
+    def log_steps(self, done: int, last: int, metrics: Mapping[str, float], several: bool, bar: Any) -> None:
+        """The record of the steps up to ``done`` of ``last``; its losses, of ``several`` modules or one, on the
+        progress line, and in the log where there is none.
+        """
+        self.log(done, metrics)
+        shown = {
+            name.split("/", 1)[0] if several else "loss": value
+            for name, value in metrics.items()
+            if name.endswith("/loss")
+        }
+        bar.set_postfix({name: f"{value:.4g}" for name, value in list(shown.items())[:3]})
+        if bar.disable:
+            losses = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            left = duration((last - done) * metrics["seconds_per_step"])
+            told = [losses] if losses else []
+            told += [f"{metrics['seconds_per_step']:.3g} s/step", f"{left} left"]
+            log.info("step %d/%d: %s", done, last, ", ".join(told))
+
+    def log_validation(self, step: int, output: ValidationOutput) -> None:
+        """Its videos and, in a record of their own, its metrics."""
+        folder = self.log_videos(step, output.videos, output.fps)
+        self.log(step, {VALIDATION + name: float(value) for name, value in output.metrics.items()})
+        told = ", ".join(f"{name} {value:.4g}" for name, value in output.metrics.items())
+        log.info("validation at step %d: %s%s", step, told, f"; videos in {folder}" if folder else "")
 
     def log_videos(self, step: int, videos: Mapping[str, np.ndarray], fps: int) -> Path | None:
         """Write uint8 [T, H, W, 3] videos to validation/step_*/<name>.mp4 and to W&B."""

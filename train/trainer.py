@@ -26,12 +26,12 @@ from data.loader import Loader
 from train import checkpoint
 from train.accelerator import Parallel
 from train.ema import Ema
-from train.monitor import VALIDATION, MetricWindow, Monitor
+from train.monitor import AlarmError, MetricWindow, Monitor
 from train.optim import OptimConfig, build_optimizer, learning_rate
 from train.preemption import PreemptionSignal
 from train.stage import RunEndedError, Stage, StepContext, StepOutput
 from train.state import fill_optimizer, full_state, optimizer_state, plain
-from train.timing import Clock, Timer, duration
+from train.timing import Clock, Timer
 
 log = logging.getLogger(__name__)
 
@@ -325,21 +325,9 @@ class Trainer:
         for part, spent in self._seconds.items():
             metrics[f"time/{part}_seconds"] = spent / steps
             self._seconds[part] = 0.0
-        if self.monitor is None:
-            return
-        self.monitor.log(done, metrics)
-        shown = {
-            name.split("/", 1)[0] if len(self.modules) > 1 else "loss": value
-            for name, value in metrics.items()
-            if name.endswith("/loss")
-        }
-        bar.set_postfix({name: f"{value:.4g}" for name, value in list(shown.items())[:3]})
-        if bar.disable:
-            losses = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            left = duration((self.cfg.steps - done) * metrics["seconds_per_step"])
-            told = [losses] if losses else []
-            told += [f"{metrics['seconds_per_step']:.3g} s/step", f"{left} left"]
-            log.info("step %d/%d: %s", done, self.cfg.steps, ", ".join(told))
+        with self.parallel.raised_everywhere(AlarmError):
+            if self.monitor is not None:
+                self.monitor.log_steps(done, self.cfg.steps, metrics, len(self.modules) > 1, bar)
 
     def validate(self) -> None:
         """The stage's validation with EMA weights, written by the main process."""
@@ -350,12 +338,9 @@ class Trainer:
     def _validate(self) -> None:
         with self._ema_weights(), torch.no_grad(), self.parallel.autocast():
             output = self.stage.validate(self.counters.step)
-        if output is None or self.monitor is None:
-            return
-        folder = self.monitor.log_videos(self.counters.step, output.videos, output.fps)
-        self.monitor.log(self.counters.step, {VALIDATION + k: float(v) for k, v in output.metrics.items()})
-        told = ", ".join(f"{name} {value:.4g}" for name, value in output.metrics.items())
-        log.info("validation at step %d: %s%s", self.counters.step, told, f"; videos in {folder}" if folder else "")
+        with self.parallel.raised_everywhere(AlarmError):
+            if output is not None and self.monitor is not None:
+                self.monitor.log_validation(self.counters.step, output)
 
     # ------------------------------------------------------------------------------------------ state
     def save(self) -> None:
