@@ -83,18 +83,21 @@ class LoggerConfig:
 
 
 class Monitor:
-    """Writer of one run's records; made on the main process only."""
+    """Writer of one run's records; made on the main process only. W&B hears of the run from `start` on."""
 
     def __init__(self, cfg: LoggerConfig, output_dir: Path, run_name: str, config: Any) -> None:
         self.cfg, self.output_dir = cfg, Path(output_dir)
         self.path = self.output_dir / "metrics.jsonl"
         self.last_validation: int | None = None  # step of the last one in the records that `start` kept
+        self.run_name, self.config = run_name, config
         self._beyond: dict[str, int] = {}
-        self._wandb = _start_wandb(cfg, self.output_dir, run_name, config) if cfg.kind == "wandb" else None
+        self._wandb: Any = None
 
     def start(self, step: int) -> None:
-        """The run begins, or goes on, after `step` finished steps."""
+        """The run begins, or goes on, after `step` finished steps; a command that is refused does not come here."""
         self._cut_after(step)
+        if self.cfg.kind == "wandb":
+            self._wandb = _start_wandb(self.cfg, self.output_dir, self.run_name, self.config)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One record after `step` finished steps. Raises AlarmError where an alarm says stop."""

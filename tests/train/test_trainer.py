@@ -16,7 +16,7 @@ from toy_stage import Toy
 
 from data.app import EXIT_INTERRUPTED, RunFailedError
 from models.diffusion.noise import KeyedNoise
-from train import checkpoint
+from train import checkpoint, monitor
 from train.__main__ import claim
 from train.accelerator import Parallel
 from train.monitor import Alarm, AlarmError, LoggerConfig, Monitor
@@ -231,6 +231,19 @@ def test_refuses_another_run_and_a_used_folder(tmp_path):
         trainer_of(tmp_path, steps=4, seed=7).fit()
     with pytest.raises(ValueError, match=r"resume=never, but .*step_00000002 exists"):
         trainer_of(tmp_path, steps=4, resume="never").fit()
+
+
+def test_a_refused_resume_is_not_told_to_wandb(tmp_path, monkeypatch):
+    trainer_of(tmp_path, steps=2).fit()
+    begun = []
+    monkeypatch.setattr(monitor, "_start_wandb", lambda *args: begun.append(args))
+    for seed, refused in ((7, True), (0, False)):
+        trainer = trainer_of(tmp_path, steps=4, seed=seed)
+        trainer.monitor = Monitor(LoggerConfig(kind="wandb", progress=False), tmp_path, "toy", {})
+        with pytest.raises(ValueError, match="another run") if refused else nullcontext():
+            trainer.fit()
+        trainer.close(refused)
+        assert bool(begun) != refused
 
 
 def test_preemption_saves_at_the_step_boundary(tmp_path):
