@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from train.timing import Clock, Timer
 log = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: preempted with a checkpoint on the disk, run the same command again
+EXPORT = "export"  # folder in output_dir of what the next stage reads
 MAX_NONFINITE = 10  # skipped updates of a module in a row before the run is given up
 
 
@@ -146,6 +147,7 @@ class Trainer:
         self.window = MetricWindow()
         self._clock = Clock(0)  # of the steps, without checkpoints and validations
         self._saved: int | None = None  # step of the last checkpoint
+        self._exported: int | None = None  # step of the last export, finished and still there; the same on all ranks
         self._settings_differ = False  # from those of the checkpoint that the run goes on from; the same on all ranks
         self._validated: int | None = None  # step of the last validation
         self._seconds = {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
@@ -350,15 +352,17 @@ class Trainer:
         (optim.ema_decay) or measure other data (the latents of stage=vae).
         """
         step = self.counters.step
-        if step == self._saved and self._settings_differ:
+        if step == self._saved == self._exported and self._settings_differ:
             return
         with self._clock.paused():
             if step != self._saved:
                 self._write_checkpoint(step)
                 self._saved = step
-            self.export()
-            if self.cfg.keep_every and step % self.cfg.keep_every == 0:
-                self.export(Path("exports") / self.store.path(step).name)
+            with self.store.exporting(step) if self.parallel.is_main else nullcontext():
+                self.export()
+                if self.cfg.keep_every and step % self.cfg.keep_every == 0:
+                    self.export(Path("exports") / self.store.path(step).name)
+            self._exported = step
 
     def _write_checkpoint(self, step: int) -> None:
         keep = self.parallel.is_main
@@ -409,10 +413,12 @@ class Trainer:
         windows = trainer["windows"]
         self.window.load_state_dict(windows[self.parallel.rank] if self.parallel.rank < len(windows) else {})
         self.counters = _Counters(trainer["step"], dict(trainer["updates"]), dict(trainer["nonfinite"]))
-        self._saved = self.counters.step
+        self._saved = step = self.counters.step
+        is_exported = self.parallel.is_main and self.store.is_exported(step) and (self.output_dir / EXPORT).is_dir()
+        self._exported = step if self.parallel.from_main(is_exported) else None
         for name in self.modules:
             self._set_rate(name)
-        log.info("resumed from %s at step %d", path, self.counters.step)
+        log.info("resumed from %s at step %d", path, step)
         changed = checkpoint.changed_fields(trainer["config"], self.config)
         self._settings_differ = self.parallel.from_main(bool(changed))
         if self.parallel.is_main:
@@ -420,12 +426,13 @@ class Trainer:
 
     def _tell_changes(self, path: Path, changed: str) -> None:
         """Say which settings are not those of the checkpoint, and that a run which is finished does not train."""
-        if self.counters.step >= self.cfg.steps:
+        step = self.counters.step
+        if step >= self.cfg.steps:
+            exported = " or exported, though" if step == self._exported else "; what is not exported yet is now, where"
             log.warning(
                 "the run in %s is finished at step %d: nothing is trained%s. To train on set steps to more than %d; to "
                 "train anew set another output_dir",
-                self.output_dir, self.counters.step,
-                f" or exported, though settings differ ({changed})" if changed else "", self.counters.step,
+                self.output_dir, step, f"{exported} settings differ ({changed})" if changed else "", step,
             )  # fmt: skip
         elif changed:
             log.warning("settings differ from those of %s and hold from here on: %s", path, changed)
@@ -461,7 +468,7 @@ class Trainer:
         if differing := checkpoint.changed_fields(there, self.identity):
             raise ValueError(f"{path} is of another run ({'; '.join(differing)}); choose another name or output_dir")
 
-    def export(self, folder: str | Path = "export") -> None:
+    def export(self, folder: str | Path = EXPORT) -> None:
         """Write <output_dir>/<folder> with EMA weights where they are on. A collective."""
         with self._ema_weights(), self.parallel.whole_modules(self.modules) as whole:
             if self.parallel.is_main:

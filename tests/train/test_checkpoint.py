@@ -91,6 +91,16 @@ def test_a_full_disk_is_told_where_not_even_the_folder_can_be_made(tmp_path, mon
         save(CheckpointStore(tmp_path / "new/checkpoints"), 2)
 
 
+def test_a_step_that_is_done_again_is_not_exported(tmp_path):
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    with store.exporting(1):
+        assert not store.is_exported(1)
+    assert store.is_exported(1) and not store.is_exported(2)
+    save(store, 1)
+    assert not store.is_exported(1)
+
+
 def test_nothing_whole_is_an_error_and_nothing_at_all_is_none(tmp_path):
     store = CheckpointStore(tmp_path)
     assert store.last_good() is None

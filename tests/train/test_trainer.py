@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from toy_stage import Toy
 
 from data.app import EXIT_INTERRUPTED, RunFailedError
@@ -343,6 +344,39 @@ def test_a_finished_run_is_exported_again_under_its_own_settings_only(tmp_path):
     assert longer.fit() == 0 and len(longer.stage.exports) == 1
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: StorageFull")])
+def test_an_export_that_failed_is_made_by_the_next_start_whatever_its_settings(tmp_path, caplog, error):
+    validating(tmp_path, keep_every=4, config={"log_every": 1}).fit()
+    failing = validating(tmp_path, keep_every=4, steps=12, config={"log_every": 1})
+    plain = failing.stage.export
+
+    def full(folder, weights):
+        if failing.counters.step == 12:
+            raise error
+        plain(folder, weights)
+
+    failing.stage.export = full
+    with pytest.raises(
+        RunFailedError, match=r"step 12 is saved, its export .* GB were free \(.*\); make room, and the"
+    ):
+        failing.fit()
+    again = validating(tmp_path, keep_every=4, steps=12, config={"log_every": 5}, log_every=5)
+    assert again.fit() == 0 and again.stage.trace == []
+    for exported in again.stage.exports:
+        assert torch.equal(exported["student"], again.emas["student"].values["weight"])
+    assert len(again.stage.exports) == 2 and (tmp_path / "exports/step_00000012").is_dir()
+    assert "what is not exported yet is now, where settings differ (log_every: 1 there, 5 here)" in caplog.text
+    once_more = validating(tmp_path, keep_every=4, steps=12, config={"log_every": 6}, log_every=6)
+    assert once_more.fit() == 0 and once_more.stage.exports == []
+
+
+def test_an_export_that_was_deleted_is_made_again(tmp_path):
+    trainer_of(tmp_path, steps=4, config={"log_every": 1}).fit()
+    (tmp_path / "export").rmdir()
+    again = trainer_of(tmp_path, steps=4, config={"log_every": 2})
+    assert again.fit() == 0 and len(again.stage.exports) == 1
+
+
 def test_a_resumed_run_says_what_differs(tmp_path, caplog):
     _kill_after(trainer_of(tmp_path, config={"lr": 0.1}), 4)
     trainer_of(tmp_path, steps=5, config={"lr": 0.1}).fit()
@@ -541,7 +575,7 @@ def test_accumulation():
 def test_keeps_the_last_and_the_milestones(tmp_path):
     trainer_of(tmp_path, steps=10, checkpoint_every=2, keep_last=2, keep_every=4).fit()
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["last_good", "step_00000004", "step_00000008", "step_00000010"]
+    assert names == ["exported", "last_good", "step_00000004", "step_00000008", "step_00000010"]
     assert sorted(p.name for p in (tmp_path / "exports").iterdir()) == ["step_00000004", "step_00000008"]
 
 
