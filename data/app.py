@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
 import importlib
 import logging
+import logging.config
 import os
 import re
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,10 @@ log = logging.getLogger(__name__)
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 REPO_DIR = CONF_DIR.parent
 REFUSALS = (HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)  # while a configuration is composed
+EXIT_FAILED = 1  # exit code of a run that began and cannot go on
 EXIT_CONFIG = 2  # exit code of a refused configuration
 EXIT_INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # what the system says of a place
 _ADDED_FIELDS = ("_target_", "name")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of mallopt, in glibc's malloc.h
 KEPT_BYTES = 1 << 30  # of freed memory at the top of the heap
@@ -51,6 +55,10 @@ KEPT_BYTES = 1 << 30  # of freed memory at the top of the heap
 _schema_failures: dict[str, Exception] = {}
 # file that each registered schema came from, and when it was written: unchanged files are not read again
 _schema_files: dict[str, tuple[Path, int]] = {}
+
+
+class RunFailedError(RuntimeError):
+    """A run that began cannot go on. The message says in one line why, and what to do about it."""
 
 
 # --------------------------------------------------------------------------------------------- schemas
@@ -221,8 +229,9 @@ def run_app(config_name: str, main: Callable[[DictConfig], int | None], kept: st
     The run directory is the config's `output_dir`; the working directory is not changed. A refused
     configuration, and any ValueError, FileNotFoundError or ImportError raised by this repository's own code,
     is told in one line (exit code 2; the traceback goes to <output_dir>/traceback.txt, or to the terminal
-    with MARIONETTE_DEBUG=1 or hydra.verbose=true). An integer returned by `main` is the exit code. Ctrl-C is
-    told in one line too (exit code 130): the message of the KeyboardInterrupt, or else `kept`, what it leaves.
+    with MARIONETTE_DEBUG=1 or hydra.verbose=true), and so is a RunFailedError, or a disk that cannot be written
+    to (exit code 1). An integer returned by `main` is the exit code. Ctrl-C is told in one line too (exit code 130):
+    the message of the KeyboardInterrupt, or else `kept`, what it leaves.
     """
     overrides = [arg for arg in sys.argv[1:] if arg.startswith("~") or ("=" in arg and arg[0] != "-")]
     options = [arg for arg in sys.argv[1:] if arg not in overrides]
@@ -266,8 +275,24 @@ def _run_hydra(
     except (FileExistsError, NotADirectoryError) as error:  # Hydra could not make the run directory
         require_folder(Path(str(error.filename)), str(error.filename))
         raise
-    except PermissionError as error:
-        raise ConfigError(f"{error.filename} cannot be written ({error.strerror}); name another place") from error
+    except OSError as error:
+        if (told := _told_of_place(error, UNWRITABLE)) is None:
+            raise
+        raise ConfigError(told) from error
+    except ValueError as error:
+        if _last_file(error) != logging.config.__file__ or not isinstance(error.__cause__, OSError):
+            raise
+        cause = error.__cause__  # of the log, the first file of a run
+        raise ConfigError(_told_of_place(cause, (cause.errno,))) from error
+
+
+def _told_of_place(error: OSError, kinds: Collection[int | None]) -> str | None:
+    """A line for a place that cannot be written; None where the error is of none of these kinds (errno)."""
+    is_denied = isinstance(error, PermissionError)  # for reading too, and not of files alone
+    if error.errno not in kinds or (is_denied and error.filename is None):
+        return None
+    place, what = error.filename or "what the command makes", "read or written" if is_denied else "written"
+    return f"{place} cannot be {what} ({error.strerror}); name another place"
 
 
 def _give_own_places(cfg: DictConfig, overrides: list[str]) -> None:
@@ -330,21 +355,37 @@ def _debug() -> bool:
 def _guarded(main: Callable[[DictConfig], int | None], cfg: DictConfig) -> int:
     try:
         return main(cfg) or 0
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        if _debug() or not (isinstance(error, ConfigError) or _raised_here(error)):
+    except (RunFailedError, ValueError, OSError, ImportError) as error:
+        if _debug() or (told := _told(error)) is None:
             raise
-        log.debug("refused", exc_info=error)
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        (folder / "traceback.txt").write_text("".join(traceback.format_exception(error)))
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_CONFIG
+        print(f"error: {' '.join(told.split())}", file=sys.stderr)
+        _keep_traceback(error)
+        return EXIT_CONFIG if isinstance(error, (ValueError, FileNotFoundError, ImportError)) else EXIT_FAILED
+
+
+def _told(error: Exception) -> str | None:
+    """The line in place of a traceback; None where the traceback is needed."""
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return _told_of_place(error, UNWRITABLE)
+    return str(error) if isinstance(error, (RunFailedError, ConfigError)) or _raised_here(error) else None
+
+
+def _keep_traceback(error: Exception) -> None:
+    log.debug("refused", exc_info=error)
+    file = Path(HydraConfig.get().runtime.output_dir) / "traceback.txt"
+    try:
+        file.write_text("".join(traceback.format_exception(error)))
+    except OSError as unwritten:  # the disk may be full, which may be what is told
+        log.debug("%s is not written: %s", file, unwritten)
 
 
 def _raised_here(error: Exception) -> bool:
     """Whether our own code raised it on purpose: an error out of a library keeps its traceback."""
+    file = _last_file(error)
+    return file is not None and Path(file).resolve().is_relative_to(REPO_DIR) and "site-packages" not in file
+
+
+def _last_file(error: Exception) -> str | None:
+    """The source file that raised it; None for an error that was never raised."""
     frames = traceback.extract_tb(error.__traceback__)
-    return (
-        bool(frames)
-        and Path(frames[-1].filename).resolve().is_relative_to(REPO_DIR)
-        and "site-packages" not in frames[-1].filename
-    )
+    return frames[-1].filename if frames else None

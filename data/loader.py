@@ -98,6 +98,8 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers={self.num_workers} must be at least 0; 0 loads in the training process")
+        if self.seed < 0:
+            raise ValueError(f"data.seed={self.seed} must be >= 0")
 
 
 class Loader:

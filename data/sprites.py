@@ -28,7 +28,6 @@ COLORS = {
     "purple": (0.54, 0.18, 0.80),
     "pink": (0.96, 0.50, 0.76),
 }
-CAPTION_WORDS = ("a", "an", "and", "on", "background", "then", "the", "turns", *COLORS, *TEXTURES, *SHAPES)
 SPLITS = ("train", "val", "test")
 BACKGROUNDS = ("static", "panning", "mixed")
 

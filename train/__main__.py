@@ -1,10 +1,10 @@
 """`python -m train stage=vae|teacher|… experiment=… field=value …`; `--help` lists what there is.
 
 Under `accelerate launch --config_file conf/launch/<mode>.yaml -m train …` or torchrun on many GPUs. Exit
-codes: 0 done, 2 configuration refused, 75 preempted with a checkpoint (run the same command again), 130 the same after
-Ctrl-C. Launchers turn 75 into 1, so the file that MARIONETTE_REQUEUE_FILE names, if it is set, is made beside it. A
-launcher that is told to stop kills its processes 30 s later, saved or not; TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 (seconds,
-read by torch 2.13) gives a long step and a big checkpoint the time.
+codes: 0 done, 1 the run cannot go on, 2 configuration refused, 75 preempted with a checkpoint (run the same command
+again), 130 the same after Ctrl-C. Launchers turn 75 into 1, so the file that MARIONETTE_REQUEUE_FILE names, if it is
+set, is made beside it. A launcher that is told to stop kills its processes 30 s later, saved or not;
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 (seconds, read by torch 2.13) gives a long step and a big checkpoint the time.
 """
 
 from __future__ import annotations

@@ -164,6 +164,20 @@ class Parallel:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    @contextlib.contextmanager
+    def raised_everywhere(self, kind: type[Exception]) -> Iterator[None]:
+        """What the main process raises of this kind in the block, all raise at its end: alone it would leave the others
+        waiting. A collective.
+        """
+        own: Exception | None = None
+        try:
+            yield
+        except kind as error:
+            own = error
+        message = self.from_main(None if own is None else str(own))
+        if message is not None:
+            raise own or kind(message)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -186,8 +200,12 @@ class Parallel:
                 raise ValueError(f"{folder} holds no DeepSpeed state; resume in the launch mode that wrote it")
 
     def close(self) -> None:
+        """Leave the process group; another `Parallel` of this process, in the next job of --multirun, makes its own."""
+        from accelerate.state import AcceleratorState
+
         if dist.is_initialized():
             dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate has no public way to forget the group
 
 
 def shard(module: nn.Module, device: torch.device) -> None:
@@ -334,4 +352,8 @@ def _build_accelerator(device: str, mode: str) -> Accelerator:
     # accelerate sets DeepSpeed aside where it is told to use the CPU
     cpu = mode != "deepspeed" and picked.type == "cpu"
     group = InitProcessGroupKwargs(timeout=WAIT)
-    return Accelerator(cpu=cpu, mixed_precision="no", step_scheduler_with_optimizer=False, kwargs_handlers=[group])
+    try:
+        return Accelerator(cpu=cpu, mixed_precision="no", step_scheduler_with_optimizer=False, kwargs_handlers=[group])
+    finally:
+        if mode == "fsdp":
+            os.environ["ACCELERATE_USE_FSDP"] = "true"  # the launch of the next job in this process

@@ -5,6 +5,8 @@ manifest.json (size and SHA-256 of every file). A folder gets its name by a rena
 the disk, and only then does `last_good` point at it: a process killed at any moment leaves the previous one
 valid. Loading verifies the sums; a damaged checkpoint is reported and the one before it is used.
 
+`exported` names the step whose weights the run has exported for the next stage.
+
 Tensors are read with torch.load(weights_only=True), but for what DeepSpeed writes and reads by itself, with pickle:
 resume no checkpoint of somebody else in that launch mode. Left out: what a state means (`trainer.py`), gathering of
 shards (`state.py`).
@@ -18,16 +20,22 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+
+from data.app import RunFailedError
+from models.files import replace_file
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 POINTER = "last_good"
+EXPORTED = "exported"
 PARTIAL = ".partial"
 
 
@@ -35,15 +43,13 @@ class CheckpointStore:
     """The checkpoints of one run."""
 
     def __init__(self, folder: Path, keep_last: int = 2, keep_every: int = 0) -> None:
-        if keep_last < 1:
-            raise ValueError(f"keep_last={keep_last} must be >= 1")
         self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
 
     # ------------------------------------------------------------------------------------------ writing
     def save(self, step: int, tensors: Mapping[str, Any], trainer: Mapping[str, Any]) -> Path:
         """Write <name>.pt for each of `tensors` and trainer.json. Main process only.
 
-        Raises OSError, with the room that there is, where it cannot be written; what was of it is removed.
+        Raises RunFailedError, with the room that there is, where it cannot be written; what was of it is removed.
         """
         final = self.path(step)
         partial = final.with_name(final.name + PARTIAL)
@@ -57,12 +63,14 @@ class CheckpointStore:
                 _fsync(file)
             _fsync(partial)
         except (OSError, RuntimeError) as error:  # torch.save has its own for a full disk
-            free = shutil.disk_usage(self.folder).free
+            free = free_gb(self.folder)
             shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(
-                f"the checkpoint of step {step} cannot be written to {self.folder}, where {free / 1e9:.3g} GB were "
+            raise RunFailedError(
+                f"the checkpoint of step {step} cannot be written to {self.folder}, where {free:.3g} GB were "
                 f"free ({error}); make room, and the same command goes on from step {max(self.steps(), default=0)}"
             ) from error
+        if self.is_exported(step):  # with weights that the run had when it came here before
+            (self.folder / EXPORTED).unlink()
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
@@ -70,6 +78,23 @@ class CheckpointStore:
         self._point_at(final)
         self._prune(step)
         return final
+
+    @contextmanager
+    def exporting(self, step: int) -> Iterator[None]:
+        """The block exports the weights of a step that is saved; at its end `is_exported`. Main process only.
+
+        Raises RunFailedError, with the room that there is, where they cannot be written.
+        """
+        try:
+            yield
+            with replace_file(self.folder / EXPORTED) as fresh:
+                fresh.write_text(self.path(step).name + "\n")
+        except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+            folder = self.folder.parent
+            raise RunFailedError(
+                f"step {step} is saved, its export cannot be written to {folder}, where {free_gb(folder):.3g} GB were "
+                f"free ({error}); make room, and the same command exports it"
+            ) from error
 
     def _point_at(self, final: Path) -> None:
         pointer = self.folder / POINTER
@@ -97,6 +122,10 @@ class CheckpointStore:
     # ------------------------------------------------------------------------------------------ reading
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
+
+    def is_exported(self, step: int) -> bool:
+        marker = self.folder / EXPORTED
+        return marker.is_file() and marker.read_text().strip() == self.path(step).name
 
     def partial_path(self, step: int) -> Path:
         """Where processes put files of their own before the main process calls `save`."""
@@ -135,6 +164,12 @@ class CheckpointStore:
                 "resume=never with another output_dir to start again"
             )
         return None
+
+
+def free_gb(folder: Path) -> float:
+    """Room on the disk of a folder, which need not be there yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free / 1e9
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

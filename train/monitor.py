@@ -27,6 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.app import RunFailedError
+from train.stage import ValidationOutput
+from train.timing import duration
+
 log = logging.getLogger(__name__)
 
 KINDS = ("jsonl", "wandb")
@@ -34,7 +38,7 @@ TIMES = ("time/", "samples_per_second", "seconds_per_step")
 VALIDATION = "validation/"  # begins the names of the metrics and videos of held-out clips
 
 
-class AlarmError(RuntimeError):
+class AlarmError(RunFailedError):
     """A metric stayed beyond its limit; the message names it, its value and the limit."""
 
 
@@ -79,18 +83,21 @@ class LoggerConfig:
 
 
 class Monitor:
-    """Writer of one run's records; made on the main process only."""
+    """Writer of one run's records; made on the main process only. W&B hears of the run from `start` on."""
 
     def __init__(self, cfg: LoggerConfig, output_dir: Path, run_name: str, config: Any) -> None:
         self.cfg, self.output_dir = cfg, Path(output_dir)
         self.path = self.output_dir / "metrics.jsonl"
         self.last_validation: int | None = None  # step of the last one in the records that `start` kept
+        self.run_name, self.config = run_name, config
         self._beyond: dict[str, int] = {}
-        self._wandb = _start_wandb(cfg, self.output_dir, run_name, config) if cfg.kind == "wandb" else None
+        self._wandb: Any = None
 
     def start(self, step: int) -> None:
-        """The run begins, or goes on, after `step` finished steps."""
+        """The run begins, or goes on, after `step` finished steps; a command that is refused does not come here."""
         self._cut_after(step)
+        if self.cfg.kind == "wandb":
+            self._wandb = _start_wandb(self.cfg, self.output_dir, self.run_name, self.config)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One record after `step` finished steps. Raises AlarmError where an alarm says stop."""
@@ -105,6 +112,31 @@ class Monitor:
             if self.cfg.alarms[name].stop:
                 raise AlarmError(message)
             log.warning(message)
+
+    def log_steps(self, done: int, last: int, metrics: Mapping[str, float], several: bool, bar: Any) -> None:
+        """The record of the steps up to ``done`` of ``last``; its losses, of ``several`` modules or one, on the
+        progress line, and in the log where there is none.
+        """
+        self.log(done, metrics)
+        shown = {
+            name.split("/", 1)[0] if several else "loss": value
+            for name, value in metrics.items()
+            if name.endswith("/loss")
+        }
+        bar.set_postfix({name: f"{value:.4g}" for name, value in list(shown.items())[:3]})
+        if bar.disable:
+            losses = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            left = duration((last - done) * metrics["seconds_per_step"])
+            told = [losses] if losses else []
+            told += [f"{metrics['seconds_per_step']:.3g} s/step", f"{left} left"]
+            log.info("step %d/%d: %s", done, last, ", ".join(told))
+
+    def log_validation(self, step: int, output: ValidationOutput) -> None:
+        """Its videos and, in a record of their own, its metrics."""
+        folder = self.log_videos(step, output.videos, output.fps)
+        self.log(step, {VALIDATION + name: float(value) for name, value in output.metrics.items()})
+        told = ", ".join(f"{name} {value:.4g}" for name, value in output.metrics.items())
+        log.info("validation at step %d: %s%s", step, told, f"; videos in {folder}" if folder else "")
 
     def log_videos(self, step: int, videos: Mapping[str, np.ndarray], fps: int) -> Path | None:
         """Write uint8 [T, H, W, 3] videos to validation/step_*/<name>.mp4 and to W&B."""

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -119,7 +119,7 @@ class Record:
 
     arguments: list[str]  # paths below the checkout are relative to it
     seconds: float  # wall time of all its starts, with what was done again after a kill
-    git_commits: list[str] = field(default_factory=lambda: ["unknown"])  # checked out at its starts, each once
+    git_commits: list[str]  # checked out at its starts, each once
     config: dict[str, Any] | None = None  # composed of the arguments; None where that is not known
 
     def changes(self, step: Step) -> list[str]:

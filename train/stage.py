@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.app import RunFailedError
 from data.batch import Batch
 from models.diffusion.noise import KeyedNoise
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from models.assemble import ModelConfig
 
 
-class RunEndedError(RuntimeError):
+class RunEndedError(RunFailedError):
     """A stage ends the run, on all processes at once; the message says why, and what to try."""
 
 

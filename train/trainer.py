@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,22 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.app import EXIT_INTERRUPTED
+from data.app import EXIT_INTERRUPTED, RunFailedError
 from data.batch import Batch
 from data.loader import Loader
 from train import checkpoint
 from train.accelerator import Parallel
 from train.ema import Ema
-from train.monitor import VALIDATION, MetricWindow, Monitor
+from train.monitor import AlarmError, MetricWindow, Monitor
 from train.optim import OptimConfig, build_optimizer, learning_rate
 from train.preemption import PreemptionSignal
 from train.stage import RunEndedError, Stage, StepContext, StepOutput
 from train.state import fill_optimizer, full_state, optimizer_state, plain
-from train.timing import Clock, Timer, duration
+from train.timing import Clock, Timer
 
 log = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: preempted with a checkpoint on the disk, run the same command again
+EXPORT = "export"  # folder in output_dir of what the next stage reads
 MAX_NONFINITE = 10  # skipped updates of a module in a row before the run is given up
 
 
@@ -146,6 +147,7 @@ class Trainer:
         self.window = MetricWindow()
         self._clock = Clock(0)  # of the steps, without checkpoints and validations
         self._saved: int | None = None  # step of the last checkpoint
+        self._exported: int | None = None  # step of the last export, finished and still there; the same on all ranks
         self._settings_differ = False  # from those of the checkpoint that the run goes on from; the same on all ranks
         self._validated: int | None = None  # step of the last validation
         self._seconds = {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
@@ -275,7 +277,7 @@ class Trainer:
         self.counters.nonfinite[name] = in_a_row
         log.warning("step %d: gradient norm of %s is %s; update skipped", self.counters.step, name, norm)
         if in_a_row >= MAX_NONFINITE:
-            raise RuntimeError(
+            raise RunFailedError(
                 f"{MAX_NONFINITE} updates in a row had a gradient that is not finite ({name}, step "
                 f"{self.counters.step}); lower optim.lr or try precision=fp32. Last good checkpoint: "
                 f"{self.store.last_good()}"
@@ -325,21 +327,9 @@ class Trainer:
         for part, spent in self._seconds.items():
             metrics[f"time/{part}_seconds"] = spent / steps
             self._seconds[part] = 0.0
-        if self.monitor is None:
-            return
-        self.monitor.log(done, metrics)
-        shown = {
-            name.split("/", 1)[0] if len(self.modules) > 1 else "loss": value
-            for name, value in metrics.items()
-            if name.endswith("/loss")
-        }
-        bar.set_postfix({name: f"{value:.4g}" for name, value in list(shown.items())[:3]})
-        if bar.disable:
-            losses = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            left = duration((self.cfg.steps - done) * metrics["seconds_per_step"])
-            told = [losses] if losses else []
-            told += [f"{metrics['seconds_per_step']:.3g} s/step", f"{left} left"]
-            log.info("step %d/%d: %s", done, self.cfg.steps, ", ".join(told))
+        with self.parallel.raised_everywhere(AlarmError):
+            if self.monitor is not None:
+                self.monitor.log_steps(done, self.cfg.steps, metrics, len(self.modules) > 1, bar)
 
     def validate(self) -> None:
         """The stage's validation with EMA weights, written by the main process."""
@@ -350,12 +340,9 @@ class Trainer:
     def _validate(self) -> None:
         with self._ema_weights(), torch.no_grad(), self.parallel.autocast():
             output = self.stage.validate(self.counters.step)
-        if output is None or self.monitor is None:
-            return
-        folder = self.monitor.log_videos(self.counters.step, output.videos, output.fps)
-        self.monitor.log(self.counters.step, {VALIDATION + k: float(v) for k, v in output.metrics.items()})
-        told = ", ".join(f"{name} {value:.4g}" for name, value in output.metrics.items())
-        log.info("validation at step %d: %s%s", self.counters.step, told, f"; videos in {folder}" if folder else "")
+        with self.parallel.raised_everywhere(AlarmError):
+            if output is not None and self.monitor is not None:
+                self.monitor.log_validation(self.counters.step, output)
 
     # ------------------------------------------------------------------------------------------ state
     def save(self) -> None:
@@ -365,15 +352,17 @@ class Trainer:
         (optim.ema_decay) or measure other data (the latents of stage=vae).
         """
         step = self.counters.step
-        if step == self._saved and self._settings_differ:
+        if step == self._saved == self._exported and self._settings_differ:
             return
         with self._clock.paused():
             if step != self._saved:
                 self._write_checkpoint(step)
                 self._saved = step
-            self.export()
-            if self.cfg.keep_every and step % self.cfg.keep_every == 0:
-                self.export(Path("exports") / self.store.path(step).name)
+            with self.store.exporting(step) if self.parallel.is_main else nullcontext():
+                self.export()
+                if self.cfg.keep_every and step % self.cfg.keep_every == 0:
+                    self.export(Path("exports") / self.store.path(step).name)
+            self._exported = step
 
     def _write_checkpoint(self, step: int) -> None:
         keep = self.parallel.is_main
@@ -423,28 +412,27 @@ class Trainer:
             self.loader.load_state_dict(trainer["loader"])
         windows = trainer["windows"]
         self.window.load_state_dict(windows[self.parallel.rank] if self.parallel.rank < len(windows) else {})
-        nonfinite = trainer["nonfinite"]
-        if isinstance(nonfinite, int):  # checkpoints from before the modules were counted apart
-            nonfinite = dict.fromkeys(self.modules, nonfinite)
-        self.counters = _Counters(trainer["step"], dict(trainer["updates"]), dict(nonfinite))
-        self._saved = self.counters.step
+        self.counters = _Counters(trainer["step"], dict(trainer["updates"]), dict(trainer["nonfinite"]))
+        self._saved = step = self.counters.step
+        is_exported = self.parallel.is_main and self.store.is_exported(step) and (self.output_dir / EXPORT).is_dir()
+        self._exported = step if self.parallel.from_main(is_exported) else None
         for name in self.modules:
             self._set_rate(name)
-        log.info("resumed from %s at step %d", path, self.counters.step)
-        stored = trainer.get("config") or self.config  # a checkpoint may be from before it was stored
-        changed = checkpoint.changed_fields(stored, self.config)
+        log.info("resumed from %s at step %d", path, step)
+        changed = checkpoint.changed_fields(trainer["config"], self.config)
         self._settings_differ = self.parallel.from_main(bool(changed))
         if self.parallel.is_main:
             self._tell_changes(path, "; ".join(changed))
 
     def _tell_changes(self, path: Path, changed: str) -> None:
         """Say which settings are not those of the checkpoint, and that a run which is finished does not train."""
-        if self.counters.step >= self.cfg.steps:
+        step = self.counters.step
+        if step >= self.cfg.steps:
+            exported = " or exported, though" if step == self._exported else "; what is not exported yet is now, where"
             log.warning(
                 "the run in %s is finished at step %d: nothing is trained%s. To train on set steps to more than %d; to "
                 "train anew set another output_dir",
-                self.output_dir, self.counters.step,
-                f" or exported, though settings differ ({changed})" if changed else "", self.counters.step,
+                self.output_dir, step, f"{exported} settings differ ({changed})" if changed else "", step,
             )  # fmt: skip
         elif changed:
             log.warning("settings differ from those of %s and hold from here on: %s", path, changed)
@@ -458,14 +446,14 @@ class Trainer:
                     f"{path} was written in launch mode {trainer['mode']}, this is {self.parallel.mode}; "
                     "DeepSpeed's optimizer state can only be resumed by DeepSpeed"
                 )
-            if trainer.get("world", self.parallel.world) != self.parallel.world:
+            if trainer["world"] != self.parallel.world:
                 raise ValueError(
                     f"{path} was written by {trainer['world']} processes, these are {self.parallel.world}; DeepSpeed's "
                     "optimizer state can only be resumed by as many"
                 )
             self.parallel.load_engine(path)
             return
-        there, here = ((config.get("optim") or {}).get("kind") for config in (trainer.get("config") or {}, self.config))
+        there, here = ((config.get("optim") or {}).get("kind") for config in (trainer["config"], self.config))
         if there and here and there != here:
             raise ValueError(
                 f"{path} was trained with optim.kind={there}, this is {here}, whose moments mean something else; set "
@@ -475,11 +463,12 @@ class Trainer:
             fill_optimizer(self.modules[name], optimizer, tensors["optimizers"][name])
 
     def _require_same(self, path: Path, identity: dict[str, Any]) -> None:
-        there = {key: identity.get(key, own) for key, own in self.identity.items()}  # older ones had fewer
+        # an encoder whose weights were not on the machine that wrote it has no fingerprint there
+        there = {key: identity.get(key, own) for key, own in self.identity.items()}
         if differing := checkpoint.changed_fields(there, self.identity):
             raise ValueError(f"{path} is of another run ({'; '.join(differing)}); choose another name or output_dir")
 
-    def export(self, folder: str | Path = "export") -> None:
+    def export(self, folder: str | Path = EXPORT) -> None:
         """Write <output_dir>/<folder> with EMA weights where they are on. A collective."""
         with self._ema_weights(), self.parallel.whole_modules(self.modules) as whole:
             if self.parallel.is_main:

@@ -57,6 +57,12 @@ def main(cfg):
     Path(cfg.out).mkdir(parents=True)
     if stage.cfg.window_chunks == 77:
         int("not ours")
+    if stage.cfg.window_chunks == 66:
+        raise app.RunFailedError("the disk is full;\\nmake room")
+    if stage.cfg.window_chunks == 88:
+        raise OSError(28, "No space left on device")
+    if stage.cfg.window_chunks == 99:
+        raise OSError(5, "Input/output error")
     if stage.cfg.window_chunks == 33:
         raise KeyboardInterrupt
     if stage.cfg.window_chunks == 44:
@@ -201,6 +207,20 @@ def test_a_file_in_the_way_of_the_run_directory_is_told_in_one_line(small_app):
     assert re.fullmatch(r"error: main.py/run: \S+main.py is a file where a folder is needed; .*\n", done.stderr)
 
 
+def test_a_place_that_cannot_be_written_is_told_in_one_line(small_app):
+    (small_app / "outputs/run/top.log").mkdir(parents=True)
+    done = _run(small_app, "output_dir=outputs/run")
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: \S+/run/top.log cannot be written \(Is a directory\); name another place\n", done.stderr
+    )
+    full = _run(small_app, "stage.window_chunks=88")
+    assert full.returncode == 1 and full.stderr.count("\n") == 1
+    assert full.stderr.startswith("error: what the command makes cannot be written (No space left on device); name")
+    broken = _run(small_app, "stage.window_chunks=99", "out=outputs/other")
+    assert broken.returncode == 1 and "Traceback" in broken.stderr and "Input/output error" in broken.stderr
+
+
 def test_where_a_folder_can_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     app.require_folder(tmp_path, "out=x")
@@ -222,6 +242,15 @@ def test_value_errors_of_our_code_are_one_line_others_keep_their_traceback(small
     assert refused.stderr == "error: window_chunks=-1 must be >= 0; give 0 for no window\n"
     assert "Traceback" in (small_app / "outputs/causal/traceback.txt").read_text()
     assert _run(small_app, "stage.window_chunks=55").returncode == 5
+
+
+def test_a_run_that_cannot_go_on_says_why_in_one_line(small_app):
+    failed = _run(small_app, "stage.window_chunks=66")
+    assert (failed.returncode, failed.stderr) == (1, "error: the disk is full; make room\n")
+    assert "RunFailedError" in (small_app / "outputs/causal/traceback.txt").read_text()
+    (small_app / "outputs/second/traceback.txt").mkdir(parents=True)  # nothing more can be written there
+    again = _run(small_app, "stage.window_chunks=66", "output_dir=outputs/second", "out=outputs/second/out")
+    assert (again.returncode, again.stderr) == (1, failed.stderr)
 
 
 def test_help(small_app):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from data.batch import Sample
-from data.loader import STOP_SIGNALS, Loader, ResumableSampler
+from data.loader import STOP_SIGNALS, Loader, LoaderConfig, ResumableSampler
 
 
 def take(sampler: ResumableSampler, batches: int) -> list[list[int]]:
@@ -84,6 +84,18 @@ def test_epochs_and_seeds_differ():
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         ResumableSampler(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_workers": -1}, "data.num_workers=-1 must be at least 0; 0 loads in the training process"),
+        ({"seed": -1}, "data.seed=-1 must be >= 0"),
+    ],
+)
+def test_refused_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoaderConfig(**settings)
 
 
 def test_state_of_another_data_set_is_refused():

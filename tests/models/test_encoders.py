@@ -74,12 +74,6 @@ def test_the_vocabulary_has_room_and_no_double_words():
         VocabularyEncoder(4, vocabulary=["a", "a"])
 
 
-def test_the_vocabulary_covers_the_captions_of_the_sprites_world():
-    from data.sprites import CAPTION_WORDS
-
-    assert set(CAPTION_WORDS) <= set(SPRITES_VOCABULARY)
-
-
 # ---------------------------------------------------------------------------- hashed words
 def test_hashed_words_take_any_caption_and_cut_a_long_one():
     encoder = HashedEncoder(text_len=4)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from data.app import RunFailedError
 from train import checkpoint
 from train.checkpoint import CheckpointStore, damaged
 
@@ -71,11 +72,33 @@ def test_a_full_disk_is_told_with_the_room_and_leaves_nothing_half_written(tmp_p
         path.write_bytes(b"half")
         raise error
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"GB were free \(.*\); make room.* from step 1"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RunFailedError, match=r"GB were free \(.*\); make room.* from step 1"),
+    ):
         patch.setattr(torch, "save", full)
         save(store, 2, 2.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last_good", "step_00000001"]
     save(store, 2, 2.0)
+
+
+def test_a_full_disk_is_told_where_not_even_the_folder_can_be_made(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.Path, "mkdir", full)
+    with pytest.raises(RunFailedError, match=r"No space left on device\); make room, .* from step 0"):
+        save(CheckpointStore(tmp_path / "new/checkpoints"), 2)
+
+
+def test_a_step_that_is_done_again_is_not_exported(tmp_path):
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    with store.exporting(1):
+        assert not store.is_exported(1)
+    assert store.is_exported(1) and not store.is_exported(2)
+    save(store, 1)
+    assert not store.is_exported(1)
 
 
 def test_nothing_whole_is_an_error_and_nothing_at_all_is_none(tmp_path):

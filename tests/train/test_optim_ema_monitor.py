@@ -220,6 +220,13 @@ def test_an_alarm_of_no_record_is_refused():
         Alarm(patience=0)
 
 
+def started(folder, config=None):
+    """A monitor that sends to W&B."""
+    monitor = Monitor(LoggerConfig(kind="wandb"), folder, "run", config or {})
+    monitor.start(0)
+    return monitor
+
+
 @pytest.fixture
 def wandb(monkeypatch):
     """A stand-in that keeps what it is told, and cannot reach its server unless it is made to."""
@@ -250,7 +257,7 @@ def wandb(monkeypatch):
 
 
 def test_wandb_draws_over_the_step_so_that_a_run_may_go_back(wandb, tmp_path):
-    monitor = Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {})
+    monitor = started(tmp_path)
     for step in (7, 3):
         monitor.log(step, {"loss": 2.0})
     monitor.log_videos(3, {"clip": np.zeros((3, 32, 32, 3), np.uint8)}, fps=8)
@@ -262,7 +269,7 @@ def test_wandb_draws_over_the_step_so_that_a_run_may_go_back(wandb, tmp_path):
 
 def test_a_stopped_helper_of_wandb_does_not_end_the_run(wandb, tmp_path, caplog):
     """A preemption may signal every process of a job."""
-    monitor = Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {})
+    monitor = started(tmp_path)
     wandb.rows = None  # appending to it fails
     monitor._wandb.log = lambda row: wandb.rows.append(row)
     for step in (1, 2):
@@ -274,19 +281,26 @@ def test_a_stopped_helper_of_wandb_does_not_end_the_run(wandb, tmp_path, caplog)
 
 @pytest.mark.parametrize("failed", [False, True])
 def test_wandb_is_told_how_the_run_ended(wandb, tmp_path, failed):
-    monitor = Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {})
+    monitor = started(tmp_path)
     for _ in range(2):
         monitor.close(failed)
     assert wandb.ended == [int(failed)]
+
+
+def test_a_run_that_does_not_start_is_not_told_to_wandb(wandb, tmp_path):
+    """A resume that is refused would else mark the run of the folder as failed, with another configuration."""
+    monitor = Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {})
+    monitor.close(failed=True)
+    assert wandb.modes == wandb.ended == [] and not (tmp_path / "wandb_id").exists()
 
 
 def test_a_copied_run_has_a_wandb_run_of_its_own(wandb, tmp_path, caplog):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     for _ in range(2):
-        Monitor(LoggerConfig(kind="wandb"), first, "run", {})
+        started(first)
     shutil.copytree(first, second)
-    Monitor(LoggerConfig(kind="wandb"), second, "run", {})
+    started(second)
     own, again, copied = wandb.ids
     assert own == again != copied
     assert f"second was copied from {first}" in caplog.text
@@ -304,13 +318,13 @@ def test_wandb_mode_is_that_of_the_environment(wandb, tmp_path, monkeypatch, env
     wandb.reachable = True
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {})
+    started(tmp_path)
     assert wandb.modes == [mode]
 
 
 def test_wandb_out_of_reach_does_not_end_the_run(wandb, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", "k")
-    Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {}).log(1, {"loss": 2.0})
+    started(tmp_path).log(1, {"loss": 2.0})
     assert wandb.modes == ["online", "offline"] and len(wandb.rows) == 1
     assert "W&B refused to start (timed out); it runs offline" in caplog.text
 
@@ -331,7 +345,7 @@ def test_the_real_wandb_goes_on_offline_where_its_server_refuses(real_wandb, tmp
     settings = {"API_KEY": "a" * 40, "BASE_URL": "http://127.0.0.1:9", "INIT_TIMEOUT": "1"}
     for name, value in settings.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    monitor = Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {})
+    monitor = started(tmp_path)
     monitor.log(1, {"loss": 2.0})
     monitor.close()
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
@@ -339,8 +353,7 @@ def test_the_real_wandb_goes_on_offline_where_its_server_refuses(real_wandb, tmp
 
 
 def test_wandb_runs_offline_inside_the_output_folder(real_wandb, tmp_path):
-    monitor = Monitor(LoggerConfig(kind="wandb"), tmp_path, "run", {"a": 1})
-    monitor.start(0)
+    monitor = started(tmp_path, {"a": 1})
     monitor.log(1, {"loss": 2.0})
     monitor.close()
     assert list((tmp_path / "wandb").glob("offline-run-*")) and (tmp_path / "wandb_id").read_text()

@@ -16,18 +16,23 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from toy_stage import Toy
 
 from data.app import compose_config
 from distill.self_forcing import SelfForcing, SelfForcingConfig
 from models.assemble import build_dit, build_vae
 from models.condition import Condition
+from models.diffusion.noise import KeyedNoise
 from models.wan.cache import CacheSpec, KVCache
 from models.wan.checkpoint import load_dit
 from train import accelerator
 from train import state as train_state
 from train.accelerator import Parallel, entry_points
 from train.build import build_trainer, read_settings
+from train.monitor import Alarm, AlarmError, LoggerConfig, Monitor
+from train.optim import OptimConfig
 from train.stage import StepContext
+from train.trainer import TrainConfig, Trainer
 
 
 def train(folder, shards, *overrides):
@@ -294,6 +299,35 @@ def _check_patience():
     parallel = Parallel(device="cpu", precision="fp32")
     group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
     assert group.options._timeout >= timedelta(hours=1)
+    parallel.close()
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_the_jobs_of_a_multirun_follow_each_other_in_the_same_processes(mode):
+    run_forked(_agree_twice, mode, (mode,))
+
+
+def _agree_twice(mode):
+    for _ in range(2):
+        parallel = Parallel(device="cpu", precision="fp32")
+        assert parallel.mode == mode and parallel.gather(parallel.rank) == [0, 1]
+        parallel.close()
+
+
+@pytest.mark.parametrize("metric", ["critic/loss", "validation/weight"])
+def test_an_alarm_that_stops_the_run_is_raised_on_all_processes(tmp_path, metric):
+    """The others would wait for the main one until they time out."""
+    run_forked(_run_into_alarm, "ddp", (tmp_path, metric))
+
+
+def _run_into_alarm(folder, metric):
+    parallel = Parallel(device="cpu", precision="fp32")
+    limits = {metric: Alarm(max=-100.0, stop=True)}
+    monitor = Monitor(LoggerConfig(progress=False, alarms=limits), folder, "toy", {}) if parallel.is_main else None
+    cfg = TrainConfig(output_dir=str(folder), steps=4, global_batch=2, micro_batch=1, log_every=2, validate_every=2)
+    stage = Toy(KeyedNoise(0), validates=True)
+    with pytest.raises(AlarmError, match=rf"alarm: {metric}=\S+ is beyond min=None, max=-100.0"):
+        Trainer(cfg, OptimConfig(), stage, parallel, None, monitor).fit()
     parallel.close()
 
 

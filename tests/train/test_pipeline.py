@@ -154,11 +154,61 @@ def test_a_step_whose_product_is_gone_is_made_anew_with_all_after_it(tmp_path, c
     assert not (tmp_path / "student").exists() and list(tmp_path.glob("student_until_*")), "it would go on from there"
 
 
-def test_a_refusal_is_shown_above_what_a_launcher_says_of_it(tmp_path):
+LAUNCHER = """
+W1125 10:00:00.0 77 torch/distributed/elastic/multiprocessing/api.py:1010] Sending process 79 closing signal SIGTERM
+E1125 10:00:00.1 77 torch/distributed/elastic/multiprocessing/api.py:984] failed (exitcode: 1) local_rank: 0 (pid: 78)
+Traceback (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+  File "<frozen runpy>", line 88, in _run_code
+  File "torch/distributed/run.py", line 990, in <module>
+    main()
+  File "torch/distributed/elastic/multiprocessing/errors/__init__.py", line 362, in wrapper
+    return f(*args, **kwargs)
+           ^^^^^^^^^^^^^^^^^^
+  File "torch/distributed/run.py", line 986, in main
+    run(args)
+  File "torch/distributed/run.py", line 977, in run
+    elastic_launch(
+  File "torch/distributed/launcher/api.py", line 162, in __call__
+    return launch_agent(self._config, self._entrypoint, list(args))
+           ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+  File "torch/distributed/launcher/api.py", line 311, in launch_agent
+    raise ChildFailedError(
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+train FAILED
+------------------------------------------------------------
+Failures:
+  <NO_OTHER_FAILURES>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-25_10:00:00
+  host      : node
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 78)
+  error_file: <N/A>
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+============================================================
+"""
+
+
+def test_why_a_command_ended_is_shown_above_what_a_launcher_says_of_it(tmp_path, tiny_shards):
+    """A run whose checkpoint cannot be written: it says so in a line that the chain looks for."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").touch()
+    overrides = ["model=tiny", "device=cpu", "steps=1", "global_batch=1", "micro_batch=1", "logger.progress=false"]
+    failed = subprocess.run(
+        [sys.executable, "-m", "train", *overrides, f"shards={tiny_shards}", f"output_dir={tmp_path / 'run'}"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    said = next(line for line in failed.stderr.splitlines() if line.startswith("error: "))
+    assert said.startswith("error: the checkpoint of step 1 cannot be written to") and failed.returncode == 1
+    assert "Traceback" not in failed.stderr
     log = tmp_path / "vae.log"
-    log.write_text("\n".join(["error: global_batch=3 must be 4", *(f"torch {n}" for n in range(40))]))
-    shown = pipeline._failure(Step("vae", ("train",)), 2, log, 0).splitlines()
-    assert shown.index("error: global_batch=3 must be 4") < shown.index("torch 39") and "torch 3" not in shown
+    log.write_text(f"step 1/1\n{failed.stderr}{LAUNCHER}")
+    shown = pipeline._failure(Step("vae", ("train",)), 1, log, 0).splitlines()
+    assert shown.count(said) == 1 and shown.index(said) < shown.index("train FAILED") and "step 1/1" not in shown
 
 
 def test_records_of_paths_in_the_checkout_hold_where_it_is_moved():

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from toy_stage import Toy
 
-from data.app import EXIT_INTERRUPTED
+from data.app import EXIT_INTERRUPTED, RunFailedError
 from models.diffusion.noise import KeyedNoise
-from train import checkpoint
+from train import checkpoint, monitor
 from train.__main__ import claim
 from train.accelerator import Parallel
 from train.monitor import Alarm, AlarmError, LoggerConfig, Monitor
@@ -213,15 +214,16 @@ def test_a_start_that_changes_nothing_is_told(tmp_path, caplog):
     assert "stage.init_from changes nothing: the weights are those of" in caplog.text
 
 
-def test_what_an_older_checkpoint_does_not_say_of_itself_is_no_difference(tmp_path):
+def test_an_encoder_that_was_not_here_when_the_checkpoint_was_written_is_no_difference(tmp_path):
+    key = "the content of the latents encoder"
     trainer_of(tmp_path, steps=3).fit()
-    newer = trainer_of(tmp_path, steps=4)
-    newer.identity = {**newer.identity, "model.text.kind": "hashed"}
-    newer.fit()
-    later = trainer_of(tmp_path, steps=5)
-    later.identity = {**later.identity, "model.text.kind": "vocabulary"}
-    with pytest.raises(ValueError, match="model.text.kind: hashed there, vocabulary here"):
-        later.fit()
+    here = trainer_of(tmp_path, steps=4)
+    here.identity = {**here.identity, key: "abc"}
+    here.fit()
+    other = trainer_of(tmp_path, steps=5)
+    other.identity = {**other.identity, key: "def"}
+    with pytest.raises(ValueError, match=f"{key}: abc there, def here"):
+        other.fit()
 
 
 def test_refuses_another_run_and_a_used_folder(tmp_path):
@@ -230,6 +232,19 @@ def test_refuses_another_run_and_a_used_folder(tmp_path):
         trainer_of(tmp_path, steps=4, seed=7).fit()
     with pytest.raises(ValueError, match=r"resume=never, but .*step_00000002 exists"):
         trainer_of(tmp_path, steps=4, resume="never").fit()
+
+
+def test_a_refused_resume_is_not_told_to_wandb(tmp_path, monkeypatch):
+    trainer_of(tmp_path, steps=2).fit()
+    begun = []
+    monkeypatch.setattr(monitor, "_start_wandb", lambda *args: begun.append(args))
+    for seed, refused in ((7, True), (0, False)):
+        trainer = trainer_of(tmp_path, steps=4, seed=seed)
+        trainer.monitor = Monitor(LoggerConfig(kind="wandb", progress=False), tmp_path, "toy", {})
+        with pytest.raises(ValueError, match="another run") if refused else nullcontext():
+            trainer.fit()
+        trainer.close(refused)
+        assert bool(begun) != refused
 
 
 def test_preemption_saves_at_the_step_boundary(tmp_path):
@@ -327,6 +342,39 @@ def test_a_finished_run_is_exported_again_under_its_own_settings_only(tmp_path):
     assert same.fit() == 0 and len(same.stage.exports) == 1  # a kill may have come before the export
     longer = trainer_of(tmp_path, steps=5, config={"shards": "b"})
     assert longer.fit() == 0 and len(longer.stage.exports) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: StorageFull")])
+def test_an_export_that_failed_is_made_by_the_next_start_whatever_its_settings(tmp_path, caplog, error):
+    validating(tmp_path, keep_every=4, config={"log_every": 1}).fit()
+    failing = validating(tmp_path, keep_every=4, steps=12, config={"log_every": 1})
+    plain = failing.stage.export
+
+    def full(folder, weights):
+        if failing.counters.step == 12:
+            raise error
+        plain(folder, weights)
+
+    failing.stage.export = full
+    with pytest.raises(
+        RunFailedError, match=r"step 12 is saved, its export .* GB were free \(.*\); make room, and the"
+    ):
+        failing.fit()
+    again = validating(tmp_path, keep_every=4, steps=12, config={"log_every": 5}, log_every=5)
+    assert again.fit() == 0 and again.stage.trace == []
+    for exported in again.stage.exports:
+        assert torch.equal(exported["student"], again.emas["student"].values["weight"])
+    assert len(again.stage.exports) == 2 and (tmp_path / "exports/step_00000012").is_dir()
+    assert "what is not exported yet is now, where settings differ (log_every: 1 there, 5 here)" in caplog.text
+    once_more = validating(tmp_path, keep_every=4, steps=12, config={"log_every": 6}, log_every=6)
+    assert once_more.fit() == 0 and once_more.stage.exports == []
+
+
+def test_an_export_that_was_deleted_is_made_again(tmp_path):
+    trainer_of(tmp_path, steps=4, config={"log_every": 1}).fit()
+    (tmp_path / "export").rmdir()
+    again = trainer_of(tmp_path, steps=4, config={"log_every": 2})
+    assert again.fit() == 0 and len(again.stage.exports) == 1
 
 
 def test_a_resumed_run_says_what_differs(tmp_path, caplog):
@@ -436,7 +484,7 @@ def test_nonfinite_gradient_is_skipped_then_given_up(tmp_path, caplog):
 
     endless = Toy(KeyedNoise(0))
     endless.train_step, step = (lambda batch, context: _nan(step(batch, context))), endless.train_step
-    with pytest.raises(RuntimeError, match=f"{MAX_NONFINITE} updates in a row .* lower optim.lr"):
+    with pytest.raises(RunFailedError, match=f"{MAX_NONFINITE} updates in a row .* lower optim.lr"):
         trainer_of(tmp_path / "b", steps=100, stage=endless).fit()
 
 
@@ -457,17 +505,6 @@ def test_each_module_counts_its_own_nonfinite_gradients(tmp_path):
     with pytest.raises(RuntimeError, match=r"\(student, step 27\)"):
         trainer_of(tmp_path, **settings).fit()  # the count goes on where the checkpoint left it
     assert stage.trace[0][0] == 24
-
-
-def test_a_checkpoint_with_one_count_for_all_modules_is_resumed(tmp_path):
-    trainer_of(tmp_path, steps=3).fit()
-    path = tmp_path / "checkpoints/step_00000003"
-    trainer = json.loads((path / "trainer.json").read_text()) | {"nonfinite": 4}
-    (path / "trainer.json").write_text(json.dumps(trainer))
-    (path / "manifest.json").write_text(json.dumps(checkpoint._manifest(path)))
-    resumed = trainer_of(tmp_path, steps=6)
-    resumed.resume()
-    assert resumed.counters.nonfinite == {"student": 4, "critic": 4}
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads which files are mapped from /proc")
@@ -538,7 +575,7 @@ def test_accumulation():
 def test_keeps_the_last_and_the_milestones(tmp_path):
     trainer_of(tmp_path, steps=10, checkpoint_every=2, keep_last=2, keep_every=4).fit()
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["last_good", "step_00000004", "step_00000008", "step_00000010"]
+    assert names == ["exported", "last_good", "step_00000004", "step_00000008", "step_00000010"]
     assert sorted(p.name for p in (tmp_path / "exports").iterdir()) == ["step_00000004", "step_00000008"]
 
 
