@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import socket
+import weakref
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_stage import Toy
 
 from data.app import compose_config
@@ -145,6 +148,56 @@ def test_every_entry_point_works_on_shards(tiny_model, tmp_path):
     run_forked(_compare_entry_points, "fsdp", (tiny_model,))
 
 
+def test_no_copies_outlive_the_weights_that_fsdp_gives_back(tiny_model, tmp_path):
+    """Autocast would keep each weight's bfloat16 copy until the end of an update."""
+    run_forked(_weigh_copies, "fsdp", (tiny_model,))
+
+
+class _Copies(TorchDispatchMode):
+    """The bfloat16 copies of matrices of these shapes that are alive."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes, self.made, self.alive = shapes, 0, weakref.WeakValueDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if "_to_copy" in str(function) and out.dtype == torch.bfloat16 and tuple(out.shape) in self.shapes:
+            self.made += 1
+            self.alive[id(out)] = out
+        return out
+
+
+def _weigh_copies(model_cfg):
+    model_cfg = replace(model_cfg, dit=replace(model_cfg.dit, activation_checkpointing=True))
+    parallel = Parallel(device="cpu", precision="bf16")
+    sharded = _perturbed(model_cfg)
+    shapes = {tuple(parameter.shape) for parameter in sharded.parameters() if parameter.ndim == 2}
+    of_a_block = sum(parameter.ndim == 2 for parameter in sharded.blocks[0].parameters())
+    parallel.prepare({"student": sharded})
+    latents, _, condition = _inputs(model_cfg)
+
+    def loss_of(dit):
+        return dit(latents, torch.tensor([700.0]), condition).square().mean()
+
+    with _Copies(shapes) as copies, parallel.autocast():
+        with torch.no_grad(), accelerator.kept_whole(sharded):
+            loss_of(sharded)
+            held, made = len(copies.alive), copies.made
+            loss_of(sharded)
+            assert len(copies.alive) == held > 0 and copies.made - made < held, "cast once for all passes"
+        assert not copies.alive
+        loss = loss_of(sharded)
+        assert len(copies.alive) <= of_a_block < held
+        parallel.backward(sharded, loss, last=True)
+    found = [parameter.grad.to_local().clone() for parameter in sharded.parameters()]
+    sharded.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # with its cache
+        parallel.backward(sharded, loss_of(sharded), last=True)
+    for (name, parameter), ours in zip(sharded.named_parameters(), found, strict=True):
+        assert torch.equal(parameter.grad.to_local(), ours), name
+
+
 def _count_gathered_weights():
     """A list that grows by one with each group of weights that FSDP gathers."""
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group
@@ -156,12 +209,7 @@ def _count_gathered_weights():
 
 def _compare_entry_points(model_cfg):
     parallel = Parallel(device="cpu", precision="fp32")
-    plain, sharded = build_dit(model_cfg, seed=3), build_dit(model_cfg, seed=3)
-    for dit in (plain, sharded):
-        rng = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in dit.parameters():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=rng)
+    plain, sharded = (_perturbed(model_cfg) for _ in range(2))
     parallel.prepare({"student": sharded})
     assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
     for first, second in zip(_outputs(plain, model_cfg), _outputs(sharded, model_cfg), strict=True):
@@ -198,6 +246,15 @@ def _inputs(model_cfg):
         torch.randn(1, channels, 1, height, width, generator=rng),
     )  # fmt: skip
     return torch.randn(1, channels, 3, height, width, generator=rng), 0.7, condition
+
+
+def _perturbed(model_cfg):
+    """A DiT whose every weight matters."""
+    dit, rng = build_dit(model_cfg, seed=3), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=rng)
+    return dit
 
 
 def _outputs(dit, model_cfg):
