@@ -149,7 +149,8 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
 
 def as_value(override: str, sweeps: bool = False) -> str:
     """`key=value` with the value quoted where Hydra's grammar would not take it for one: a sentence, a path with
-    letters beyond ASCII. What parses, and choices of a group, stay as they are; with ``sweeps`` also `key=a,b`.
+    letters beyond ASCII, a number that a text field would get in other digits (2024_01, 1.10). What else parses, and
+    choices of a group, stay as they are; with ``sweeps`` also `key=a,b`.
 
     Raises ConfigError for a group without a choice.
     """
@@ -162,12 +163,17 @@ def as_value(override: str, sweeps: bool = False) -> str:
         return override
     try:
         parsed = OverridesParser.create().parse_override(override)
-        if sweeps or not parsed.is_sweep_override():
+        if sweeps if parsed.is_sweep_override() else not _is_respelled(parsed.value(), value):
             return override
     except HydraException:
         log.debug("%s is quoted", key)
     escaped = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), value)
     return f'{key}="{escaped}"'
+
+
+def _is_respelled(value: Any, text: str) -> bool:
+    """Whether a number becomes another text. A power of ten (3e-6) is meant as a number."""
+    return type(value) in (int, float) and str(value) != text and "e" not in text.lower()
 
 
 def _known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:

@@ -382,6 +382,8 @@ def test_freed_buffers_are_used_again():
         "一只熊",
         "/tmp/ünï/x (1).mp4",
         "it's; so",
+        "2024_01",
+        "1.10",
     ],
 )
 def test_any_text_is_a_value(text):
@@ -392,7 +394,7 @@ def test_any_text_is_a_value(text):
 
 @pytest.mark.parametrize(
     "override",
-    ["steps=3", "a=[1,2]", "a={b:1}", 'a="x, y"', "stage=teacher,vae", "~a", "+a.b=null", "prompt=a bear", "a="],
+    ["steps=3", "lr=3e-6", "a=-1.5", "a=true", "a=[1,2]", "a={b:1}", 'a="x, y"', "stage=teacher,vae", "~a", "+a.b=null", "prompt=a bear", "a="],
 )
 def test_what_parses_and_choices_of_a_group_stay_as_they_are(override):
     assert app.as_value(override) == override
@@ -403,6 +405,11 @@ def test_a_group_without_a_choice_is_refused(value):
     """Hydra's own answer would be a traceback."""
     with pytest.raises(ConfigError, match=f"^stage={value} names no choice; choices: .*teacher"):
         app.compose_config("train", [f"stage={value}"])
+
+
+def test_a_number_may_be_written_in_any_way():
+    cfg = app.compose_config("train", ["stage=teacher", "seed=1_000", "optim.lr=.10", "optim.betas=[.90,.95]"])
+    assert (cfg.seed, cfg.optim.lr) == (1000, 0.1)
 
 
 def test_sweeps_are_for_multirun():
