@@ -316,10 +316,13 @@ def _give_own_places(cfg: DictConfig, overrides: list[str]) -> None:
 
 
 def require_folder(folder: Path, given: str) -> None:
-    """Raises ConfigError, naming what was given ("out=a/b"), where no folder can be made as a file is in its way."""
-    found = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    """Raises ConfigError, naming what was given ("out=a/b"), where no folder can be made as a file or a link to nothing
+    is in its way.
+    """
+    found = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not found.is_dir():
-        raise ConfigError(f"{given}: {found} is a file where a folder is needed; name another place")
+        what = "a file" if found.exists() else "a link to nothing"
+        raise ConfigError(f"{given}: {found} is {what} where a folder is needed; name another place")
 
 
 def keep_freed_memory() -> bool:

@@ -223,11 +223,13 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(small_app):
 
 def test_where_a_folder_can_be_made(tmp_path):
     (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nothing")
     app.require_folder(tmp_path, "out=x")
     app.require_folder(tmp_path / "new" / "newer", "out=x")
-    for path in (tmp_path / "file", tmp_path / "file" / "new" / "newer"):
-        with pytest.raises(ConfigError, match=r"out=x: \S+/file is a file where a folder is needed"):
-            app.require_folder(path, "out=x")
+    for place, found in (("file", "a file"), ("link", "a link to nothing")):
+        for path in (tmp_path / place, tmp_path / place / "new" / "newer"):
+            with pytest.raises(ConfigError, match=rf"out=x: \S+/{place} is {found} where a folder is needed"):
+                app.require_folder(path, "out=x")
 
 
 def test_an_interrupt_is_told_in_one_line(small_app):
@@ -394,7 +396,20 @@ def test_any_text_is_a_value(text):
 
 @pytest.mark.parametrize(
     "override",
-    ["steps=3", "lr=3e-6", "a=-1.5", "a=true", "a=[1,2]", "a={b:1}", 'a="x, y"', "stage=teacher,vae", "~a", "+a.b=null", "prompt=a bear", "a="],
+    [
+        "steps=3",
+        "lr=3e-6",
+        "a=-1.5",
+        "a=true",
+        "a=[1,2]",
+        "a={b:1}",
+        'a="x, y"',
+        "stage=teacher,vae",
+        "~a",
+        "+a.b=null",
+        "prompt=a bear",
+        "a=",
+    ],
 )
 def test_what_parses_and_choices_of_a_group_stay_as_they_are(override):
     assert app.as_value(override) == override
