@@ -95,7 +95,7 @@ class PrepareConfig:
             raise ValueError(f"step={self.step!r} must be one of {(*STEPS, 'all')}")
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must be at least 0; 0 works in this process")
-        if self.previews != "all" and not self.previews.isdigit():
+        if self.previews != "all" and not self.previews.isdecimal():
             raise ValueError(f"previews={self.previews!r} must be 'all' or a number >= 0")
         if self.max_shard_mb <= 0:
             raise ValueError(f"max_shard_mb={self.max_shard_mb} must be above 0")
@@ -303,6 +303,9 @@ def pack(settings: PrepareConfig, out: Path, geometry: ClipGeometry) -> int:
     if not keys:
         log.error("pack: no clip can be packed; %s is left as it is", out / "shards")
         return 0
+    if not encoded:
+        for key in rejected_keys(out, "encode"):  # packed all the same
+            unmark(out, "encode", key)
     note = json.loads((out / "encoded" / "about.json").read_text()) if encoded else {}
     index = write_shards(
         tqdm(

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 VIDEO_FOLDERS = ("clips", "previews")  # of a data set: where the steps write videos
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+MAX_CRF = 51  # of H.264 with 8 bits
 MAX_KEY = 240  # characters: with what files and markers add to it, a name of at most 255
 CUT_KEY = 200  # of a longer key, before the hash that stands for the whole name
 NSFW_COLUMNS = ("toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")
@@ -97,6 +98,7 @@ class SpritesSource:
     def __init__(self, cfg: Config) -> None:
         if cfg.num_clips < 1:
             raise ValueError(f"source.num_clips={cfg.num_clips} must be >= 1")
+        _require_quality(cfg.crf)
         self.cfg = cfg
 
     def items(self) -> Iterator[SourceItem]:
@@ -115,6 +117,11 @@ class SpritesSource:
 
     def write_manifest(self, folder: Path) -> None:
         """Nothing to add: a sprites clip is known by its seed."""
+
+
+def _require_quality(crf: int) -> None:
+    if not 0 <= crf <= MAX_CRF:
+        raise ValueError(f"source.crf={crf} must lie in 0 (lossless) .. {MAX_CRF}")
 
 
 def _size(geometry: ClipGeometry) -> tuple[int, int, int, int]:
@@ -149,6 +156,7 @@ class FolderSource:
         default_previews: str = "all"
 
     def __init__(self, cfg: Config) -> None:
+        _require_quality(cfg.crf)
         self.cfg = cfg
         self.folder = _required_folder(cfg.path)
 
@@ -335,6 +343,7 @@ class OpenVidSource:
         if cfg.aspect <= 0:
             raise ValueError(f"source.aspect={cfg.aspect} must be above 0: width / height")
         _require_some("max_clips", cfg.max_clips)
+        _require_quality(cfg.crf)
         self.cfg = cfg
         self.folder = _required_folder(cfg.path)
 
@@ -410,6 +419,7 @@ class VidPromSource:
         if not cfg.manifest:
             raise ValueError("source.manifest is empty; set it to VidProM_unique.csv of WenhaoWang/VidProM")
         _require_some("max_prompts", cfg.max_prompts)
+        _require_quality(cfg.crf)
         self.cfg = cfg
 
     def prompts(self) -> Iterator[tuple[str, str]]:
