@@ -13,17 +13,19 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
+import fcntl
 import importlib
 import logging
 import logging.config
 import os
 import re
+import socket
 import sys
 import traceback
 import typing
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import hydra
 import yaml
@@ -43,6 +45,7 @@ log = logging.getLogger(__name__)
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 REPO_DIR = CONF_DIR.parent
 REFUSALS = (HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)  # while a configuration is composed
+LOCK_FILE = ".running"  # in a folder: who writes there
 EXIT_FAILED = 1  # exit code of a run that began and cannot go on
 EXIT_CONFIG = 2  # exit code of a refused configuration
 EXIT_INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
@@ -323,6 +326,29 @@ def require_folder(folder: Path, given: str) -> None:
     if not found.is_dir():
         what = "a file" if found.exists() else "a link to nothing"
         raise ConfigError(f"{given}: {found} is {what} where a folder is needed; name another place")
+
+
+def claim(folder: Path, given: str) -> TextIO:
+    """A lock on the folder for as long as the file is open; the system lets go of it when the process ends, however.
+
+    Raises ValueError, naming what was given ("out=a/b") and who has it, where another run writes there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / LOCK_FILE).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ValueError(
+            f"{given} is being written by {lock.read().strip()}; stop that run, or name another place"
+        ) from None
+    except OSError as error:  # a file system without locks
+        log.debug("%s is not locked: %s", folder, error)
+    lock.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}\n")
+    lock.flush()
+    return lock
 
 
 def keep_freed_memory() -> bool:

@@ -22,6 +22,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from data.app import build_config, build_target, require_folder
+from data.app import build_config, build_target, claim, require_folder
 from data.encode import EncodeConfig, encode_clips, encoded_now, fingerprint, process_share, require_encoders
 from data.progress import (
     STEPS,
@@ -112,7 +113,10 @@ class Job:
 
 
 def main(cfg: DictConfig) -> int:
-    """Entry of `python -m data`. Exit code 1 if no clip at all came through a step; the steps after it are not run."""
+    """Entry of `python -m data`. Exit code 1 if no clip at all came through a step; the steps after it are not run.
+
+    One command at a time makes a data set: two would take each other's clips, and pack each other's shards.
+    """
     settings = build_config(cfg, PrepareConfig)
     rank, world = process_share()
     if world > 1 and settings.step != "encode":
@@ -132,12 +136,13 @@ def main(cfg: DictConfig) -> int:
     if "render" in steps:
         require_apart(job.source, settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    for step in steps:
-        alive = run_step(step, settings, job, cfg)
-        if rank == 0:
-            write_rejected(out)
-        if not alive:
-            return 1
+    with claim(out, f"out={settings.out}") if rank == 0 else nullcontext():
+        for step in steps:
+            alive = run_step(step, settings, job, cfg)
+            if rank == 0:
+                write_rejected(out)
+            if not alive:
+                return 1
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -230,6 +231,15 @@ def test_where_a_folder_can_be_made(tmp_path):
         for path in (tmp_path / place, tmp_path / place / "new" / "newer"):
             with pytest.raises(ConfigError, match=rf"out=x: \S+/{place} is {found} where a folder is needed"):
                 app.require_folder(path, "out=x")
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    """Each would take the other's unfinished checkpoints for leftovers of a crash, or pack its shards."""
+    first = app.claim(tmp_path / "run", "out=run")
+    with pytest.raises(ValueError, match=rf"out=run is being written by process {os.getpid()} on"):
+        app.claim(tmp_path / "run", "out=run")
+    first.close()
+    app.claim(tmp_path / "run", "out=run").close()
 
 
 def test_an_interrupt_is_told_in_one_line(small_app):

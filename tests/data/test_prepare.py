@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data import encode, prepare, progress
-from data.app import build_config, compose_config
+from data.app import build_config, claim, compose_config
 from data.encode import EncodeConfig, fingerprint, fingerprints
 from data.shards import ShardDataset
 from data.sprites import SpritesConfig
@@ -764,6 +764,14 @@ def test_an_out_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"out=\S+/file/x: \S+/file is a file where a folder is needed"):
         run(f"out={tmp_path}/file/x", "source.num_clips=1")
+
+
+def test_two_commands_do_not_make_one_data_set(tmp_path):
+    """Two at step=pack left an index with clips twice."""
+    given = (f"out={tmp_path}", "source.num_clips=1", "previews=0")
+    with claim(tmp_path, "another"), pytest.raises(ValueError, match=r"out=\S+ is being written by process"):
+        run(*given)
+    assert run(*given) == 0
 
 
 def test_the_shipped_vae_encodes_from_any_working_directory(tmp_path, monkeypatch):
