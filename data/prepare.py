@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -59,7 +58,7 @@ from data.trackers import TrackerConfig, build_tracker, grid_queries, on_own_dev
 from data.video import draw_tracks_on, write_video
 from models.condition import ClipGeometry
 from models.device import pick_device
-from models.files import write_json
+from models.files import file_state, write_json
 from models.motion.tracks import Tracks
 
 log = logging.getLogger(__name__)
@@ -168,7 +167,7 @@ def render_calls(job: Job) -> list[Call]:
         keep_caption(job.out, item)
         described = asdict(item)
         frames_of = {name: described[name] for name in described.keys() - {"caption", "path"}}
-        clip = stamp(*made_by, frames_of, _file_state(item.path))
+        clip = stamp(*made_by, frames_of, file_state(item.path))
         made_with = stamp(clip, filters) if filters else clip
         calls.append(Call(item.key, item.origin, made_with, render_item, (job, item), clip))
     return calls
@@ -275,13 +274,6 @@ def read_sidecar(out: Path, key: str) -> dict[str, Any]:
 
 def _source_settings(job: Job, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name, value in asdict(job.source.cfg).items() if name in names}
-
-
-def _file_state(path: str | None) -> tuple[int, int] | None:
-    """Size and time of change, so that a replaced file is tried again."""
-    if path is None or not os.path.exists(path):
-        return None
-    return os.path.getsize(path), os.stat(path).st_mtime_ns
 
 
 # ------------------------------------------------------------------------------------------ pack
