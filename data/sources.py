@@ -162,7 +162,12 @@ class FolderSource:
 
     def videos(self) -> list[Path]:
         found = (place / name for place, names in _folders_below(self.folder) for name in names)
-        return sorted(path for path in found if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+        named = sorted(path for path in found if path.suffix.lower() in VIDEO_SUFFIXES)
+        videos = [path for path in named if path.is_file()]
+        if len(videos) < len(named):
+            absent = len(named) - len(videos)
+            log.warning("%d of %d videos are left out: links to nothing, or no files", absent, len(named))
+        return videos
 
     def items(self) -> Iterator[SourceItem]:
         table = _caption_table(Path(self.cfg.captions)) if self.cfg.captions else {}

@@ -46,6 +46,13 @@ def test_folder_captions(tmp_path):
     assert found == {"one": "caption one", "two": "caption two", "three": "caption three", "four_v2": "none"}
 
 
+def test_links_to_nothing_are_told_of(tmp_path, caplog):
+    gray_video(tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").symlink_to("gone.mp4")
+    assert [path.name for path in FolderSource(FolderSource.Config(str(tmp_path))).videos()] == ["a.mp4"]
+    assert "1 of 2 videos" in caplog.text and "left out: links to nothing" in caplog.text
+
+
 def test_folder_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"source\.path is empty"):
         FolderSource(FolderSource.Config())
