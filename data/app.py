@@ -13,17 +13,19 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
+import fcntl
 import importlib
 import logging
 import logging.config
 import os
 import re
+import socket
 import sys
 import traceback
 import typing
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import hydra
 import yaml
@@ -43,6 +45,7 @@ log = logging.getLogger(__name__)
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 REPO_DIR = CONF_DIR.parent
 REFUSALS = (HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)  # while a configuration is composed
+LOCK_FILE = ".running"  # in a folder: who writes there
 EXIT_FAILED = 1  # exit code of a run that began and cannot go on
 EXIT_CONFIG = 2  # exit code of a refused configuration
 EXIT_INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
@@ -149,7 +152,8 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
 
 def as_value(override: str, sweeps: bool = False) -> str:
     """`key=value` with the value quoted where Hydra's grammar would not take it for one: a sentence, a path with
-    letters beyond ASCII. What parses, and choices of a group, stay as they are; with ``sweeps`` also `key=a,b`.
+    letters beyond ASCII, a number that a text field would get in other digits (2024_01, 1.10). What else parses, and
+    choices of a group, stay as they are; with ``sweeps`` also `key=a,b`.
 
     Raises ConfigError for a group without a choice.
     """
@@ -162,12 +166,17 @@ def as_value(override: str, sweeps: bool = False) -> str:
         return override
     try:
         parsed = OverridesParser.create().parse_override(override)
-        if sweeps or not parsed.is_sweep_override():
+        if sweeps if parsed.is_sweep_override() else not _is_respelled(parsed.value(), value):
             return override
     except HydraException:
         log.debug("%s is quoted", key)
     escaped = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), value)
     return f'{key}="{escaped}"'
+
+
+def _is_respelled(value: Any, text: str) -> bool:
+    """Whether a number becomes another text. A power of ten (3e-6) is meant as a number."""
+    return type(value) in (int, float) and str(value) != text and "e" not in text.lower()
 
 
 def _known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
@@ -310,10 +319,36 @@ def _give_own_places(cfg: DictConfig, overrides: list[str]) -> None:
 
 
 def require_folder(folder: Path, given: str) -> None:
-    """Raises ConfigError, naming what was given ("out=a/b"), where no folder can be made as a file is in its way."""
-    found = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    """Raises ConfigError, naming what was given ("out=a/b"), where no folder can be made as a file or a link to nothing
+    is in its way.
+    """
+    found = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not found.is_dir():
-        raise ConfigError(f"{given}: {found} is a file where a folder is needed; name another place")
+        what = "a file" if found.exists() else "a link to nothing"
+        raise ConfigError(f"{given}: {found} is {what} where a folder is needed; name another place")
+
+
+def claim(folder: Path, given: str) -> TextIO:
+    """A lock on the folder for as long as the file is open; the system lets go of it when the process ends, however.
+
+    Raises ValueError, naming what was given ("out=a/b") and who has it, where another run writes there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / LOCK_FILE).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise ValueError(
+            f"{given} is being written by {lock.read().strip()}; stop that run, or name another place"
+        ) from None
+    except OSError as error:  # a file system without locks
+        log.debug("%s is not locked: %s", folder, error)
+    lock.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}\n")
+    lock.flush()
+    return lock
 
 
 def keep_freed_memory() -> bool:

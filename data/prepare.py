@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from data.app import build_config, build_target, require_folder
+from data.app import build_config, build_target, claim, require_folder
 from data.encode import EncodeConfig, encode_clips, encoded_now, fingerprint, process_share, require_encoders
 from data.progress import (
     STEPS,
@@ -58,7 +58,7 @@ from data.trackers import TrackerConfig, build_tracker, grid_queries, on_own_dev
 from data.video import draw_tracks_on, write_video
 from models.condition import ClipGeometry
 from models.device import pick_device
-from models.files import write_json
+from models.files import file_state, write_json
 from models.motion.tracks import Tracks
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class PrepareConfig:
             raise ValueError(f"step={self.step!r} must be one of {(*STEPS, 'all')}")
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must be at least 0; 0 works in this process")
-        if self.previews != "all" and not self.previews.isdigit():
+        if self.previews != "all" and not self.previews.isdecimal():
             raise ValueError(f"previews={self.previews!r} must be 'all' or a number >= 0")
         if self.max_shard_mb <= 0:
             raise ValueError(f"max_shard_mb={self.max_shard_mb} must be above 0")
@@ -112,7 +112,10 @@ class Job:
 
 
 def main(cfg: DictConfig) -> int:
-    """Entry of `python -m data`. Exit code 1 if no clip at all came through a step; the steps after it are not run."""
+    """Entry of `python -m data`. Exit code 1 if no clip at all came through a step; the steps after it are not run.
+
+    One command at a time makes a data set: two would take each other's clips, and pack each other's shards.
+    """
     settings = build_config(cfg, PrepareConfig)
     rank, world = process_share()
     if world > 1 and settings.step != "encode":
@@ -132,12 +135,13 @@ def main(cfg: DictConfig) -> int:
     if "render" in steps:
         require_apart(job.source, settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    for step in steps:
-        alive = run_step(step, settings, job, cfg)
-        if rank == 0:
-            write_rejected(out)
-        if not alive:
-            return 1
+    with claim(out, f"out={settings.out}") if rank == 0 else nullcontext():
+        for step in steps:
+            alive = run_step(step, settings, job, cfg)
+            if rank == 0:
+                write_rejected(out)
+            if not alive:
+                return 1
     return 0
 
 
@@ -163,7 +167,7 @@ def render_calls(job: Job) -> list[Call]:
         keep_caption(job.out, item)
         described = asdict(item)
         frames_of = {name: described[name] for name in described.keys() - {"caption", "path"}}
-        clip = stamp(*made_by, frames_of, _file_state(item.path))
+        clip = stamp(*made_by, frames_of, file_state(item.path))
         made_with = stamp(clip, filters) if filters else clip
         calls.append(Call(item.key, item.origin, made_with, render_item, (job, item), clip))
     return calls
@@ -272,13 +276,6 @@ def _source_settings(job: Job, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name, value in asdict(job.source.cfg).items() if name in names}
 
 
-def _file_state(path: str | None) -> tuple[int, int] | None:
-    """Size and time of change, so that a replaced file is tried again."""
-    if path is None or not os.path.exists(path):
-        return None
-    return os.path.getsize(path), os.stat(path).st_mtime_ns
-
-
 # ------------------------------------------------------------------------------------------ pack
 def pack(settings: PrepareConfig, out: Path, geometry: ClipGeometry) -> int:
     """Write the shards of the clips of this geometry with current tracks; if any is encoded, only of those with
@@ -303,6 +300,9 @@ def pack(settings: PrepareConfig, out: Path, geometry: ClipGeometry) -> int:
     if not keys:
         log.error("pack: no clip can be packed; %s is left as it is", out / "shards")
         return 0
+    if not encoded:
+        for key in rejected_keys(out, "encode"):  # packed all the same
+            unmark(out, "encode", key)
     note = json.loads((out / "encoded" / "about.json").read_text()) if encoded else {}
     index = write_shards(
         tqdm(

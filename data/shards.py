@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from data.batch import Sample
 from data.video import VideoError, read_video
 from models.condition import ClipGeometry
-from models.files import bring_to_disk, replace_file
+from models.files import bring_to_disk, file_state, replace_file
 from models.motion.tracks import Tracks
 
 INDEX_NAME = "index.json"
@@ -216,7 +216,8 @@ class ShardDataset(Dataset):
     for).
 
     cache=True keeps every loaded sample in memory. Raises ShardError for missing fields, another geometry,
-    other fingerprints, or a truncated shard, naming the first sample that is cut off.
+    other fingerprints, a truncated shard, naming the first sample that is cut off, or, when a sample is read, shards
+    that were packed anew: the byte ranges of the index that was opened are those of other samples there.
     """
 
     def __init__(
@@ -231,8 +232,9 @@ class ShardDataset(Dataset):
         self.folder = Path(folder)
         self.fields = tuple(fields)
         self.index = ShardIndex.load(folder)
+        self._digest = self._index_digest()
         self.index.require(self.fields, geometry, fingerprints or {})
-        self._check_sizes()
+        self._states = self._checked_states()
         self._cache: dict[int, Sample] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -258,7 +260,7 @@ class ShardDataset(Dataset):
         if suffix not in entry.parts:
             raise ShardError(f"sample {entry.key}: no member .{suffix}; it has {sorted(entry.parts)}")
         offset, size = entry.parts[suffix]
-        path = self.folder / self.index.shards[entry.shard]
+        path = self._unchanged(entry.shard)
         with path.open("rb") as file:
             file.seek(offset)
             content = file.read(size)
@@ -294,16 +296,34 @@ class ShardDataset(Dataset):
             raise ShardError(f"{shard}: sample {entry.key}: {error}; run step=pack again") from error
         return torch.from_numpy(frames).permute(3, 0, 1, 2).contiguous()
 
-    def _check_sizes(self) -> None:
-        sizes = []
-        for shard in self.index.shards:
-            path = self.folder / shard
-            if not path.is_file():
+    def _checked_states(self) -> list[tuple[int, int] | None]:
+        """Size and time of each shard. ShardError for one that is absent or cut off."""
+        states = [file_state(self.folder / shard) for shard in self.index.shards]
+        for shard, state in zip(self.index.shards, states):
+            if state is None:
                 raise ShardError(f"{shard}: listed in {INDEX_NAME} but absent from {self.folder}; run step=pack again")
-            sizes.append(path.stat().st_size)
+        sizes = [state[0] for state in states if state is not None]
         if (cut := self.index.samples.beyond(sizes)) is not None:
             entry, suffix = cut
             raise self._truncated(entry, suffix, sizes[entry.shard])
+        return states
+
+    def _unchanged(self, shard: int) -> Path:
+        """Path of a shard that still is what the index says: the same samples packed again are the same bytes."""
+        path = self.folder / self.index.shards[shard]
+        state = file_state(path)
+        if state != self._states[shard]:
+            if state is None or self._index_digest() != self._digest:
+                raise ShardError(
+                    f"{path} was packed anew while it was in use; start the command again (a training goes on from its "
+                    "last checkpoint)"
+                )
+            self._states[shard] = state
+        return path
+
+    def _index_digest(self) -> bytes:
+        path = self.folder / INDEX_NAME
+        return hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b""
 
     def _truncated(self, entry: SampleEntry, suffix: str, end: int) -> ShardError:
         offset, size = entry.parts[suffix]

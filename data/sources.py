@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 VIDEO_FOLDERS = ("clips", "previews")  # of a data set: where the steps write videos
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+MAX_CRF = 51  # of H.264 with 8 bits
 MAX_KEY = 240  # characters: with what files and markers add to it, a name of at most 255
 CUT_KEY = 200  # of a longer key, before the hash that stands for the whole name
 NSFW_COLUMNS = ("toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")
@@ -97,6 +98,7 @@ class SpritesSource:
     def __init__(self, cfg: Config) -> None:
         if cfg.num_clips < 1:
             raise ValueError(f"source.num_clips={cfg.num_clips} must be >= 1")
+        _require_quality(cfg.crf)
         self.cfg = cfg
 
     def items(self) -> Iterator[SourceItem]:
@@ -115,6 +117,11 @@ class SpritesSource:
 
     def write_manifest(self, folder: Path) -> None:
         """Nothing to add: a sprites clip is known by its seed."""
+
+
+def _require_quality(crf: int) -> None:
+    if not 0 <= crf <= MAX_CRF:
+        raise ValueError(f"source.crf={crf} must lie in 0 (lossless) .. {MAX_CRF}")
 
 
 def _size(geometry: ClipGeometry) -> tuple[int, int, int, int]:
@@ -149,12 +156,18 @@ class FolderSource:
         default_previews: str = "all"
 
     def __init__(self, cfg: Config) -> None:
+        _require_quality(cfg.crf)
         self.cfg = cfg
         self.folder = _required_folder(cfg.path)
 
     def videos(self) -> list[Path]:
         found = (place / name for place, names in _folders_below(self.folder) for name in names)
-        return sorted(path for path in found if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+        named = sorted(path for path in found if path.suffix.lower() in VIDEO_SUFFIXES)
+        videos = [path for path in named if path.is_file()]
+        if len(videos) < len(named):
+            absent = len(named) - len(videos)
+            log.warning("%d of %d videos are left out: links to nothing, or no files", absent, len(named))
+        return videos
 
     def items(self) -> Iterator[SourceItem]:
         table = _caption_table(Path(self.cfg.captions)) if self.cfg.captions else {}
@@ -332,6 +345,10 @@ class OpenVidSource:
     def __init__(self, cfg: Config) -> None:
         if not cfg.manifest:
             raise ValueError("source.manifest is empty; set it to data/train/OpenVid-1M.csv of nkp37/OpenVid-1M")
+        if cfg.aspect <= 0:
+            raise ValueError(f"source.aspect={cfg.aspect} must be above 0: width / height")
+        _require_some("max_clips", cfg.max_clips)
+        _require_quality(cfg.crf)
         self.cfg = cfg
         self.folder = _required_folder(cfg.path)
 
@@ -343,7 +360,7 @@ class OpenVidSource:
             for row in _rows(Path(self.cfg.manifest), ("video", "caption", "frame"))
             if _number(row, "frame", self.cfg.manifest, absent=0) >= self.cfg.min_frames and row["caption"]
         )  # fmt: skip
-        return islice(_those_there(listed, self.cfg), self.cfg.max_clips)
+        return islice(_those_there(listed, self.cfg, "min_frames"), self.cfg.max_clips)
 
     def render(self, item: SourceItem, geometry: ClipGeometry, target: Path) -> dict[str, Any]:
         info = probe_video(item.path or "")
@@ -358,8 +375,15 @@ class OpenVidSource:
         """Nothing to add: the CSV stays where it is."""
 
 
-def _those_there(items: Iterator[SourceItem], cfg: Any) -> Iterator[SourceItem]:
-    """The items whose file is there; how many are not is told at the end. FileNotFoundError if none is."""
+def _require_some(name: str, limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"source.{name}={limit} must be >= 1, or null for all")
+
+
+def _those_there(items: Iterator[SourceItem], cfg: Any, filter_name: str) -> Iterator[SourceItem]:
+    """The items whose file is there; how many are not is told at the end. FileNotFoundError if none is, ValueError if
+    the filter lets none pass.
+    """
     found, absent = 0, 0
     for item in items:
         if os.path.isfile(item.path or ""):
@@ -367,7 +391,11 @@ def _those_there(items: Iterator[SourceItem], cfg: Any) -> Iterator[SourceItem]:
             yield item
         else:
             absent += 1
-    if absent and not found:
+    if not absent and not found:
+        raise ValueError(
+            f"{cfg.manifest} lists no clip with a text that source.{filter_name}={vars(cfg)[filter_name]} lets pass"
+        )
+    if not found:
         raise FileNotFoundError(f"source.path={cfg.path} holds none of the {absent} clips that {cfg.manifest} lists")
     if absent:
         log.warning("%d of %d clips of %s are not in %s", absent, absent + found, cfg.manifest, cfg.path)
@@ -395,19 +423,21 @@ class VidPromSource:
     def __init__(self, cfg: Config) -> None:
         if not cfg.manifest:
             raise ValueError("source.manifest is empty; set it to VidProM_unique.csv of WenhaoWang/VidProM")
+        _require_some("max_prompts", cfg.max_prompts)
+        _require_quality(cfg.crf)
         self.cfg = cfg
 
     def prompts(self) -> Iterator[tuple[str, str]]:
-        """(uuid, prompt) of the rows that pass."""
-        count = 0
+        """(uuid, prompt) of the rows that pass, each uuid once: it names one video."""
+        seen: set[str] = set()
         for row in _rows(Path(self.cfg.manifest), ("uuid", "prompt", *NSFW_COLUMNS)):
             scores = [_number(row, name, self.cfg.manifest, absent=1) for name in NSFW_COLUMNS]
             is_clean = all(score < self.cfg.max_nsfw for score in scores)  # nan is not
-            if not is_clean or not row["prompt"].strip():
+            if not is_clean or not row["prompt"].strip() or row["uuid"] in seen:
                 continue
-            if self.cfg.max_prompts is not None and count >= self.cfg.max_prompts:
+            if len(seen) == self.cfg.max_prompts:
                 return
-            count += 1
+            seen.add(row["uuid"])
             yield row["uuid"], row["prompt"].strip()
 
     def items(self) -> Iterator[SourceItem]:
@@ -416,7 +446,7 @@ class VidPromSource:
             SourceItem(clip_key(uuid), prompt, uuid, path=str(folder / f"{uuid}.mp4"))
             for uuid, prompt in self.prompts()
         )
-        return _those_there(listed, self.cfg)
+        return _those_there(listed, self.cfg, "max_nsfw")
 
     def render(self, item: SourceItem, geometry: ClipGeometry, target: Path) -> dict[str, Any]:
         return _render_video(item, geometry, target, self.cfg.crf)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -116,8 +117,7 @@ class DecordReader:
         # decord takes no file name that is not Unicode
         self._errors = (decord.DECORDError, RuntimeError, IndexError, UnicodeEncodeError)
         try:
-            stream = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-            self._reader = decord.VideoReader(stream, num_threads=1)
+            self._reader = decord.VideoReader(_for_ffmpeg(source), num_threads=1)
             self.num_frames, self.fps = len(self._reader), float(self._reader.get_avg_fps())
         except self._errors as error:
             raise DecodeFailure(_first_line(error)) from error
@@ -178,7 +178,12 @@ class PyavReader:
 def _open(source: str | Path | bytes) -> Any:
     import av
 
-    return av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source))
+    return av.open(_for_ffmpeg(source))
+
+
+def _for_ffmpeg(source: str | Path | bytes) -> io.BytesIO | str:
+    """What decoders and encoders open: a path is made absolute, since they take "12:30.mp4" for an address."""
+    return io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(source)
 
 
 def _walk(container: Any) -> tuple[int, bool]:
@@ -366,7 +371,7 @@ class VideoWriter:
         self.partial = fresh_path(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._av = av
-        self._container = av.open(str(self.partial), "w", format="mp4")
+        self._container = av.open(_for_ffmpeg(self.partial), "w", format="mp4")
         self._stream = self._container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         # x264's macroblock tree reads memory that nobody wrote when frames are small: the same frames became
         # other bytes from one run to the next. Without it the file depends on its frames only.

@@ -60,6 +60,14 @@ def remove_abandoned(folder: Path) -> None:
                 fresh.unlink()
 
 
+def file_state(path: str | Path | None) -> tuple[int, int] | None:
+    """Size in bytes and time of change in ns, by which a replaced file is known; None where no file is."""
+    if path is None or not os.path.isfile(path):
+        return None
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
 def bring_to_disk(path: Path) -> None:
     """Wait until the content of a file would outlive a crash of the machine."""
     with path.open("rb") as file:

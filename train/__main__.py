@@ -9,20 +9,14 @@ TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 (seconds, read by torch 2.13) gives a long st
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import socket
 from pathlib import Path
-from typing import TextIO
 
 from omegaconf import DictConfig
 
-from data.app import run_app
+from data.app import claim, run_app
 
-log = logging.getLogger(__name__)
-
-LOCK_FILE = ".running"  # in output_dir: who writes there
 REQUEUE_FILE = "MARIONETTE_REQUEUE_FILE"  # name of the environment variable
 
 
@@ -31,10 +25,11 @@ def main(cfg: DictConfig) -> int:
     from train.build import build_trainer, read_settings
     from train.trainer import EXIT_REQUEUE
 
-    if int(os.environ.get("RANK", "0")) > 0:
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    if not is_first:
         logging.getLogger().setLevel(logging.WARNING)  # one process tells the story
     settings = read_settings(cfg)
-    lock = claim(Path(cfg.output_dir)) if int(os.environ.get("RANK", "0")) == 0 else None
+    lock = claim(Path(cfg.output_dir), f"output_dir={cfg.output_dir}") if is_first else None
     trainer = build_trainer(settings)
     failed = True
     try:
@@ -47,29 +42,6 @@ def main(cfg: DictConfig) -> int:
         trainer.close(failed)
         if lock is not None:
             lock.close()
-
-
-def claim(output_dir: Path) -> TextIO:
-    """A lock on the folder for as long as the file is open; the system lets go of it when the process ends, however.
-
-    Raises ValueError, naming who has it, where another run writes there.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lock = (output_dir / LOCK_FILE).open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise ValueError(
-            f"output_dir={output_dir} is being written by {lock.read().strip()}; stop that run, or name another place"
-        ) from None
-    except OSError as error:  # a file system without locks
-        log.debug("%s is not locked: %s", output_dir, error)
-    lock.truncate(0)
-    job = os.environ.get("SLURM_JOB_ID")
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}\n")
-    lock.flush()
-    return lock
 
 
 if __name__ == "__main__":

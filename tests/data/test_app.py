@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -223,11 +224,22 @@ def test_a_place_that_cannot_be_written_is_told_in_one_line(small_app):
 
 def test_where_a_folder_can_be_made(tmp_path):
     (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nothing")
     app.require_folder(tmp_path, "out=x")
     app.require_folder(tmp_path / "new" / "newer", "out=x")
-    for path in (tmp_path / "file", tmp_path / "file" / "new" / "newer"):
-        with pytest.raises(ConfigError, match=r"out=x: \S+/file is a file where a folder is needed"):
-            app.require_folder(path, "out=x")
+    for place, found in (("file", "a file"), ("link", "a link to nothing")):
+        for path in (tmp_path / place, tmp_path / place / "new" / "newer"):
+            with pytest.raises(ConfigError, match=rf"out=x: \S+/{place} is {found} where a folder is needed"):
+                app.require_folder(path, "out=x")
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    """Each would take the other's unfinished checkpoints for leftovers of a crash, or pack its shards."""
+    first = app.claim(tmp_path / "run", "out=run")
+    with pytest.raises(ValueError, match=rf"out=run is being written by process {os.getpid()} on"):
+        app.claim(tmp_path / "run", "out=run")
+    first.close()
+    app.claim(tmp_path / "run", "out=run").close()
 
 
 def test_an_interrupt_is_told_in_one_line(small_app):
@@ -382,6 +394,8 @@ def test_freed_buffers_are_used_again():
         "一只熊",
         "/tmp/ünï/x (1).mp4",
         "it's; so",
+        "2024_01",
+        "1.10",
     ],
 )
 def test_any_text_is_a_value(text):
@@ -392,7 +406,20 @@ def test_any_text_is_a_value(text):
 
 @pytest.mark.parametrize(
     "override",
-    ["steps=3", "a=[1,2]", "a={b:1}", 'a="x, y"', "stage=teacher,vae", "~a", "+a.b=null", "prompt=a bear", "a="],
+    [
+        "steps=3",
+        "lr=3e-6",
+        "a=-1.5",
+        "a=true",
+        "a=[1,2]",
+        "a={b:1}",
+        'a="x, y"',
+        "stage=teacher,vae",
+        "~a",
+        "+a.b=null",
+        "prompt=a bear",
+        "a=",
+    ],
 )
 def test_what_parses_and_choices_of_a_group_stay_as_they_are(override):
     assert app.as_value(override) == override
@@ -403,6 +430,11 @@ def test_a_group_without_a_choice_is_refused(value):
     """Hydra's own answer would be a traceback."""
     with pytest.raises(ConfigError, match=f"^stage={value} names no choice; choices: .*teacher"):
         app.compose_config("train", [f"stage={value}"])
+
+
+def test_a_number_may_be_written_in_any_way():
+    cfg = app.compose_config("train", ["stage=teacher", "seed=1_000", "optim.lr=.10", "optim.betas=[.90,.95]"])
+    assert (cfg.seed, cfg.optim.lr) == (1000, 0.1)
 
 
 def test_sweeps_are_for_multirun():

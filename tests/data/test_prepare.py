@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data import encode, prepare, progress
-from data.app import build_config, compose_config
+from data.app import build_config, claim, compose_config
 from data.encode import EncodeConfig, fingerprint, fingerprints
 from data.shards import ShardDataset
 from data.sprites import SpritesConfig
@@ -526,6 +526,8 @@ def test_captions_that_are_all_rejected_end_the_run(tmp_path, caplog, strange_cl
     assert "model.text.kind=hashed or umt5" in caplog.text
     assert {line["step"] for line in rejected(tmp_path / "out").values()} == {"encode"}
     assert run(*common) == 1, "once more, with nothing left to encode"
+    assert run(*common, "model.vae.path=null") == 0 and not rejected(tmp_path / "out"), "no caption is encoded"
+    assert run(*common) == 1 and len(rejected(tmp_path / "out")) == 2
     assert run(*common, "model.text.kind=hashed") == 0
     assert len(ShardDataset(tmp_path / "out/shards", ["latents"])) == 2
     (videos / "b.txt").write_text("a red disc")
@@ -697,6 +699,9 @@ def test_real_clips_with_a_50x50_grid(tmp_path):
     [
         (["step=trak"], "step='trak' must be one of"),
         (["previews=some"], "previews='some'"),
+        (["previews=²"], "previews='²'"),
+        (["source.crf=-1"], r"source\.crf=-1 must lie in 0 \(lossless\) \.\. 51"),
+        (["source=folder", "source.path={out}", "source.crf=52"], r"source\.crf=52 must lie in 0"),
         (["tracker.name=kalman"], "tracker.name='kalman'"),
         (["tracker.upsample=9"], r"tracker\.upsample=9 must be in 1\.\.4"),
         (["encode.dtype=float8"], "encode.dtype='float8' must be one of float32, bfloat16, auto"),
@@ -707,7 +712,7 @@ def test_real_clips_with_a_50x50_grid(tmp_path):
 )
 def test_values_are_checked(tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
-        run(f"out={tmp_path}", *overrides)
+        run(f"out={tmp_path}", *(text.format(out=tmp_path) for text in overrides))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -759,6 +764,14 @@ def test_an_out_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"out=\S+/file/x: \S+/file is a file where a folder is needed"):
         run(f"out={tmp_path}/file/x", "source.num_clips=1")
+
+
+def test_two_commands_do_not_make_one_data_set(tmp_path):
+    """Two at step=pack left an index with clips twice."""
+    given = (f"out={tmp_path}", "source.num_clips=1", "previews=0")
+    with claim(tmp_path, "another"), pytest.raises(ValueError, match=r"out=\S+ is being written by process"):
+        run(*given)
+    assert run(*given) == 0
 
 
 def test_the_shipped_vae_encodes_from_any_working_directory(tmp_path, monkeypatch):

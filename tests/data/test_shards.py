@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -200,3 +201,21 @@ def test_samples_that_do_not_fit_together_are_named(shards):
     second.latents = None
     with pytest.raises(ValueError, match="latents is present in 1 of 2"):
         collate([first, second])
+
+
+@pytest.mark.parametrize("keys, fingerprints", [("0123", {"vae": "v2"}), ("1203", {"vae": "v1"}), ("0", {"vae": "v1"})])
+def test_shards_packed_anew_are_not_read_by_the_old_index(shards, keys, fingerprints):
+    folder, written = shards
+    dataset = ShardDataset(folder, ["latents"])
+    last = dataset[3].latents
+    settings = {"max_shard_bytes": 5e3, "text_len": 6}
+    write_shards(written.items(), folder, GEOMETRY, **settings, fingerprints={"vae": "v1"})
+    for shard in dataset.index.shards:
+        os.utime(folder / shard, (0, 0))
+    assert torch.equal(dataset[3].latents, last), "the same samples again"
+    samples = [(f"clip-{n}", written[f"clip-{n}"]) for n in keys]
+    write_shards(samples, folder, GEOMETRY, **settings, fingerprints=fingerprints)
+    with pytest.raises(
+        ShardError, match=r"clips-\d+\.tar was packed anew while it was in use; start the command again"
+    ):
+        dataset[3]

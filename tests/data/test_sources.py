@@ -46,6 +46,13 @@ def test_folder_captions(tmp_path):
     assert found == {"one": "caption one", "two": "caption two", "three": "caption three", "four_v2": "none"}
 
 
+def test_links_to_nothing_are_told_of(tmp_path, caplog):
+    gray_video(tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").symlink_to("gone.mp4")
+    assert [path.name for path in FolderSource(FolderSource.Config(str(tmp_path))).videos()] == ["a.mp4"]
+    assert "1 of 2 videos" in caplog.text and "left out: links to nothing" in caplog.text
+
+
 def test_folder_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"source\.path is empty"):
         FolderSource(FolderSource.Config())
@@ -180,7 +187,7 @@ def test_vidprom_filters_and_leaves_its_prompts(tmp_path):
     columns = "uuid,prompt,time,toxicity,obscene,identity_attack,insult,threat,sexual_explicit\n"
     (tmp_path / "list.csv").write_text(
         f"{columns}u1,a calm sea,t,0,0,0,0,0,0.19\nu2,bad,t,0,0,0,0,0.2,0\n"
-        "u3,unknown,t,,0,0,0,0,0\nu4,a dog,t,0,0,0,0,0,0\nu5,bad,t,nan,0,0,0,0,0\n"
+        "u3,unknown,t,,0,0,0,0,0\nu4,a dog,t,0,0,0,0,0,0\nu5,bad,t,nan,0,0,0,0,0\nu4,a dog again,t,0,0,0,0,0,0\n"
     )
     gray_video(tmp_path / "u1.mp4")
     source = VidPromSource(VidPromSource.Config(str(tmp_path), str(tmp_path / "list.csv")))
@@ -205,6 +212,22 @@ def test_clips_of_the_manifest_that_are_not_there_are_counted_once(tmp_path, cap
     source.cfg.max_clips = None
     assert len(list(source.items())) == 3
     assert [record.message.split(" of ")[0] for record in caplog.records] == ["6"]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"min_frames": 91}, r"list\.csv lists no clip with a text that source\.min_frames=91 lets pass"),
+        ({"max_clips": 0}, r"source\.max_clips=0 must be >= 1, or null for all"),
+        ({"max_clips": -1}, r"source\.max_clips=-1 must be >= 1, or null for all"),
+        ({"aspect": 0.0}, r"source\.aspect=0\.0 must be above 0"),
+    ],
+)
+def test_settings_that_leave_no_clip_are_refused(tmp_path, settings, message):
+    (tmp_path / "list.csv").write_text("video,caption,frame\na.mp4,caption,90\n")
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(ValueError, match=message):
+        list(OpenVidSource(OpenVidSource.Config(str(tmp_path), str(tmp_path / "list.csv"), **settings)).items())
 
 
 def test_csv_without_a_column_is_refused(tmp_path):

@@ -297,6 +297,13 @@ def test_a_name_that_is_not_unicode(tmp_path, bar_file):
     assert np.array_equal(read_video(path), read_video(bar_file))
 
 
+@pytest.mark.parametrize("reader", [DecordReader, PyavReader])
+def test_a_colon_in_a_name_makes_no_address(tmp_path, monkeypatch, bar_file, reader):
+    monkeypatch.chdir(tmp_path)
+    write_video("12:30.mp4", read_video(bar_file), 12)
+    assert reader(Path("12:30.mp4")).num_frames == 12
+
+
 @pytest.mark.parametrize("name, transfer", [("PQ", 16), ("HLG", 18), ("", 1)])
 def test_hdr_is_refused(tmp_path, name, transfer):
     import av

@@ -18,7 +18,6 @@ from toy_stage import Toy
 from data.app import EXIT_INTERRUPTED, RunFailedError
 from models.diffusion.noise import KeyedNoise
 from train import checkpoint, monitor
-from train.__main__ import claim
 from train.accelerator import Parallel
 from train.monitor import Alarm, AlarmError, LoggerConfig, Monitor
 from train.optim import ModuleOptim, OptimConfig, learning_rate
@@ -197,15 +196,6 @@ def test_checkpoints_and_validations_are_no_part_of_a_steps_time(tmp_path, monke
     trainer.fit()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(line.get("seconds_per_step", 0) for line in lines) < 0.5
-
-
-def test_two_runs_do_not_write_to_one_folder(tmp_path):
-    """Each would take the other's unfinished checkpoints for leftovers of a crash."""
-    first = claim(tmp_path / "run")
-    with pytest.raises(ValueError, match=rf"output_dir=\S+/run is being written by process {os.getpid()} on"):
-        claim(tmp_path / "run")
-    first.close()
-    claim(tmp_path / "run").close()
 
 
 def test_a_start_that_changes_nothing_is_told(tmp_path, caplog):
