@@ -194,8 +194,8 @@ class Plan:
                 save_dit(without_tracks(load_dit(TEACHER)), fresh, stage="teacher", made_from=shipped_weights())
 
     def folder(self, training: Training, seed: int) -> Path:
-        """Where the run of a seed is: one of other settings would go on from the checkpoints in the same place, and what
-        goes on from it would not be made anew.
+        """Where the run of a seed is: one of other settings would go on from the checkpoints in the same place, and
+        what goes on from it would not be made anew.
         """
         place = self.out / ("shared" if training.shared else f"seed_{seed}")
         recipes = [recipe("data", "data"), *(recipe("train", run.stage) for run in needed(training))]
