@@ -6,6 +6,7 @@ weights, which are replaced as a whole (``models/vae/folder.py``).
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import time
@@ -47,7 +48,7 @@ def fresh_path(path: Path) -> Path:
 
 def remove_unfinished(path: Path) -> None:
     """Delete what killed processes left of `replace_file`; for a file that this process alone writes."""
-    for fresh in path.parent.glob(f".{path.name[:KEPT_LENGTH]}.{FRESH_SUFFIX}"):
+    for fresh in path.parent.glob(f".{glob.escape(path.name[:KEPT_LENGTH])}.{FRESH_SUFFIX}"):
         fresh.unlink(missing_ok=True)
 
 

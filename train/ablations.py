@@ -18,6 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from data.app import compose_config
 from data.encode import fingerprint
 from data.progress import stamp
 from models.files import write_json
@@ -81,6 +84,12 @@ class Judged:
 def shipped_weights() -> str:
     """Tells the shipped VAE and teacher from those that another `make zoo` may put in their place."""
     return "-".join(fingerprint(str(folder)) for folder in (VAE, TEACHER))
+
+
+@cache
+def recipe(app: str, experiment: str) -> dict[str, Any]:
+    """The zoo's configuration of a stage or of the clips: what overrides are added to, and an edit of conf changes."""
+    return OmegaConf.to_container(compose_config(app, [f"experiment=sprites/{experiment}"]))  # type: ignore[return-value]
 
 
 AS_PUBLISHED = ("model.rollout.merged_cache=false",)  # of every run: a cache pass of its own
@@ -185,9 +194,12 @@ class Plan:
                 save_dit(without_tracks(load_dit(TEACHER)), fresh, stage="teacher", made_from=shipped_weights())
 
     def folder(self, training: Training, seed: int) -> Path:
-        """Where the run of a seed is: one of other settings would go on from the checkpoints in the same place."""
+        """Where the run of a seed is: one of other settings would go on from the checkpoints in the same place, and
+        what goes on from it would not be made anew.
+        """
         place = self.out / ("shared" if training.shared else f"seed_{seed}")
-        return place / f"{training.name}_{stamp(training.described())}"
+        recipes = [recipe("data", "data"), *(recipe("train", run.stage) for run in needed(training))]
+        return place / f"{training.name}_{stamp(training.described(), NUM_CLIPS, recipes)}"
 
     def weights(self, name: str, seed: int) -> Path:
         """What the run exported, or what is shipped."""

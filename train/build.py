@@ -226,7 +226,7 @@ def plan(settings: Settings, trainer: Trainer) -> list[str]:
             f"{optim.schedule}, {optim.warmup_updates} warm-up, betas {list(optim.betas)}, weight decay "
             f"{optim.weight_decay:g}, clip {optim.grad_clip:g}, {ema}"
         )
-    if len(trainer.modules) > 1 and not settings.optim.modules:
+    if "critic" in trainer.modules and not settings.optim.modules:
         lines.append(f"{' and '.join(trainer.modules)} learn by the same settings; optim=dmd has the paper's for each")
     accumulates = _accumulates(trainer.accumulation, trainer.modules)
     each = state_bytes(trainer.modules, settings.optim, parallel.mode, parallel.world, accumulates)

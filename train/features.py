@@ -31,7 +31,9 @@ from eval.metrics.sprites_network import (
     BEARERS,
     LABELS,
     MIN_FRAMES,
+    MIN_PX,
     MOTION_UNIT,
+    SPATIAL_STRIDE,
     CaptionLabels,
     SpritesNetwork,
     SpritesNetworkConfig,
@@ -84,7 +86,13 @@ class FeatureStage:
         self.cfg = cfg
 
     def check(self, model_cfg: ModelConfig) -> None:
-        """Refuses a stride that leaves too few frames."""
+        """Refuses clips of a size that the network does not read, and a stride that leaves too few frames."""
+        height, width = model_cfg.clip.height, model_cfg.clip.width
+        if min(height, width) < MIN_PX or height % SPATIAL_STRIDE or width % SPATIAL_STRIDE:
+            raise ValueError(
+                f"model.clip.height={height}, model.clip.width={width}: the network reads multiples of "
+                f"{SPATIAL_STRIDE} px from {MIN_PX} on; use a model with such clips"
+            )
         most = (model_cfg.clip.num_frames - 1) // (MIN_FRAMES - 1)
         if max(self.cfg.frame_strides) > most:
             raise ValueError(

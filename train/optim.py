@@ -77,19 +77,18 @@ def _check(prefix: str, settings: OptimConfig | ModuleOptim) -> None:
             raise ValueError(f"{prefix}{name}={value} must be {rule}")
 
     require("lr", (settings.lr or 0) >= 0, ">= 0")
+    require("weight_decay", (settings.weight_decay or 0) >= 0, ">= 0")
     require("grad_clip", (settings.grad_clip or 0) >= 0, ">= 0; 0 switches clipping off")
     require("ema_decay", 0 <= (settings.ema_decay or 0) < 1, "in [0, 1); 0 switches the EMA off")
     require("warmup_updates", (settings.warmup_updates or 0) >= 0, ">= 0")
     if isinstance(settings, OptimConfig):
         require("matrix_lr_ratio", settings.matrix_lr_ratio > 0, "> 0")
         require("eps", settings.eps > 0, "> 0")
-        require("weight_decay", settings.weight_decay >= 0, ">= 0")
         require("min_lr_ratio", 0 <= settings.min_lr_ratio <= 1, "in [0, 1]")
-        require(
-            "decay_updates", (settings.decay_updates or 1) >= 1 and settings.decay_updates != 0, "at least 1, or null"
-        )
+        decay_updates = settings.decay_updates
+        require("decay_updates", decay_updates is None or decay_updates >= 1, "at least 1, or null")
     require("ema_start", (settings.ema_start or 0) >= 0, ">= 0")
-    betas = settings.betas or [0.0, 0.0]
+    betas = [0.0, 0.0] if settings.betas is None else settings.betas
     require("betas", len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from data.video import read_video
@@ -79,10 +79,10 @@ def report(out: Path, records: Mapping[str, Record]) -> Path:
     sections = [
         Section("Does the video follow the tracks?", _verdict(metrics), _headline(metrics), links=everything),
         Section("A stream", "A held-out first frame, continued along the tracks of its clip.", videos=[_video(out)]),
-        Section("How it was learned", "Losses over the steps of each stage.", figures=_loss_figures(out)),
+        Section("How it was learned", "Losses over the steps of each stage.", figures=_loss_figures(out, records)),
         Section("Where the time went", table=Table(["stage", "seconds"], rows)),
     ]
-    start = "from nothing" if (out / "vae_whole").exists() else "on from the shipped weights"
+    start = "from nothing" if "vae_whole" in records else "on from the shipped weights"
     note = f"make quickstart: trained {start} in {total / 60:.1f} minutes on {usable_cores()} CPU cores"
     return write_report(out / "report.html", sections, title="Marionette quickstart", note=note)
 
@@ -116,11 +116,11 @@ def _video(out: Path) -> Video:
     return video_side_by_side(columns, fps=16)
 
 
-def _loss_figures(out: Path) -> list[Figure]:
+def _loss_figures(out: Path, stages: Collection[str]) -> list[Figure]:
     return [
         curves_from_log(out / stage / "metrics.jsonl", keys, caption=stage)
         for stage, keys in CURVES.items()
-        if (out / stage).exists()
+        if stage in stages
     ]
 
 

@@ -83,6 +83,10 @@ class TinyVaeStageConfig:
                 f"nothing; name fewer widths, or set crop_px to at least {2 ** len(widths)}"
             )
 
+    @property
+    def has_discriminator(self) -> bool:
+        return self.gan_weight > 0 or self.feature_weight > 0
+
 
 class TinyVaeStage:
     """The stage; see the module's text."""
@@ -159,8 +163,7 @@ class TinyVaeStage:
         return [TINY_VAE, DISCRIMINATOR] if self._is_adversarial(step) else [TINY_VAE]
 
     def _is_adversarial(self, step: int) -> bool:
-        wanted = self.cfg.gan_weight > 0 or self.cfg.feature_weight > 0
-        return wanted and step >= self.cfg.gan_start
+        return self.cfg.has_discriminator and step >= self.cfg.gan_start
 
     def train_step(self, batch: Batch, context: StepContext) -> StepOutput:
         pixels = self.crop(batch, context.step)
@@ -236,10 +239,11 @@ class TinyVaeStage:
 
     def describe(self) -> list[str]:
         cfg = self.cfg
+        start = f"from step {cfg.gan_start}" if cfg.has_discriminator else "off"
         decoder = sum(parameter.numel() for parameter in self.tiny_vae.decoder.parameters()) / 1e6
         return [
             f"decoder {decoder:.2f} M; crops of {cfg.num_frames} x {cfg.crop_px} x {cfg.crop_px}; "
-            f"discriminator from step {cfg.gan_start}; LPIPS {'on' if self.lpips else 'off'}"
+            f"discriminator {start}; LPIPS {'on' if self.lpips else 'off'}"
         ]
 
     def state_dict(self) -> dict[str, Any]:

@@ -240,6 +240,8 @@ class Observations:
         return self.stored[name]
 
     def _made(self, name: str) -> Values:
+        if not self._can_be_made(self.runs[name]):
+            raise NotMeasuredError(f"{name} needs model.tiny_vae; set it to the folder of a trained one")
         if name not in self.made:
             self._make(self._together(name))
         return self.made[name]
@@ -248,7 +250,10 @@ class Observations:
         """Runs that are made at once: streams are timed in turn, or a busy hour of the machine would decide rows."""
         if not self.runs[name].keeps_its_pace:
             return [name]
-        return [other for other, run in self.runs.items() if run.keeps_its_pace]
+        return [other for other, run in self.runs.items() if run.keeps_its_pace and self._can_be_made(run)]
+
+    def _can_be_made(self, run: Run) -> bool:
+        return not run.tiny or self.context.model_cfg.tiny_vae is not None
 
     def _make(self, names: Sequence[str]) -> None:
         """Read what is kept of these runs, or else make all of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 import tempfile
@@ -69,7 +70,7 @@ def _beside(folder: Path) -> Path:
 
 
 def _clear_unfinished(folder: Path) -> None:
-    for leftover in folder.parent.glob(f".{folder.name}{UNFINISHED}{'?' * RANDOM_LENGTH}"):
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}{UNFINISHED}{'?' * RANDOM_LENGTH}"):
         if not folder.exists() and (leftover / REPLACED).exists():  # killed between the two renames
             (leftover / REPLACED).rename(folder)
         shutil.rmtree(leftover)

@@ -184,6 +184,7 @@ def test_a_run_is_made_again_with_another_seed_decoder_device_or_content_of_the_
 
 
 def test_streams_are_timed_together_or_not_at_all(context, made, tmp_path):
+    context = context.changed(tiny_vae="one")
     runs = {
         "clips": Run("motion_transfer"),
         "full": Run("latency"),
@@ -207,6 +208,15 @@ def test_streams_are_timed_together_or_not_at_all(context, made, tmp_path):
         observed().values(alone, "student.epe_px")
         assert made[-1] == runs[alone]
     assert len(made) == 6
+
+
+def test_without_a_tiny_vae_the_other_streams_are_timed(context, made, tmp_path):
+    assert context.model_cfg.tiny_vae is None
+    runs = {"full": Run("latency"), "tiny": Run("latency", tiny=True)}
+    seen = Observations(replace(context, out=tmp_path), ClaimsConfig(), runs)
+    assert seen.figure("full", "student.frames_per_second") == 7.0 and made == [runs["full"]]
+    absent = replace(ROWS[0], effects=lambda seen: [seen.less("", "tiny", "full", "student.epe_px")]).find(seen)
+    assert absent.verdict == "not measured" and "tiny needs model.tiny_vae" in absent.why_absent
 
 
 def test_timings_of_streams_are_of_chunks_in_turn(context, tmp_path, monkeypatch):

@@ -50,16 +50,17 @@ def test_weights_can_be_read_by_those_whom_the_umask_lets(tmp_path):
     assert (tmp_path / "vae").stat().st_mode == (tmp_path / "made").stat().st_mode
 
 
-def test_what_killed_writers_of_a_folder_left_goes_or_comes_back(tmp_path):
+@pytest.mark.parametrize("name", ["vae", "vae [1]"])
+def test_what_killed_writers_of_a_folder_left_goes_or_comes_back(tmp_path, name):
     """Killed at any moment, the folder holds the old files or the new ones after the next writer has begun."""
-    folder, other = tmp_path / "vae", tmp_path / ".vae-original"  # the user's own
-    for path in (tmp_path / ".vae.unfinished-0123abcd", other):
+    folder, other = tmp_path / name, tmp_path / f".{name}-original"  # the user's own
+    for path in (tmp_path / f".{name}.unfinished-0123abcd", other):
         path.mkdir()
         (path / "model.safetensors").write_bytes(b"half")
     with pytest.raises(OSError, match="disk full"), replace_folder(folder) as fresh:
         assert sorted(tmp_path.iterdir()) == sorted([fresh, other])
         raise OSError("disk full")
-    aside = tmp_path / ".vae.unfinished-4567cdef/replaced"  # killed between the two renames
+    aside = tmp_path / f".{name}.unfinished-4567cdef/replaced"  # killed between the two renames
     aside.mkdir(parents=True)
     (aside / "model.safetensors").write_bytes(b"old")
     with pytest.raises(OSError, match="disk full"), replace_folder(folder):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data.app import compose_config
+from data.app import CONF_DIR, compose_config
 from eval.benchmarks.claim_rows import ROWS, RUNS
 from eval.benchmarks.claims import Observations
 from eval.benchmarks.context import EvalContext
@@ -52,6 +53,26 @@ def test_a_run_of_other_settings_and_those_that_go_on_from_it_have_other_folders
     changed = {name for name, folder in folders().items() if folder != before[name]}
     assert {"causal_init", "base_student", "chunk_1_init", "chunk_1"} <= changed
     assert not {"offsets", "mid_mask", "no_ode", "causal_teacher_student"} & changed
+
+
+def test_an_edited_recipe_makes_its_runs_and_what_goes_on_from_them_anew(tmp_path, monkeypatch):
+    def steps() -> dict[str, tuple[str, ...]]:
+        ablations.recipe.cache_clear()
+        planned = schedule(Plan(Path("out")), {}, seed=0, only=["base_longer", "chunk_1_long", "no_ode"])
+        return {step.name: step.arguments for step, _ in planned}
+
+    conf = shutil.copytree(CONF_DIR, tmp_path / "conf")
+    monkeypatch.setattr("data.app.CONF_DIR", conf)
+    before, edited = steps(), conf / "experiment/sprites/causal_init.yaml"
+    edited.write_text(edited.read_text().replace("warmup_updates: 20", "warmup_updates: 5"))
+    changed = {name for name, arguments in steps().items() if arguments != before[name]}
+    begun = {"render, track", "encode", "pack"}  # these compose anew under the same arguments
+    assert set(before) - changed == begun | {"ode_pairs", "no_ode", "judge no_ode"}
+
+    edited = conf / "experiment/sprites/data.yaml"
+    edited.write_text(edited.read_text().replace("num_workers: 2", "num_workers: 1"))
+    assert {name for name, arguments in steps().items() if arguments != before[name]} == set(before) - begun
+    ablations.recipe.cache_clear()
 
 
 class Asked(Observations):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,12 @@ def made_up_batch(ids: list[int]) -> Batch:
     return Batch(ids, [str(each) for each in ids], captions, pixels=pixels, tracks=tracks)
 
 
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    """The tiny model with clips that the network reads."""
+    return replace(tiny_model, clip=replace(tiny_model.clip, height=32, width=32))
+
+
 def set_up(model, tmp_path, **changes) -> FeatureStage:
     stage = FeatureStage(FeatureStageConfig(**({"network": SMALL, "frame_strides": [1, 2]} | changes)))
     stage.setup(SetupContext(model, torch.device("cpu"), torch.float32, tmp_path, KeyedNoise(0)))
@@ -79,9 +86,9 @@ def sprites_shards(tmp_path_factory) -> Path:
     return folder / "shards"
 
 
-def test_golden_losses(tiny_model, tmp_path):
+def test_golden_losses(model, tmp_path):
     """Five steps on pixels that come from no renderer and no codec."""
-    stage, losses = set_up(tiny_model, tmp_path), []
+    stage, losses = set_up(model, tmp_path), []
     optimizer = torch.optim.AdamW(stage.network.parameters(), lr=1e-2)
     for step in range(5):
         loss = stage.train_step(made_up_batch([0, 1, 2]), StepContext(step, "features", 0, 0, 1, 0)).losses
@@ -132,8 +139,8 @@ def test_thinned_clips_move_faster():
     assert all(torch.equal(faster[name], value) for name, value in targets.items())
 
 
-def test_every_stride_is_drawn(tiny_model, tmp_path):
-    stage, batch = set_up(tiny_model, tmp_path), made_up_batch([0])
+def test_every_stride_is_drawn(model, tmp_path):
+    stage, batch = set_up(model, tmp_path), made_up_batch([0])
     seen = []
     stage.network.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2]))
     for step in range(12):
@@ -141,8 +148,8 @@ def test_every_stride_is_drawn(tiny_model, tmp_path):
     assert set(seen) == {5, 9}
 
 
-def test_softening_is_keyed_by_sample_and_step(tiny_model, tmp_path):
-    stage = set_up(tiny_model, tmp_path)
+def test_softening_is_keyed_by_sample_and_step(model, tmp_path):
+    stage = set_up(model, tmp_path)
     pixels = made_up_batch([4, 9]).model_pixels()
     several = {step: stage.soften(pixels, [4, 9], step) for step in range(12)}
     for step, both in several.items():
@@ -151,7 +158,7 @@ def test_softening_is_keyed_by_sample_and_step(tiny_model, tmp_path):
     assert 4 <= sum(kept) <= 20  # about half of 24
     changed = [clip for both in several.values() for clip, before in zip(both, pixels) if not torch.equal(clip, before)]
     assert not torch.equal(changed[0], changed[1])
-    assert torch.equal(set_up(tiny_model, tmp_path, soften_ratio=0.0).soften(pixels, [4, 9], 0), pixels)
+    assert torch.equal(set_up(model, tmp_path, soften_ratio=0.0).soften(pixels, [4, 9], 0), pixels)
 
 
 def test_blurring_takes_the_edges_and_keeps_the_mean():
@@ -200,8 +207,8 @@ def test_it_learns_and_exports(sprites_shards, tmp_path):
     assert network.config == SpritesNetworkConfig([8, 8, 16], [16], 16)
 
 
-def test_the_motion_loss_is_in_motion_units(tiny_model, tmp_path):
-    stage = set_up(tiny_model, tmp_path, soften_ratio=0.0, frame_strides=[2])
+def test_the_motion_loss_is_in_motion_units(model, tmp_path):
+    stage = set_up(model, tmp_path, soften_ratio=0.0, frame_strides=[2])
     whole = made_up_batch([0, 1])
     batch = every_nth_frame(whole, 2)
     step = stage.train_step(whole, StepContext(0, "features", 0, 0, 1, 0))
@@ -212,10 +219,10 @@ def test_the_motion_loss_is_in_motion_units(tiny_model, tmp_path):
     torch.testing.assert_close(step.losses, total)
 
 
-def test_it_goes_on_from_a_folder(tiny_model, tmp_path):
-    first = set_up(tiny_model, tmp_path)
+def test_it_goes_on_from_a_folder(model, tmp_path):
+    first = set_up(model, tmp_path)
     first.export(tmp_path, first.modules())
-    second = set_up(tiny_model, tmp_path, network=SpritesNetworkConfig(), init_from=str(tmp_path / "features"))
+    second = set_up(model, tmp_path, network=SpritesNetworkConfig(), init_from=str(tmp_path / "features"))
     for name, value in second.network.state_dict().items():
         assert torch.equal(value, first.network.state_dict()[name])
 
@@ -236,9 +243,12 @@ def test_refused(settings, message):
         FeatureStageConfig(**settings)
 
 
-def test_a_stride_that_leaves_too_few_frames_is_refused(tiny_model):
+def test_clips_that_the_network_does_not_read_are_refused(model, tiny_model):
     with pytest.raises(ValueError, match=r"stage.frame_strides=\[1, 9\] must be at most 8"):
-        FeatureStage(FeatureStageConfig(frame_strides=[1, 9])).check(tiny_model)
+        FeatureStage(FeatureStageConfig(frame_strides=[1, 9])).check(model)
+    for clip in (tiny_model.clip, replace(model.clip, width=36)):
+        with pytest.raises(ValueError, match=f"width={clip.width}: the network reads multiples of 8 px from 32"):
+            FeatureStage(FeatureStageConfig()).check(replace(model, clip=clip))
 
 
 def test_missing_fields_are_refused():

@@ -45,7 +45,9 @@ def test_dmd_settings_of_the_yaml():
         ({"decay_updates": 0}, "optim.decay_updates=0 must be at least 1, or null"),
         ({"min_lr_ratio": 2.0}, r"optim.min_lr_ratio=2.0 must be in \[0, 1\]"),
         ({"weight_decay": -0.1}, "optim.weight_decay=-0.1 must be >= 0"),
+        ({"betas": []}, r"optim.betas=\[\] must be two numbers"),
         ({"modules": {"critic": ModuleOptim(lr=-1.0)}}, "optim.modules.critic.lr=-1.0 must be >= 0"),
+        ({"modules": {"critic": ModuleOptim(weight_decay=-1.0)}}, "optim.modules.critic.weight_decay=-1.0 must be >="),
     ],
 )
 def test_refused(settings, message):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from data.app import compose_config
+from eval.report import Video
+from train import quickstart
+from train.pipeline import Record
 from train.quickstart import chain
 from train.zoo import ZOO
 
@@ -34,3 +38,19 @@ def test_from_the_zoo_every_stage_goes_on_from_the_shipped_weights():
         assert f"stage.init_from={ZOO / part}" in commands[stage]
     assert "vae_whole" not in commands
     assert compose_config("train", ["experiment=quickstart_zoo/vae"]).stage.freeze_encoder
+
+
+@pytest.mark.parametrize(("start", "told"), [("zoo", "on from the shipped weights"), ("scratch", "from nothing")])
+def test_the_report_is_of_this_chain_whatever_another_left_in_the_folder(tmp_path, monkeypatch, start, told):
+    monkeypatch.setattr(quickstart, "_video", lambda out: Video(""))
+    names = ["epe_gain_from_tracks_px", "epe_px", "epe_without_tracks_px", "psnr_db", "frames_per_second"]
+    metrics = {f"{role}.{name}{end}": 1.0 for role in ("teacher", "student") for name in names
+               for end in ("", "_low", "_high")}  # fmt: skip
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/metrics.json").write_text(json.dumps(metrics))
+    for stage, keys in quickstart.CURVES.items():
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "metrics.jsonl").write_text(json.dumps({"step": 1, **dict.fromkeys(keys, 0.5)}))
+    records = {step.name: Record([], 1.0, []) for step in chain(tmp_path, start)}
+    page = quickstart.report(tmp_path, records).read_text()
+    assert f"trained {told}" in page and ("<figcaption>vae_whole<" in page) == (start == "scratch")

@@ -17,7 +17,7 @@ from models.assemble import build_vae
 from models.diffusion.noise import KeyedNoise
 from models.vae.latent_space import LatentSpace
 from models.vae.tiny_vae import PRESETS, TinyVae, TinyVaeConfig
-from train.build import build_trainer, read_settings
+from train.build import build_trainer, plan, read_settings
 from train.discriminator import STRETCH_FRAMES, PatchDiscriminator, ReplayBuffer, stretch_of
 from train.stage import SetupContext, StepContext
 from train.tiny_vae import DISCRIMINATOR, TINY_VAE, TinyVaeStage, TinyVaeStageConfig
@@ -180,6 +180,19 @@ def test_it_learns_and_its_export_knows_its_latent_space(model, pixel_shards, tm
     assert TinyVae.from_folder(tmp_path / "export/tiny_vae", expected=space).latent_space == space
     with pytest.raises(ValueError, match="fingerprint"):
         TinyVae.from_folder(tmp_path / "export/tiny_vae", expected=replace(space, fingerprint="other"))
+
+
+def test_the_plan_tells_whether_there_is_a_discriminator_and_no_settings_of_other_stages(model, pixel_shards, tmp_path):
+    cfg = compose_config("train", [
+        "model=tiny", "stage=tiny_vae", "device=cpu", f"model.vae.path={model.vae.path}", f"shards={pixel_shards}",
+        "model.clip.height=32", "model.clip.width=32", "stage.preset=sprites", "stage.num_frames=9",
+        "stage.crop_px=16", f"output_dir={tmp_path}",
+    ])  # fmt: skip
+    settings = read_settings(cfg)
+    text = "\n".join(plan(settings, build_trainer(settings)))
+    assert "discriminator from step 10000" in text and "optim=dmd" not in text  # which has settings of a critic
+    without = set_up(model, tmp_path, gan_weight=0.0, feature_weight=0.0, gan_start=0)
+    assert "discriminator off" in without.describe()[0] and without.updates(0) == [TINY_VAE]
 
 
 def test_a_run_goes_on_with_another_crop_but_with_no_other_vae(model, tmp_path):
