@@ -265,8 +265,9 @@ def _shards_in(index: Path) -> list[str]:
 
 
 def _folders_inside(folder: Path) -> str:
-    """The folders that `save_dit` wrote in this one."""
-    return ", ".join(str(found.parent) for found in sorted(folder.glob(f"*/{CONFIG_NAME}")))
+    """The folders of weights in this one, or in its export/ where it is that of a stage."""
+    found = [path.parent for place in ("*", "export/*") for path in sorted(folder.glob(f"{place}/{CONFIG_NAME}"))]
+    return ", ".join(map(str, found))
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
