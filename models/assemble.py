@@ -310,6 +310,7 @@ def _in_space_of_vae(dit: WanDiT, cfg: ModelConfig, owner: str) -> WanDiT:
 
 def load_for_inference(cfg: ModelConfig, role: str, device: torch.device | str) -> WanDiT:
     """`load_role`, in eval mode on its device and in model.dtype, for weights that do not change any more."""
-    dit = load_role(cfg, role).eval().requires_grad_(False).to(device, cfg.torch_dtype)
+    dtype = cfg.on(torch.device(device)).torch_dtype
+    dit = load_role(cfg, role).eval().requires_grad_(False).to(device, dtype)
     dit.fuse_projections()
     return dit

@@ -42,6 +42,7 @@ from stream.provenance import extra_peak_bytes, git_commit, machine
 
 CHANNELS, CHUNK_FRAMES, SINK_CHUNKS = 16, 3, 1
 STRIDE = 8  # px of a latent cell
+PATCH = 2  # cells of a token's side
 DRAGS = {  # the default's warm start; the paper's four iterations, in one segment
     "warm_start": DragConfig(tracks="release"),
     "iterations_4": DragConfig(tracks="release", warm_rounds=0, iterations=4),
@@ -303,12 +304,20 @@ def count(text: str) -> int:
     return int(text)
 
 
+def even_count(text: str) -> int:
+    """Latent cells of a side, which patches of two fill. Raises ArgumentTypeError for an odd number and below 1."""
+    if count(text) % PATCH:
+        raise argparse.ArgumentTypeError(f"{text} must be a multiple of {PATCH}, the side of a patch")
+    return int(text)
+
+
 def main() -> None:
     """Entry of `python -m stream.benchmark`."""
     parser = argparse.ArgumentParser(prog="python -m stream.benchmark", description=__doc__.split("\n\n")[0])
     default = Sizes()
     for name in ("heads", "ffn_dim", "layers", "height", "width", "text_len", "pairs"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=count, default=vars(default)[name])
+        kind = even_count if name in ("height", "width") else count
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=vars(default)[name])
     parser.add_argument("--windows", type=count, nargs="*", default=default.windows, help="past chunks in the cache")
     arguments = vars(parser.parse_args())
     torch.set_num_threads(1)

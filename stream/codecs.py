@@ -50,9 +50,9 @@ class Codecs:
         tiny_vae: TinyVae | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.model_cfg = model_cfg
         self.device = torch.device(device)
-        where = (self.device, model_cfg.torch_dtype)
+        self.model_cfg = model_cfg.on(self.device)
+        where = (self.device, self.model_cfg.torch_dtype)
         self.vae = vae.eval().requires_grad_(False).to(*where)
         self.decoder = self.vae if tiny_vae is None else tiny_vae.eval().requires_grad_(False).to(*where)
         if self.device.type == "cpu":
@@ -70,7 +70,7 @@ class Codecs:
             ValueError: a path that is needed is not set, or parts do not fit together.
             FileNotFoundError: weights named in the configuration are missing.
         """
-        vae = build_vae(model_cfg)
+        model_cfg, vae = model_cfg.on(torch.device(device)), build_vae(model_cfg)
         return cls(
             model_cfg,
             vae,

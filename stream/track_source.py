@@ -74,12 +74,17 @@ def load_track_source(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a track file of another resolution without `resize`, or a file that cannot be read.
+        ValueError: a picture, a track file without frames or of another resolution without `resize`, or a file that
+            cannot be read.
     """
     path, clip = Path(path), model_cfg.clip
     if not path.is_file():
         raise FileNotFoundError(
             f"tracks={path}: no such file; give {' or '.join(TRACK_FILES)}, or a video to take the motion from"
+        )
+    if path.suffix.lower() in PICTURES:
+        raise ValueError(
+            f"tracks={path} is a picture, in which nothing moves; give {' or '.join(TRACK_FILES)}, or a video"
         )
     if path.suffix.lower() not in TRACK_FILES:
         try:
@@ -87,6 +92,8 @@ def load_track_source(
         except VideoError as error:
             raise ValueError(f"tracks={path} is neither {' nor '.join(TRACK_FILES)} nor a video: {error}") from error
     tracks = Tracks.load(path)
+    if not tracks.num_frames:
+        raise ValueError(f"tracks={path} has no frame; leave tracks out to have the motion unspecified")
     if (tracks.height, tracks.width) == (clip.height, clip.width):
         return tracks
     if not resize:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -234,7 +235,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
         found = read(path)
     except FileNotFoundError:
         raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not {kind}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds one {type(found).__name__}; a track file has {', '.join(FIELDS)}")
@@ -257,9 +258,10 @@ def _read_npz(path: Path) -> Any:
 
 
 def _suffix(path: Path) -> str:
-    if path.suffix not in (".npz", ".json"):
+    suffix = path.suffix.lower()
+    if suffix not in (".npz", ".json"):
         raise ValueError(f"{path}: suffix '{path.suffix}' must be .npz or .json")
-    return path.suffix
+    return suffix
 
 
 def _require_equal(items: Sequence[Tracks], operation: str, fields: tuple[str, ...]) -> None:

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.files import bring_to_disk, follow_umask
+from models.pretrained import read_weights
 
 DESCRIPTION, WEIGHTS = "model.json", "model.safetensors"
 REPLACED = "replaced"  # name of the old folder in the one that it is set aside in
@@ -62,7 +63,7 @@ def read_model(folder: str | Path, what: str, made_by: str) -> tuple[dict[str, A
     folder = Path(folder)
     if not (folder / DESCRIPTION).is_file():
         raise FileNotFoundError(f"no {what} in {folder}: there is no {DESCRIPTION}; pass a folder made by {made_by}")
-    return json.loads((folder / DESCRIPTION).read_text()), load_file(folder / WEIGHTS)
+    return json.loads((folder / DESCRIPTION).read_text()), read_weights(folder / WEIGHTS)
 
 
 def _beside(folder: Path) -> Path:

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.pretrained import read_weights
 from models.vae.folder import read_model, save_model
 from models.vae.latent_space import LatentSpace
 from models.vae.streaming_decode import StreamingDecoder
@@ -217,8 +217,7 @@ class TinyVae(nn.Module):
         if not path.is_file():
             raise FileNotFoundError(f"no tiny VAE at {path}; taew2_1.pth and taew2_2.pth are in madebyollin/taehv")
         vae = cls(TinyVaeConfig.for_space(latent_space), latent_space)
-        is_safe = path.suffix == ".safetensors"
-        vae.load_state_dict(load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True))
+        vae.load_state_dict(read_weights(path))
         return vae
 
     @classmethod

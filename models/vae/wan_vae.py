@@ -26,6 +26,7 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.pretrained import load_whole
 from models.vae.channel_norm import replace_norms
 from models.vae.folder import replace_folder
 from models.vae.latent_space import WAN_2_1_MEAN, WAN_2_1_STD, LatentSpace
@@ -146,7 +147,7 @@ class WanVae(nn.Module):
         settings = dict(AutoencoderKLWan.load_config(folder))
         if expected is not None:
             _require_architecture(settings, expected, folder)
-        autoencoder = AutoencoderKLWan.from_pretrained(folder)
+        autoencoder = load_whole(AutoencoderKLWan, folder)
         return cls(autoencoder, expected.latents_per_call if expected is not None else 1)
 
     def save(self, folder: str | Path) -> None:

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from models.files import remove_unfinished, replace_file
+from models.pretrained import read_weights, reading_weights
 from models.vae.latent_space import LatentSpace
 from models.wan.config import INPUT_FIELDS, MASK_CHANNELS, TRACK_HEAD_FIELDS, WanConfig
 from models.wan.dit import WanDiT
@@ -86,11 +86,13 @@ def diffusers_to_official(state: Mapping[str, Tensor]) -> StateDict:
     return _rename(known, top, block, "diffusers")
 
 
-def to_official(state: Mapping[str, Any]) -> StateDict:
+def to_official(state: Any) -> StateDict:
     """A loaded file's content, whatever its format and wrappers -> state dict with official names.
 
-    Raises ValueError where a name belongs to no known format.
+    Raises ValueError where it is not tensors by name, or a name belongs to no known format.
     """
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"it holds a {type(state).__name__}, not tensors by name; give another file")
     for nested in NESTED_STATES:
         if isinstance(state.get(nested), Mapping):
             state = state[nested]
@@ -117,14 +119,16 @@ def load_pretrained(model: WanDiT, path: str | Path) -> list[str]:
     ever reach it. The model's latent space becomes the checkpoint's, as far as that tells. Raises ValueError naming
     the fields where the checkpoint is of another architecture.
     """
+    content = read_state(path)
     try:
-        state, saved = to_official(read_state(path)), _saved_config(Path(path))
+        state, saved = to_official(content), _saved_config(Path(path))
     except ValueError as error:
         raise ValueError(f"{path} is not of a DiT: {error}") from error
     _check_architecture(state, saved, model.config, path)
     layout = _input_layout(state[INPUTS].shape[1], model.config) if saved is None else saved.input_layout
     if layout != model.config.input_layout:
         state[INPUTS] = _grown_inputs(state[INPUTS], layout, model)
+    _check_shapes(state, model, path)
     model.latent_space = _saved_latent_space(Path(path))
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or [name for name in missing if not name.startswith(TRACK_HEAD)]:
@@ -212,7 +216,7 @@ def load_dit(folder: str | Path, expected: WanConfig | None = None) -> WanDiT:
             )
         config = expected
     _check_weights_config(folder / WEIGHTS_NAME, config)
-    state = load_file(folder / WEIGHTS_NAME)
+    state = read_weights(folder / WEIGHTS_NAME)
     with torch.device("meta"):  # no memory and no time for weights that are replaced
         model = WanDiT(config)
     model.load_state_dict(state, strict=True, assign=True)
@@ -220,24 +224,21 @@ def load_dit(folder: str | Path, expected: WanConfig | None = None) -> WanDiT:
     return model.requires_grad_(True)
 
 
-def read_state(path: str | Path) -> dict[str, Any]:
+def read_state(path: str | Path) -> Any:
     """Content of a .safetensors or .pt/.pth/.bin file, or of a folder's (possibly sharded) safetensors files.
 
     Pickles are read with weights_only=True. A folder may be a whole diffusers pipeline: its transformer/ is
-    read.
+    read. Raises ValueError for a file that is damaged or holds no weights, FileNotFoundError for one that is absent.
     """
     path = Path(path)
     if path.is_dir():
         state: dict[str, Any] = {}
         for file in _weight_files(path):
-            state |= load_file(file)
+            state |= read_weights(file)
         return state
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give a .safetensors or .pt file, or a folder of them")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    is_zip = zipfile.is_zipfile(path)  # torch < 1.6 wrote files that cannot be mapped
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    return read_weights(path)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -245,19 +246,35 @@ def _weight_files(folder: Path) -> list[Path]:
     if not list(folder.glob("*.safetensors")) and (folder / "transformer").is_dir():
         folder = folder / "transformer"
     if indices := sorted(folder.glob("*.safetensors.index.json")):
-        shards = json.loads(indices[0].read_text())["weight_map"].values()
-        return [folder / shard for shard in sorted(set(shards))]
+        shards = _shards_in(indices[0])
+        if absent := [shard for shard in shards if not (folder / shard).is_file()]:
+            raise FileNotFoundError(f"{folder} lacks {_shortened(absent)} of {indices[0].name}; download them too")
+        return [folder / shard for shard in shards]
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
-        raise ValueError(f"{folder} holds {len(files)} .safetensors files and no index; give the path of one file")
+        remedy = _folders_inside(folder) or "the path of one file"
+        raise ValueError(f"{folder} holds {len(files)} .safetensors files and no index; give {remedy}")
     return files
+
+
+def _shards_in(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of weights: {error!r}; get the file again") from error
+
+
+def _folders_inside(folder: Path) -> str:
+    """The folders of weights in this one, or in its export/ where it is that of a stage."""
+    found = [path.parent for place in ("*", "export/*") for path in sorted(folder.glob(f"{place}/{CONFIG_NAME}"))]
+    return ", ".join(map(str, found))
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
-        inside = ", ".join(str(found.parent) for found in sorted(folder.glob(f"*/{CONFIG_NAME}")))
-        raise FileNotFoundError(f"no {CONFIG_NAME} in {folder}; give {inside or 'a folder that save_dit wrote'}")
+        remedy = _folders_inside(folder) or "a folder that save_dit wrote"
+        raise FileNotFoundError(f"no {CONFIG_NAME} in {folder}; give {remedy}")
     return json.loads(path.read_text())
 
 
@@ -278,7 +295,7 @@ def _metadata(path: Path) -> dict[str, str]:
     path = path / WEIGHTS_NAME if path.is_dir() else path
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
-    with safe_open(path, framework="pt") as file:
+    with reading_weights(path), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
@@ -311,7 +328,7 @@ def _rename(state: Mapping[str, Tensor], top: dict[str, str], block: dict[str, s
         else:
             renamed[new_name] = tensor
     if unknown:
-        raise ValueError(f"not names of a {source} model: {_shortened(unknown)}; give another file")
+        raise ValueError(f"not names of {source} weights: {_shortened(unknown)}; give another file")
     return renamed
 
 
@@ -342,6 +359,17 @@ def _check_architecture(state: StateDict, saved: WanConfig | None, config: WanCo
             f"{path} holds another architecture (field: checkpoint, model): {'; '.join(differences)}; "
             "change the model config, or give another checkpoint"
         )
+
+
+def _check_shapes(state: StateDict, model: WanDiT, path: str | Path) -> None:
+    own = model.state_dict()
+    found = [
+        f"{name} {list(tensor.shape)}, {list(own[name].shape)}"
+        for name, tensor in state.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    if found:
+        raise ValueError(f"{path} holds tensors of other shapes (checkpoint, model): {_shortened(found)}")
 
 
 def _architecture(state: StateDict, path: str | Path) -> dict[str, Any]:

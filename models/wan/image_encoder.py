@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.pretrained import load_whole
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -29,7 +31,7 @@ class ClipImageEncoder(nn.Module):
                 f"no CLIP image encoder in {path}: there is no config.json. Download the image_encoder/ "
                 "folder of a Wan I2V model in diffusers format (such as Wan-AI/Wan2.1-I2V-14B-480P-Diffusers)"
             )
-        self.model = CLIPVisionModel.from_pretrained(path, dtype=dtype).eval().requires_grad_(False)
+        self.model = load_whole(CLIPVisionModel, path, dtype=dtype).eval().requires_grad_(False)
         settings = self.model.config
         self.image_size_px: int = settings.image_size
         self.clip_dim: int = settings.hidden_size

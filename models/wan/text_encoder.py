@@ -21,6 +21,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from models.pretrained import load_whole
+
 VOCABULARY_CAPACITY = 128  # slots for words: a DiT keeps its text_dim, and its weights, while the vocabulary grows
 
 # The order is part of every trained sprites model. Append; never reorder, rename or remove.
@@ -153,8 +155,9 @@ class Umt5Encoder(nn.Module):
         super().__init__()
         encoder_folder = _part(Path(path), "text_encoder", "config.json")
         self.tokenizer = AutoTokenizer.from_pretrained(_part(Path(path), "tokenizer", "tokenizer_config.json"))
-        self.model = UMT5EncoderModel.from_pretrained(encoder_folder, dtype=dtype).eval().requires_grad_(False)
         # Wan's files hold one table and tie_word_embeddings=false: transformers 5.0 to 5.2 leave the encoder's random
+        model = load_whole(UMT5EncoderModel, encoder_folder, unread=["encoder.embed_tokens.weight"], dtype=dtype)
+        self.model = model.eval().requires_grad_(False)
         self.model.set_input_embeddings(self.model.shared)
         self.text_len = text_len
         self.text_dim: int = self.model.config.d_model

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,8 @@ def _recomputed(original: Mapping[str, Any]) -> dict[str, Any]:
     def angle(point: Point) -> float:
         return math.degrees(math.atan2(point[1] - cy, point[0] - cx))
 
-    turns = [(angle(arm) - angle(start) + 180) % 360 - 180 for arm in arms]
+    # each in (-180, 180] from the arm before: a turn goes on beyond half a circle
+    turns = list(accumulate(180 - (180 + angle(one) - angle(other)) % 360 for one, other in pairwise((start, *arms))))
     return {"is_rotation": True, "deltas": turns, "start_point": start, "rotation_center": points[0]}
 
 

@@ -232,7 +232,7 @@ def test_encoders_of_the_sprites_world():
         build_text_encoder(cfg)
 
 
-def test_roles_are_loaded_from_their_folders(tmp_path):
+def test_roles_are_loaded_from_their_folders(tmp_path, monkeypatch):
     cfg = load("tiny")
     with pytest.raises(
         ValueError, match=r"model\.student is not set; make one with `python -m train stage=self_forcing`"
@@ -250,6 +250,11 @@ def test_roles_are_loaded_from_their_folders(tmp_path):
     ready = load_for_inference(cfg, "teacher", "cpu")
     assert not ready.training and not any(parameter.requires_grad for parameter in ready.parameters())
     assert all(torch.equal(ready.state_dict()[name], value) for name, value in dit.state_dict().items())
+    cfg.dtype = "auto"
+    with monkeypatch.context() as patch:  # a GPU that is not used
+        patch.setattr(assemble, "pick_device", lambda name: torch.device("cuda"))
+        patch.setattr(assemble, "fast_dtype", lambda device: "float32" if device.type == "cpu" else "bfloat16")
+        assert load_for_inference(cfg, "teacher", "cpu").patch_embedding.weight.dtype == torch.float32
     cfg.dit = replace(cfg.dit, num_layers=3)
     with pytest.raises(ValueError, match="num_layers"):
         load_role(cfg, "teacher")

@@ -158,6 +158,16 @@ def test_umt5_reads_a_flat_folder_and_names_what_is_missing(umt5_folder, tmp_pat
         Umt5Encoder(tmp_path / "nowhere")
 
 
+def test_umt5_without_all_its_weights_is_refused(umt5_folder, tmp_path):
+    """T5's folder is one: its blocks share the bias of the first. They would be drawn at random."""
+    shutil.copytree(umt5_folder, tmp_path / "t5")
+    weights = tmp_path / "t5/text_encoder/model.safetensors"
+    absent = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+    save_file({key: value for key, value in load_file(weights).items() if key != absent}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"t5/text_encoder is not a whole UMT5EncoderModel: .*{absent}; download"):
+        Umt5Encoder(tmp_path / "t5", text_len=8)
+
+
 def test_both_are_text_encoders(umt5_folder):
     assert isinstance(VocabularyEncoder(4), TextEncoder)
     assert isinstance(Umt5Encoder(umt5_folder, text_len=8), TextEncoder)
@@ -209,3 +219,16 @@ def test_clip_squeezes_the_whole_frame_without_cropping(clip_folder):
         encoder.encode(pixels[:, :, None])
     with pytest.raises(FileNotFoundError, match="image_encoder/"):
         ClipImageEncoder(clip_folder / "nowhere")
+
+
+def test_clip_of_another_shape_or_cut_short_is_refused(clip_folder, tmp_path):
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    weights = tmp_path / "clip/model.safetensors"
+    state = load_file(weights)
+    name = next(name for name in state if name.endswith("position_embedding.weight"))
+    save_file(state | {name: torch.zeros(3, 24)}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"clip is not a whole CLIPVisionModel: .*position_embedding.weight; download"):
+        ClipImageEncoder(tmp_path / "clip")
+    weights.write_bytes(weights.read_bytes()[:999])
+    with pytest.raises(ValueError, match=r"clip cannot be read as CLIPVisionModel: .*; download it again"):
+        ClipImageEncoder(tmp_path / "clip")

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from stream import benchmark
 from stream.benchmark import Sizes, compare, main, run
 
 
@@ -33,6 +34,15 @@ def test_counts_are_at_least_one(arguments: list[str], monkeypatch, capsys) -> N
     assert refused.value.code == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert f"{arguments[0]}: {arguments[-1]} must be a whole number of at least 1" in told
+
+
+@pytest.mark.parametrize("side", ["--height", "--width"])
+def test_sides_are_whole_patches(side: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", side, "5"])
+    monkeypatch.setattr(benchmark, "run", lambda sizes: pytest.fail("measured"))
+    with pytest.raises(SystemExit):
+        main()
+    assert f"{side}: 5 must be a multiple of 2" in capsys.readouterr().err
 
 
 def test_the_ratio_is_ours_over_the_other() -> None:

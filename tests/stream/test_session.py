@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from models import assemble
 from models.assemble import build_dit, build_vae, load_role
 from models.diffusion.noise import KeyedNoise
 from models.motion.tracks import Tracks
@@ -194,6 +195,13 @@ def test_wrong_inputs_are_refused(student, codecs, first_frame) -> None:
 
 def test_frames_survive_the_way_to_pixels_and_back(first_frame) -> None:
     np.testing.assert_array_equal(to_frames(to_pixels(first_frame[None, None])), first_frame[None, None])
+
+
+def test_auto_is_the_dtype_of_the_device_that_is_used(tiny_weights, monkeypatch) -> None:
+    monkeypatch.setattr(assemble, "pick_device", lambda name: torch.device("cuda"))  # which is there, and not used
+    monkeypatch.setattr(assemble, "fast_dtype", lambda device: "float32" if device.type == "cpu" else "bfloat16")
+    codecs = Codecs.load(replace(tiny_weights.model_cfg, dtype="auto"), device="cpu")
+    assert next(codecs.vae.parameters()).dtype == torch.float32 and codecs.model_cfg.dtype == "float32"
 
 
 def test_bfloat16_and_the_tiny_decoder(tiny_weights, first_frame, tmp_path) -> None:

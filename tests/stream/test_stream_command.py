@@ -88,6 +88,16 @@ def test_what_is_read_is_not_written_over(tiny_weights, tmp_path: Path, image, o
         _run(tiny_weights, tmp_path / out, f"image={tmp_path / image}")
 
 
+def test_what_has_no_motion_is_no_source_of_tracks(tiny_weights, tmp_path: Path) -> None:
+    """A picture can be read as a video of one frame; what is meant is a longer one."""
+    cv2.imwrite(str(tmp_path / "first.png"), np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match=rf"tracks={tmp_path}/first.png is a picture, in which nothing moves"):
+        load_track_source(tmp_path / "first.png", tiny_weights.model_cfg, TrackerConfig())
+    Tracks.empty(1, 0, 16, 16).save(tmp_path / "tracks.npz")
+    with pytest.raises(ValueError, match=rf"tracks={tmp_path}/tracks.npz has no frame; leave tracks out"):
+        load_track_source(tmp_path / "tracks.npz", tiny_weights.model_cfg, TrackerConfig())
+
+
 def test_an_edit_comes_before_an_animation_of_the_same_boundary(tiny_weights, tmp_path: Path) -> None:
     mask = np.zeros((16, 16), bool)
     mask[4:12, 4:12] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -149,7 +150,7 @@ def test_joining_other_sizes_is_refused():
         Tracks.stack([random_tracks(), random_tracks().resize_to(10, 64)])
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".json"])
+@pytest.mark.parametrize("suffix", [".npz", ".json", ".NPZ", ".Json"])
 def test_files_round_trip(tmp_path, suffix):
     tracks = random_tracks(batch=1).with_ids(torch.zeros(1, 7, dtype=torch.long))
     tracks.save(tmp_path / f"clip{suffix}")
@@ -160,6 +161,17 @@ def test_files_round_trip(tmp_path, suffix):
 def test_files_without_tracks_round_trip(tmp_path, suffix):
     Tracks.empty(1, 5, 48, 64).save(tmp_path / f"clip{suffix}")
     assert same(Tracks.load(tmp_path / f"clip{suffix}"), Tracks.empty(1, 5, 48, 64))
+
+
+def test_a_damaged_npz_is_named(tmp_path):
+    random_tracks(batch=1).save(path := tmp_path / "clip.npz")
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("points.npy").header_offset + 60
+    content[start : start + 20] = b"\xff" * 20
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path}: not npz"):
+        Tracks.load(path)
 
 
 def test_broken_files_are_named(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from safetensors.torch import load_file, save_file
 
 from data.encode import fingerprint
 from models.device import DTYPES, fast_dtype
@@ -268,6 +269,17 @@ def test_another_architecture_is_refused_by_name(tmp_path):
         WanVae.from_folder(tmp_path / "vae", expected=replace(SPRITES, base_dim=16))
     with pytest.raises(FileNotFoundError, match="stage=vae"):
         WanVae.from_folder(tmp_path / "nothing")
+
+
+def test_a_folder_that_lacks_weights_is_refused(tmp_path):
+    """diffusers would draw them at random."""
+    make("sprites")[0].save(tmp_path / "vae")
+    weights = next(tmp_path.glob("vae/*.safetensors"))
+    state = load_file(weights)
+    absent = min(state)
+    save_file({name: value for name, value in state.items() if name != absent}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"vae is not a whole AutoencoderKLWan: .*{absent}; download it again"):
+        WanVae.from_folder(tmp_path / "vae")
 
 
 @pytest.mark.parametrize(

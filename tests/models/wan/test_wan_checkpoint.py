@@ -7,7 +7,6 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -98,7 +97,9 @@ def test_loads_self_forcing_files_and_prefers_the_average(tmp_path: Path):
 
 def test_pickles_with_code_are_refused(tmp_path: Path):
     torch.save({"generator": {"x": Path("code")}}, tmp_path / "model.pt")
-    with pytest.raises(UnpicklingError, match="Weights only"):
+    with pytest.raises(
+        ValueError, match=r"model.pt .* cannot be read as weights: Unsupported global.* save these alone"
+    ):
         load_pretrained(WanDiT(T2V), tmp_path / "model.pt")
 
 
@@ -271,7 +272,7 @@ def test_a_folder_is_a_source_of_pretrained_weights(tmp_path: Path):
 
 def test_another_architecture_is_refused_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save_dit(WanDiT(T2V), tmp_path)
-    monkeypatch.setattr(checkpoint, "load_file", lambda path: pytest.fail("read the weights"))
+    monkeypatch.setattr(checkpoint, "read_weights", lambda path: pytest.fail("read the weights"))
     with pytest.raises(ValueError, match=r"num_layers: 2, 4; track_channels: 0, 4"):
         load_dit(tmp_path, expected=WanConfig.tiny(latent_channels=C, num_layers=4, track_channels=4))
 
@@ -363,5 +364,51 @@ def test_absent_files_are_named(tmp_path: Path):
         load_dit(tmp_path / "export")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_pretrained(WanDiT(T2V), tmp_path / "absent.pt")
-    with pytest.raises(ValueError, match=r"0 \.safetensors files"):
+    (tmp_path / "checkpoints").mkdir()  # beside export/, the folder of a stage
+    for folder in (tmp_path, tmp_path / "export"):
+        with pytest.raises(ValueError, match=rf"0 \.safetensors files and no index; give {tmp_path}/export/student$"):
+            load_pretrained(WanDiT(T2V), folder)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+@pytest.mark.parametrize("kept", [0, 0.5, "version https://git-lfs.github.com/spec/v1"])
+def test_a_file_that_is_not_whole_is_named(tmp_path: Path, name: str, kept: float | str):
+    path, state = tmp_path / name, WanDiT(T2V).state_dict()
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    whole = path.read_bytes()
+    path.write_bytes(kept.encode() if isinstance(kept, str) else whole[: int(kept * len(whole))])
+    with pytest.raises(ValueError, match=rf"{path} \(\d+ bytes\) cannot be read as weights: .*get it again"):
+        load_pretrained(WanDiT(T2V), path)
+
+
+def test_our_own_folder_with_weights_cut_short_is_named(tmp_path: Path):
+    save_dit(WanDiT(T2V), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for read in (load_dit, read_provenance):
+        with pytest.raises(ValueError, match=rf"{weights} .* cannot be read as weights"):
+            read(tmp_path)
+
+
+def test_shards_that_are_absent_are_named(tmp_path: Path):
+    WanTransformer3DModel(**diffusers_arguments(T2V)).save_pretrained(tmp_path, max_shard_size="100KB")
+    load_pretrained(WanDiT(T2V), tmp_path)
+    first = sorted(tmp_path.glob("*-of-*.safetensors"))[0]
+    first.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} lacks {first.name} of .*index.json; download"):
         load_pretrained(WanDiT(T2V), tmp_path)
+    index = next(tmp_path.glob("*.index.json"))
+    index.write_text("{}")
+    with pytest.raises(ValueError, match=rf"{index} is no index of weights"):
+        load_pretrained(WanDiT(T2V), tmp_path)
+
+
+def test_what_is_no_state_or_has_other_shapes_is_named(tmp_path: Path):
+    path = tmp_path / "w.pt"
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(ValueError, match=f"{path} is not of a DiT: it holds a list, not tensors by name"):
+        load_pretrained(WanDiT(T2V), path)
+    model = WanDiT(T2V)
+    torch.save(model.state_dict() | {"blocks.1.self_attn.q.weight": torch.zeros(3, 3)}, path)
+    with pytest.raises(ValueError, match=rf"{path} holds tensors of other shapes .*: blocks.1.self_attn.q.weight"):
+        load_pretrained(model, path)

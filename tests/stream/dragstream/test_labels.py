@@ -79,12 +79,12 @@ def test_animation_joins_its_blocks_and_extra_keys_survive(tmp_path: Path):
 def test_missing_deltas_are_computed_from_the_points(tmp_path: Path):
     drawn = [
         {"is_rotation": False, "control_points": [], "points": [[10, 10], [12, 9], [15, 4], [16, 0]]},
-        {"is_rotation": True, "points": [[20, 20], [30, 20], [30, 30], [20, 30], [10, 20]]},
+        {"is_rotation": True, "points": [[20, 20], [30, 20], [20, 30], [10, 20], [20, 10]]},
     ]
     content = label("Animation", [{"original_trajectory": each, "mask_file": "m.png"} for each in drawn])
     drag = DragLabel.read(write(tmp_path, "block_1_Animation_trajectory.json", content)).to_drag()
     assert [(pose.dx, pose.dy) for pose in drag.handles[0].poses] == [(2, -1), (5, -6), (6, -10)]
-    assert [pose.degrees for pose in drag.handles[1].poses] == pytest.approx([45, 90, -180])  # clockwise on screen
+    assert [pose.degrees for pose in drag.handles[1].poses] == pytest.approx([90, 180, 270])  # clockwise on screen
 
 
 def test_our_drags_survive_the_format(tmp_path: Path):
