@@ -73,9 +73,12 @@ class DragConfig:
             raise ValueError(
                 f"drag.iterations={self.iterations} must be >= 0 and at most max_iterations={self.max_iterations}"
             )
-        for name in ("warm_rounds", "warm_gain", "lr", "adsr_frames"):
-            if vars(self)[name] < 0:
+        for name in ("warm_rounds", "warm_gain", "lr", "weight_decay", "rec_weight", "cst_weight", "adsr_frames"):
+            if not vars(self)[name] >= 0:  # nan is not
                 raise ValueError(f"drag.{name}={vars(self)[name]} must be >= 0")
+        for name in ("grad_clip", "css_alpha"):
+            if vars(self)[name] is not None and not vars(self)[name] > 0:
+                raise ValueError(f"drag.{name}={vars(self)[name]} must be > 0, or null for none")
         if (self.segment_ratio is not None and self.segment_ratio <= 0) or self.segment_degrees <= 0:
             raise ValueError(f"segment_ratio={self.segment_ratio}, segment_degrees={self.segment_degrees} must be > 0")
         if self.adsr == "neighbours" and not self.adsr_frames:
@@ -105,7 +108,11 @@ class DragConfig:
                 name for name in ("segment_degrees", "subdivision") if vars(self)[name] != vars(DragConfig())[name]
             ]
         reasons = (idle, "iterations=0; set it to optimise"), (uncut, "segment_ratio=null; set it to cut the way")
-        return [f"drag.{', drag.'.join(names)} have no effect with drag.{reason}" for names, reason in reasons if names]
+        return [
+            f"drag.{', drag.'.join(names)} {'has' if len(names) == 1 else 'have'} no effect with drag.{reason}"
+            for names, reason in reasons
+            if names
+        ]
 
     def for_student(self, num_steps: int, num_layers: int) -> DragConfig:
         """The same with its step >= 0. Raises ValueError for a step or a block that the student does not have."""

@@ -359,7 +359,7 @@ def test_drag_settings_without_effect_are_told(tiny_weights, tmp_path: Path, cap
     monkeypatch.setattr(DragBenchmark, "scenarios", lambda *given: pytest.fail("told first"))
     with pytest.raises(pytest.fail.Exception):
         main(compose_config("eval", [*tiny_weights.overrides, "bench=drag", f"out={tmp_path}", "drag.lr=0.5"]))
-    assert "drag.lr have no effect with drag.iterations=0" in caplog.text
+    assert "drag.lr has no effect with drag.iterations=0" in caplog.text
 
 
 def test_neighbours_are_counted_from_before_the_drag(tiny_weights, tmp_path: Path, monkeypatch) -> None:

@@ -181,7 +181,7 @@ def test_labelled_drags_are_applied_after_their_chunks(
     _label(tmp_path / "labels", "edit", 2, 1)
     given_drags = (f"drags={tmp_path / 'labels'}", "drag.lr=0.3", "num_inference_steps=4")
     edited = _run(tiny_weights, tmp_path / "b.mp4", *given, *given_drags)
-    assert "drag.lr have no effect with drag.iterations=0" in caplog.text
+    assert "drag.lr has no effect with drag.iterations=0" in caplog.text
     assert "num_inference_steps=4 has no effect with role=student" in caplog.text
     assert "was drawn for prompt='a red disc'; the stream's is ''" in caplog.text
     np.testing.assert_array_equal(edited[:8], plain[:8])  # frame 8 and 9 share a predicted picture of the mp4

@@ -272,6 +272,9 @@ def test_detached_keys_leave_the_gradient_through_the_queries(shown):
         ({"cutoffs": [0.0]}, "drag.cutoffs=\\[0.0\\] must be positive"),
         ({"cutoff_range": [0.6, 0.1]}, "drag.cutoff_range"),
         ({"segment_degrees": 0.0}, "segment_degrees=0.0 must be > 0"),
+        ({"lr": float("nan")}, "drag.lr=nan must be >= 0"),
+        ({"rec_weight": -1.0}, "drag.rec_weight=-1.0 must be >= 0"),
+        ({"css_alpha": 0.0}, "drag.css_alpha=0.0 must be > 0, or null for none"),
     ],
 )
 def test_a_setting_out_of_range_names_itself(settings: dict, message: str):

@@ -354,7 +354,7 @@ def test_settings_of_the_optimisation_have_no_effect_without_it(parts) -> None:
     assert not DragConfig(**other, iterations=1).without_effect() and not DragConfig().without_effect()
     assert not DragConfig(**other, iterations=1).remarks() and not DragConfig().remarks()
     (remark,) = DragConfig(lr=0.3).remarks()
-    assert remark == "drag.lr have no effect with drag.iterations=0; set it to optimise"
+    assert remark == "drag.lr has no effect with drag.iterations=0; set it to optimise"
     (remark,) = DragConfig(iterations=1, segment_degrees=1.0, subdivision="floor").remarks()
     assert remark.startswith("drag.segment_degrees, drag.subdivision have no effect with drag.segment_ratio=null")
     for name, value in other.items():
