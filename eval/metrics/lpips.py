@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval.metrics.image import unit_images
+from models.pretrained import read_weights
 
 BACKBONE_FILE = "alexnet-owt-7be5be79.pth"
 HEADS_FILE = "alex.pth"
@@ -86,8 +87,9 @@ def load_lpips(folder: str | None, setting: str = "bench.lpips_weights") -> Lpip
     if folder is None:
         return f"unavailable: {HOW_TO_GET} and set {setting}=FOLDER"
     require_lpips(folder, setting)
-    backbone = torch.load(Path(folder) / BACKBONE_FILE, map_location="cpu", weights_only=True)
-    heads = torch.load(Path(folder) / HEADS_FILE, map_location="cpu", weights_only=True)
+    backbone, heads = (read_weights(Path(folder) / name) for name in (BACKBONE_FILE, HEADS_FILE))
+    if not isinstance(backbone, dict) or not isinstance(heads, dict):
+        raise ValueError(f"{setting}={folder} does not hold LPIPS (AlexNet, v0.1) weights by name; {HOW_TO_GET}")
     metric = Lpips()
     state = {key: value for key, value in backbone.items() if key.startswith("features.")}
     state |= {

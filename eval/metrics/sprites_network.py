@@ -227,7 +227,7 @@ class SpritesNetwork(nn.Module):
     def from_folder(cls, folder: str | Path) -> SpritesNetwork:
         """A folder written by ``save``, in float32 whatever it was written in."""
         folder = Path(located(str(folder)))
-        saved, weights = read_model(folder, "sprites network", made_by="stage=features")
+        saved, weights = read_model(folder, "sprites network", made_by="stage=features", told="labels")
         if saved["labels"] != LABELS:
             raise ValueError(f"{folder} was trained on the labels {saved['labels']}, here are {LABELS}; train it again")
         network = cls(SpritesNetworkConfig(**saved["config"]))

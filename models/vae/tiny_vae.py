@@ -223,7 +223,7 @@ class TinyVae(nn.Module):
     @classmethod
     def from_folder(cls, folder: str | Path, expected: LatentSpace | None = None) -> TinyVae:
         """A folder written by ``save``; ValueError where its latent space is not the expected one."""
-        saved, weights = read_model(folder, "tiny VAE", made_by="stage=tiny_vae")
+        saved, weights = read_model(folder, "tiny VAE", made_by="stage=tiny_vae", told="latent_space")
         latent_space = LatentSpace(**saved["latent_space"])
         if expected is not None:
             expected.require(latent_space, owner=f"the tiny VAE in {folder}")

@@ -69,6 +69,17 @@ def test_lpips_says_how_to_get_it_or_loads(tmp_path: Path, video: torch.Tensor) 
     torch.save(features, tmp_path / BACKBONE_FILE)
     with pytest.raises(ValueError, match="does not hold LPIPS"):
         load_lpips(str(tmp_path))
+    torch.save([features], tmp_path / BACKBONE_FILE)
+    with pytest.raises(ValueError, match="does not hold LPIPS .* by name; put "):
+        load_lpips(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut short"])
+def test_damaged_lpips_weights_are_named(tmp_path: Path, content: bytes) -> None:
+    for name in (BACKBONE_FILE, HEADS_FILE):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{BACKBONE_FILE} .* cannot be read as weights"):
+        load_lpips(str(tmp_path))
 
 
 def test_saturation_of_known_colours() -> None:

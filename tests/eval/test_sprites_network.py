@@ -186,6 +186,12 @@ def test_folders_that_are_not_one_are_refused(network, tmp_path):
     with pytest.raises(ValueError, match="was trained on the labels"):
         SpritesNetwork.from_folder(tmp_path / "features")
     assert LABELS["colors"] == list(COLORS)
+    description.write_text(json.dumps({"config": {"dim": 256}, "provenance": {}}))
+    with pytest.raises(ValueError, match="no sprites network in .*: its model.json has no labels, .* stage=features"):
+        SpritesNetwork.from_folder(tmp_path / "features")
+    description.write_text('{"config"')
+    with pytest.raises(ValueError, match="features/model.json is damaged: .* stage=features"):
+        SpritesNetwork.from_folder(tmp_path / "features")
 
 
 def test_the_shortest_videos_have_a_perceptual_distance(network):

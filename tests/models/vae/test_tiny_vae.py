@@ -168,6 +168,9 @@ def test_the_latent_space_is_kept_and_asserted(tmp_path):
     other = LatentSpace.of((0.1,) * 8, (1.0,) * 8, 4)
     with pytest.raises(ValueError, match="another latent space \\(fingerprint"):
         TinyVae.from_folder(tmp_path / "tiny", expected=other)
+    (tmp_path / "tiny" / "model.json").write_text('{"config": {"dim": 256}, "provenance": {}}')
+    with pytest.raises(ValueError, match="no tiny VAE in .*: its model.json has no latent_space, .* stage=tiny_vae"):
+        TinyVae.from_folder(tmp_path / "tiny")
     with pytest.raises(ValueError, match="stride 4 cannot decode"):
         TinyVae(TinyVaeConfig.sprites(), LatentSpace.wan_2_1())
 
