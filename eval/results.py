@@ -28,11 +28,15 @@ log = logging.getLogger(__name__)
 
 
 class Results:
-    """Collects figures; means over clips get a bootstrap interval of the given coverage."""
+    """Collects figures; means over clips get a bootstrap interval of the given coverage.
 
-    def __init__(self, *, seed: int, level: float = 0.95) -> None:
+    unit: what the clips of a benchmark are called in its tables.
+    """
+
+    def __init__(self, *, seed: int, level: float = 0.95, unit: str = "clips") -> None:
         self.seed = seed
         self.level = level
+        self.unit = unit
         self.clips: list[str] = []  # names of the clips behind the means, in their order
         self.values: dict[str, float | int | str | None] = {}
         self.per_clip: dict[str, list[float]] = {}
@@ -62,7 +66,7 @@ class Results:
         """Every figure that is not in `by_role`."""
         shared = {f"{role}.{metric}" for role in self._roles() for metric in self._shared(role)}
         rows = [[key, self._cell(key)] for key in self.values if key not in shared and not self._is_bound(key)]
-        return Table(["", f"value, with its {self.level:.0%} interval over clips"], rows)
+        return Table(["", f"value, with its {self.level:.0%} interval over {self.unit}"], rows)
 
     def notes(self) -> list[str]:
         """What could not be measured and how to get it, each once."""

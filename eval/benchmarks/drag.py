@@ -12,7 +12,7 @@ real video by a point tracker.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ from torch import Tensor
 
 from data.app import CONF_DIR, build_config, compose_config
 from data.sprites import SpritesConfig
-from data.trackers import TrackerConfig, build_tracker, grid_queries
+from data.trackers import TrackerConfig, build_tracker, grid_queries, require_available
 from eval.benchmarks.context import EvalContext, Outcome, progress_bar
 from eval.benchmarks.drag_pictures import SHEET_TEXT, drag_sheet, handle_at, pick_shown, with_handles
 from eval.benchmarks.drag_runs import DraggedChunks, Replay, Run, pasted
 from eval.benchmarks.drag_scenarios import DragScenario, labelled_scenarios, sprites_scenarios
-from eval.metrics.detectors import Detectors
+from eval.metrics.detectors import Detectors, Distances
 from eval.metrics.drag import (
     LocatorConfig,
     RegionLocator,
@@ -134,30 +134,37 @@ class DragBenchmark:
         for remark in context.drag.remarks():
             log.warning(remark)
         detectors = Detectors.load(self.cfg.features, self.cfg.i3d_weights, self.cfg.inception_weights)
+        if self.cfg.labels is not None:
+            require_available(self.cfg.tracker, has_scene=False)
         settings = {OURS: context.drag} | {name: baseline_settings(name) for name in self.cfg.baselines}
         scenarios, student = self.scenarios(context), context.load("student")
-        runs, bases = self.stream(context, student, scenarios, settings)
-        bases[NO_DRAG] = bases[IDEAL] = bases[OURS]
-        runs = {NO_DRAG: bases[NO_DRAG], **runs}
-        ideal = [pasted(run, lambda frames: _encoded(context, frames)) for run in bases[IDEAL]]
-        results = Results(seed=context.seed)
+        length = min(each.num_frames(context.model_cfg.rollout.chunk_frames) for each in scenarios)
+        to_show = pick_shown(scenarios, self.cfg.num_shown)
+        verdicts: dict[str, list[Verdict]] = {name: [] for name in (NO_DRAG, *settings, IDEAL)}
+        shown: dict[int, dict[str, Run]] = {}
+        distances = {name: Distances(detectors) for name in settings}
+        for number, (runs, bases) in enumerate(self.stream(context, student, scenarios, settings)):
+            plain = bases[OURS]
+            ideal = pasted(plain, lambda frames: _encoded(context, frames))
+            for name, run in {NO_DRAG: plain, **runs, IDEAL: ideal}.items():
+                verdicts[name].append(self.judge(run, bases.get(name, plain)))
+            for name, run in runs.items():  # to the streams without a drag, all cut to the shortest
+                distances[name].add(run.frames[-length:], bases[name].frames[-length:])
+            if number in to_show:  # of the others no frame is kept
+                shown[number] = {NO_DRAG: plain, **runs}
+        results = Results(seed=context.seed, unit="scenarios")
         results.clips = [scenario.key for scenario in scenarios]
-        verdicts = {
-            name: [self.judge(run, base) for run, base in zip(found, bases[name])]
-            for name, found in (runs | {IDEAL: ideal}).items()
-        }
         for name, found in verdicts.items():
             put_verdicts(results, name, found)
         self._put_ratios(results, verdicts)
-        length = min(len(run.frames) for found in runs.values() for run in found)
-        for name in (OURS, *self.cfg.baselines):  # to the streams without a drag, all cut to the shortest
-            pair = (np.stack([run.frames[-length:] for run in found]) for found in (runs[name], bases[name]))
-            for key, distance in detectors.distances(*pair).items():
+        for name in settings:
+            for key, distance in distances[name].found().items():
                 results.put(f"{name}.{key}", distance)
-        for name in (OURS, *self.cfg.baselines):
-            results.put(f"{name}.extra_memory_ratio", self._extra_memory(context, student, scenarios, settings[name]))
+        for name, cfg in settings.items():
+            results.put(f"{name}.extra_memory_ratio", self._extra_memory(context, student, scenarios, cfg))
         write_scenarios(context.out / "scenarios.json", scenarios, verdicts)
-        return Outcome(results, lambda: self._sections(context, results, scenarios, runs, verdicts))
+        shown = {number: shown[number] for number in to_show}
+        return Outcome(results, lambda: self._sections(context, results, scenarios, shown, verdicts))
 
     def scenarios(self, context: EvalContext) -> list[DragScenario]:
         clip, chunk_frames = context.model_cfg.clip, context.model_cfg.rollout.chunk_frames
@@ -175,8 +182,8 @@ class DragBenchmark:
         student: WanDiT,
         scenarios: Sequence[DragScenario],
         settings: Mapping[str, DragConfig],
-    ) -> tuple[dict[str, list[Run]], dict[str, list[Run]]]:
-        """Runs by method, and the same streams without a drag, both in the order of the scenarios.
+    ) -> Iterator[tuple[dict[str, Run], dict[str, Run]]]:
+        """For each scenario its runs by method, and the same streams without a drag.
 
         What a drag releases is released from its step on: there is a stream without a drag for each step.
         """
@@ -184,18 +191,18 @@ class DragBenchmark:
         step_of = {name: cfg.for_student(*depth).step for name, cfg in settings.items()}
         ways = {step: replace(UNTOUCHED, step=step) for step in sorted(set(step_of.values()))} | dict(settings)
         far = DragConfig(adsr_frames=max(cfg.adsr_frames for cfg in settings.values()))  # what is remembered
-        runs: dict[str | int, list[Run]] = {way: [] for way in ways}
         with progress_bar(len(scenarios) * len(ways), "drag", "stream") as bar:
             for scenario in scenarios:
                 session = self._open(context, student, scenario, far)
                 opening = [session.next_chunk() for _ in range(scenario.events[0].after_chunks)]
                 state, latents = session.snapshot(), session.latents
+                runs: dict[str | int, Run] = {}
                 for way, cfg in ways.items():
                     session.restore(state)
                     session.drag_cfg = cfg
-                    runs[way].append(Replay(session, scenario, self.cfg.locator, opening[-1], latents).run())
+                    runs[way] = Replay(session, scenario, self.cfg.locator, opening[-1], latents).run()
                     bar.update()
-        return {name: runs[name] for name in settings}, {name: runs[step_of[name]] for name in settings}
+                yield {name: runs[name] for name in settings}, {name: runs[step_of[name]] for name in settings}
 
     def _open(self, context: EvalContext, student: WanDiT, scenario: DragScenario, drag: DragConfig) -> StreamSession:
         clip, per_side = context.model_cfg.clip, self.cfg.tracks_per_side
@@ -319,15 +326,16 @@ class DragBenchmark:
 
     def _sections(
         self, context: EvalContext, results: Results, scenarios: Sequence[DragScenario],
-        runs: Mapping[str, Sequence[Run]], verdicts: Mapping[str, Sequence[Verdict]],
+        shown: Mapping[int, Mapping[str, Run]], verdicts: Mapping[str, Sequence[Verdict]],
     ) -> list[Section]:  # fmt: skip
-        shown = pick_shown(scenarios, self.cfg.num_shown)
         videos = [
-            video_side_by_side({name: with_handles(found[n]) for name, found in runs.items()},
+            video_side_by_side({name: with_handles(run) for name, run in runs.items()},
                                context.model_cfg.clip.fps, f"{scenarios[n].key}: {scenarios[n].prompt}")
-            for n in shown
+            for n, runs in shown.items()
         ]  # fmt: skip
-        sheets = [drag_sheet({name: runs[name][n] for name in (NO_DRAG, OURS)}, scenarios[n].key) for n in shown]
+        sheets = [
+            drag_sheet({name: runs[name] for name in (NO_DRAG, OURS)}, scenarios[n].key) for n, runs in shown.items()
+        ]
         text = (
             f"{len(scenarios)} scenarios; every method goes on from the same state with the same noise. White: the "
             "handle's outline at its target."
@@ -366,7 +374,7 @@ def by_kind(scenarios: Sequence[DragScenario], verdicts: Mapping[str, Sequence[V
             groups.setdefault(group, []).append(number)
     rows = [
         [f"{mode}, {what}", str(len(members)),
-         *(f"{_mean(verdicts[name][n].objmc_px for n in members):.2f}" for name in names)]
+         *(mean_cell((verdicts[name][n].objmc_px for n in members), ".2f") for name in names)]
         for (mode, what), members in sorted(groups.items())
     ]  # fmt: skip
     return Table(["ObjMC px", "scenarios", *names], rows)
@@ -417,6 +425,12 @@ def _accuracies(
 def _mean(values: Iterable[float]) -> float:
     finite = [value for value in values if np.isfinite(value)]
     return float(np.mean(finite)) if finite else float("nan")
+
+
+def mean_cell(values: Iterable[float], digits: str) -> str:
+    """Their mean in a table, in the digits of a format."""
+    mean = _mean(values)
+    return format(mean, digits) if np.isfinite(mean) else "n/a"
 
 
 def _median(values: Sequence[float]) -> float:

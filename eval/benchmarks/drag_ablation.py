@@ -16,12 +16,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from data.sprites import SpritesConfig
 from eval.benchmarks.claims import Effect, Finding, as_float, table_of, write_findings
 from eval.benchmarks.context import EvalContext, Outcome
-from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict, put_verdicts, seconds_ratios
+from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict, mean_cell, put_verdicts, seconds_ratios
 from eval.metrics.interval import Interval, mean_over_seeds, paired_difference
 from eval.report import Section, Table
 from eval.results import Results, keep, read_kept
@@ -155,7 +153,7 @@ class DragAblation:
         numbers = range(context.seed, context.seed + self.cfg.num_seeds)
         seeds = [self._of_seed(replace(context, seed=seed)) for seed in numbers]
         found = {name: over_seeds([one[name] for one in seeds]) for name in self.cfg.variants}
-        results = Results(seed=context.seed)
+        results = Results(seed=context.seed, unit="scenarios")
         results.clips = [scenario.key for scenario in self._bench(context).scenarios(context)]
         for name, verdicts in found.items():
             put_verdicts(results, name.replace(".", ","), verdicts)
@@ -203,8 +201,11 @@ class DragAblation:
     def _drag(self, context: EvalContext, settings: Mapping[str, DragConfig]) -> dict[str, list[Verdict]]:
         bench = self._bench(context)
         student, scenarios = context.load("student"), bench.scenarios(context)
-        runs, bases = bench.stream(context, student, scenarios, settings)
-        return {name: [bench.judge(run, base) for run, base in zip(runs[name], bases[name])] for name in settings}
+        verdicts: dict[str, list[Verdict]] = {name: [] for name in settings}
+        for runs, bases in bench.stream(context, student, scenarios, settings):
+            for name, run in runs.items():
+                verdicts[name].append(bench.judge(run, bases[name]))
+        return verdicts
 
     def finding(
         self, row: int, claim: Claim, found: Mapping[str, Sequence[Verdict]], seed: int, same: Collection[str] = ()
@@ -226,7 +227,7 @@ class DragAblation:
     def _sections(self, findings: Sequence[Finding], found: Mapping[str, Sequence[Verdict]]) -> list[Section]:
         columns = (OBJMC, DAI, BACKGROUND, "lost_ratio", "seconds")
         rows = [
-            [name, *(f"{np.nanmean([getattr(v, column) for v in verdicts]):.3g}" for column in columns)]
+            [name, *(mean_cell(_figures(column, verdicts), ".3g") for column in columns)]
             for name, verdicts in found.items()
         ]
         text = f"{self.cfg.num_scenarios} scenarios, means over {self.cfg.num_seeds} seeds; intervals over scenarios."

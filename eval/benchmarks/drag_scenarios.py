@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data.sprites import SpritesClip, SpritesConfig, render_clip, split_seed
-from models.condition import FRAMES_PER_LATENT, ClipGeometry
+from models.condition import FRAMES_PER_LATENT, ClipGeometry, num_pixel_frames
 from stream.dragstream.drag import Drag, Handle, Point, Pose
 from stream.dragstream.geometry import bounding_box, moved, moved_mask, swept_region
 from stream.dragstream.labels import DragLabel
@@ -58,6 +58,12 @@ class DragScenario:
     events: tuple[DragEvent, ...]
     num_chunks: int
     sample_id: int
+
+    def num_frames(self, chunk_frames: int) -> int:
+        """Pixel frames from the chunk before the first drag on."""
+        chunks_before = self.events[0].after_chunks - 1
+        before = num_pixel_frames(chunks_before * chunk_frames) if chunks_before else 0
+        return num_pixel_frames(self.num_chunks * chunk_frames) - before
 
 
 def sprites_scenarios(

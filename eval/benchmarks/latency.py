@@ -76,7 +76,7 @@ class Latency:
         timings, pace, memory = self._stream([session for session, _ in opened], control, device)
         outcomes = []
         for context, (_, seconds), of_chunks in zip(contexts, opened, timings, strict=True):
-            results = Results(seed=context.seed)
+            results = Results(seed=context.seed, unit="chunks")
             self._put_times(results, of_chunks, pace, seconds)
             if len(contexts) == 1:
                 self._put_memory(results, memory, device)

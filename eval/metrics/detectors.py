@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.metrics.frechet import Features, frechet_distance
+from eval.metrics.frechet import Features, frechet_distance, joined
 from eval.metrics.sprites_network import MIN_FRAMES, SpritesNetwork
 
 I3D_FILE, INCEPTION_FILE = "i3d_torchscript.pt", "inception-2015-12-05.pt"
@@ -33,6 +33,7 @@ INCEPTION_HELP = (
 )
 SPRITES_HELP = "unavailable: set bench.features=FOLDER, a sprites network made by stage=features"
 MIN_I3D_FRAMES, I3D_SIZE = 10, 224
+PROBE_PX = 32  # of what a network is tried on when it is loaded
 BATCH = 16
 
 
@@ -123,59 +124,88 @@ class Detectors:
 
     @classmethod
     def load(cls, features: str | None, i3d_weights: str | None, inception_weights: str | None) -> Detectors:
-        """Raises FileNotFoundError for a path that is set and holds none."""
+        """Raises FileNotFoundError for a path that is set and holds none, ValueError for one that holds another."""
         return cls(load_sprites_detector(features), load_i3d(i3d_weights), load_inception(inception_weights))
 
-    def distances(self, videos: np.ndarray, references: np.ndarray) -> dict[str, float | str]:
-        """fvd_sprites, fid_sprites, fvd and fid of two sets uint8 [N, T, H, W, 3], or why there is none."""
-        count, length = videos.shape[:2]
+    def features(self, video: np.ndarray) -> dict[str, Features | str]:
+        """Of a video uint8 [T, H, W, 3], by the name of the distance that they are for; or why there is none."""
+        length, videos = len(video), video[None]
         sprites, i3d, inception = self.sprites, self.i3d, self.inception
         if length < MIN_I3D_FRAMES:
             i3d = f"unavailable: videos of {length} frames; I3D needs {MIN_I3D_FRAMES} or more"
         if length < MIN_FRAMES:
             sprites = f"unavailable: videos of {length} frames; the sprites network needs {MIN_FRAMES} or more"
-        if count < 2:
-            sprites = i3d = inception = f"unavailable: {count} video; a Fréchet distance needs 2 or more"
-
-        def distance(features: Callable[[np.ndarray], Features] | str) -> float | str:
-            if isinstance(features, str):
-                return features
-            return frechet_distance(features(videos), features(references))
-
         return {
-            "fvd_sprites": distance(sprites if isinstance(sprites, str) else sprites.video_features),
-            "fid_sprites": distance(sprites if isinstance(sprites, str) else sprites.frame_features),
-            "fvd": distance(i3d if isinstance(i3d, str) else i3d.features),
-            "fid": distance(inception if isinstance(inception, str) else inception.frame_features),
+            "fvd_sprites": sprites if isinstance(sprites, str) else sprites.video_features(videos),
+            "fid_sprites": sprites if isinstance(sprites, str) else sprites.frame_features(videos),
+            "fvd": i3d if isinstance(i3d, str) else i3d.features(videos),
+            "fid": inception if isinstance(inception, str) else inception.frame_features(videos),
         }
 
 
+class Distances:
+    """fvd_sprites, fid_sprites, fvd and fid of two sets of videos, which are given one at a time and not kept."""
+
+    def __init__(self, detectors: Detectors) -> None:
+        self.detectors = detectors
+        self._features: list[tuple[dict[str, Features | str], dict[str, Features | str]]] = []
+
+    def add(self, video: np.ndarray, reference: np.ndarray) -> None:
+        """One of each set, uint8 [T, H, W, 3]; T is the same in all."""
+        self._features.append((self.detectors.features(video), self.detectors.features(reference)))
+
+    def found(self) -> dict[str, float | str]:
+        """The distances by name, each or why there is none."""
+        return {name: self._distance(name) for name in self._features[0][0]}
+
+    def _distance(self, name: str) -> float | str:
+        if (count := len(self._features)) < 2:
+            return f"unavailable: {count} video; a Fréchet distance needs 2 or more"
+        videos: list[Features] = []
+        references: list[Features] = []
+        for pair in self._features:
+            for members, features in zip((videos, references), pair, strict=True):
+                if isinstance(one := features[name], str):
+                    return one
+                members.append(one)
+        return frechet_distance(joined(videos), joined(references))
+
+
 def load_i3d(path: str | None) -> I3d | str:
-    """The network, or how to get it. Raises FileNotFoundError where there is no such file."""
-    network = _load(path, I3D_HELP)
+    """The network, or how to get it. Raises FileNotFoundError where there is no such file, ValueError for another."""
+    blank = np.zeros((1, MIN_I3D_FRAMES, PROBE_PX, PROBE_PX, 3), np.uint8)
+    network = _load(path, I3D_HELP, lambda network: I3d(network).features(blank))
     return network if isinstance(network, str) else I3d(network)
 
 
 def load_inception(path: str | None) -> Inception | str:
-    """The network, or how to get it. Raises FileNotFoundError where there is no such file."""
-    network = _load(path, INCEPTION_HELP)
+    """The network, or how to get it. Raises FileNotFoundError where there is no such file, ValueError for another."""
+    blank = np.zeros((1, PROBE_PX, PROBE_PX, 3), np.uint8)
+    network = _load(path, INCEPTION_HELP, lambda network: Inception(network).features(blank))
     return network if isinstance(network, str) else Inception(network)
 
 
 def load_sprites_detector(folder: str | None) -> SpritesDetector | str:
-    """The network, or how to get it. Raises FileNotFoundError for a folder that does not hold one."""
+    """The network, or how to get it. Raises FileNotFoundError or ValueError for a folder that does not hold one."""
     return SPRITES_HELP if folder is None else SpritesDetector(SpritesNetwork.from_folder(folder))
 
 
-def _load(path: str | None, remedy: str) -> torch.nn.Module | str:
+def _load(path: str | None, remedy: str, probe: Callable[[torch.nn.Module], object]) -> torch.nn.Module | str:
+    """The network of a file, after ``probe`` has called it as a benchmark will, hours later."""
     if path is None:
         return remedy
+    how = remedy.removeprefix("unavailable: ")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is no file; {remedy.removeprefix('unavailable: ')}")
+        raise FileNotFoundError(f"{path} is no file; {how}")
     try:
-        return torch.jit.load(path, map_location="cpu").eval()
+        network = torch.jit.load(path, map_location="cpu").eval()
     except RuntimeError as error:
         raise ValueError(f"{path} is not a TorchScript file: {error}") from error
+    try:
+        probe(network)
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds another network, which cannot be called as it has to be; {how}") from error
+    return network
 
 
 def _channels_first(videos: np.ndarray) -> Tensor:

@@ -7,6 +7,7 @@ With fewer samples than features the covariance is singular and the figure compa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,13 @@ class Features:
 
     values: np.ndarray  # [N, D]
     origin: str  # network and call style
+
+
+def joined(parts: Sequence[Features]) -> Features:
+    """One set of at least one, all of the same origin."""
+    if len(origins := {part.origin for part in parts}) != 1:
+        raise ValueError(f"features of {' and of '.join(sorted(origins))} do not compare; make all one way")
+    return Features(np.concatenate([part.values for part in parts]), parts[0].origin)
 
 
 def frechet_distance(first: Features, second: Features) -> float:

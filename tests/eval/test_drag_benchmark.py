@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 from data.app import compose_config
 from data.sprites import SpritesConfig
 from eval.benchmarks.context import EvalContext
-from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict, baseline_settings
+from eval.benchmarks.drag import DragBenchConfig, DragBenchmark, Verdict, baseline_settings, by_kind
 from eval.benchmarks.drag_ablation import (
     CLAIMS,
     VARIANTS,
@@ -181,11 +182,54 @@ def test_the_benchmark_measures_each_method_against_no_drag(tiny_weights, tmp_pa
     assert metrics["drag.fvd"].startswith("unavailable: get i3d")
     per_scenario = json.loads((tmp_path / "scenarios.json").read_text())
     assert len(per_scenario) == 7
+    assert "interval over scenarios" in (tmp_path / "report.html").read_text()
     assert json.loads((tmp_path / "meta.json").read_text())["clips"] == [each["key"] for each in per_scenario]
     assert set(per_scenario[0]) == {"key", "prompt", "no_drag", "drag", "sg_i2v", "ideal"}
     assert metrics["ideal.objmc_px"] < 0.5 and "ideal.seconds_ratio" not in metrics  # nothing is generated for it
     report = (tmp_path / "report.html").read_text()
     assert "Before and after" in report and 'src="http' not in report
+
+
+def test_frames_are_kept_of_what_is_shown_alone(tiny_weights, tmp_path: Path, monkeypatch) -> None:
+    """A stream at 832 x 480 takes a megabyte a frame, in every method."""
+    runs: list[weakref.ref[Run]] = []
+    lengths: list[int] = []
+    judge = DragBenchmark.judge
+
+    def noting(bench: DragBenchmark, run: Run, base: Run) -> Verdict:
+        runs.append(weakref.ref(run))
+        lengths.append(len(run.frames))
+        return judge(bench, run, base)
+
+    monkeypatch.setattr(DragBenchmark, "judge", noting)
+    model_cfg = replace(tiny_weights.model_cfg, clip=replace(tiny_weights.model_cfg.clip, height=32, width=32))
+    context = EvalContext(model_cfg, Codecs.load(model_cfg), torch.device("cpu"), 0, tmp_path)
+    world = SpritesConfig(max_sprites=2, min_size=0.36, max_size=0.42)
+    bench = DragBenchmark(DragBenchConfig(num_scenarios=7, num_shown=1, baselines=[], world=world))
+    outcome = bench.run(context)
+    chunk_frames = model_cfg.rollout.chunk_frames
+    expected = [scenario.num_frames(chunk_frames) for scenario in bench.scenarios(context)]
+    assert lengths == [length for length in expected for _ in ("no_drag", "drag", "ideal")]
+    alive = [run() is not None for run in runs]
+    assert alive[:2] == [True, True] and not any(alive[3:]), "no_drag and drag of the one that is shown"
+    assert len(outcome.sections()[-1].videos) == 1
+
+
+def test_a_tracker_without_weights_is_refused_before_a_label_is_streamed(tiny_weights, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(DragBenchmark, "scenarios", lambda *given: pytest.fail("too late"))
+    with pytest.raises(ImportError, match="cotracker3 has no weights"):
+        _run(tiny_weights, tmp_path, "bench.labels=labels", "bench.tracker.name=cotracker3")
+
+
+def test_what_no_scenario_measures_is_no_number_in_a_table() -> None:
+    found = [Verdict(**dict.fromkeys(Verdict.__dataclass_fields__, value)) for value in (2.5, float("nan"))]
+    rows = by_kind(scenarios(2), {"drag": found[:1] * 2, "paper": found, "ideal": found[1:] * 2}).rows
+    assert [row[2:] for row in rows] == [["2.50", "2.50", "n/a"]] * 2
+    (table,) = (
+        section.table for section in DragAblation(DragAblationConfig())._sections([], {"full": found[1:]})
+        if section.title == "Variants"
+    )  # fmt: skip
+    assert table.rows == [["full", *["n/a"] * 5]]
 
 
 def test_the_benchmark_takes_official_labels(tiny_weights, tmp_path: Path) -> None:
@@ -379,7 +423,7 @@ def test_neighbours_are_counted_from_before_the_drag(tiny_weights, tmp_path: Pat
     bench = DragBenchmark(DragBenchConfig(num_scenarios=7, baselines=[], world=world, opening_chunks=7))
     scenarios = bench.scenarios(context)
     settings = {str(count): replace(context.drag, iterations=1, adsr_frames=count) for count in (9, 18)}
-    bench.stream(context, context.load("student"), [scenarios[0], scenarios[6]], settings)
+    list(bench.stream(context, context.load("student"), [scenarios[0], scenarios[6]], settings))
     assert set(seen) == {(mode, count) for mode in ("edit", "animate") for count in (9, 18)}
 
 

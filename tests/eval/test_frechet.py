@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
-from eval.metrics.detectors import Detectors, I3d, SpritesDetector, load_i3d, load_inception, load_sprites_detector
-from eval.metrics.frechet import Features, frechet_distance
+from eval.metrics.detectors import (
+    Detectors,
+    Distances,
+    I3d,
+    Inception,
+    SpritesDetector,
+    load_i3d,
+    load_inception,
+    load_sprites_detector,
+)
+from eval.metrics.frechet import Features, frechet_distance, joined
 from eval.metrics.sprites_network import SpritesNetwork
 
 
@@ -46,6 +55,8 @@ def test_what_does_not_compare_is_refused():
     good = Features(draw(5, 3, 0), "i3d raw")
     with pytest.raises(ValueError, match="'i3d raw' and of 'i3d prepared' do not compare"):
         frechet_distance(good, Features(good.values, "i3d prepared"))
+    with pytest.raises(ValueError, match="features of i3d prepared and of i3d raw do not compare"):
+        joined([good, Features(good.values, "i3d prepared")])
     with pytest.raises(ValueError, match="N >= 2"):
         frechet_distance(good, Features(good.values[:1], "i3d raw"))
     with pytest.raises(ValueError, match="widths 3 and 2"):
@@ -103,12 +114,43 @@ def test_missing_weights_say_how_to_get_them(tmp_path: Path):
         load_i3d(str(tmp_path / "bad.pt"))
 
 
+class ScriptedInception(nn.Module):
+    """The call signature of the StyleGAN2-ADA file."""
+
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
+        return x.float().mean(dim=[2, 3])
+
+
+def test_a_network_in_the_place_of_another_is_refused_when_it_is_loaded(i3d: I3d, tmp_path: Path):
+    torch.jit.script(ScriptedInception()).save(str(tmp_path / "inception.pt"))
+    assert isinstance(load_inception(str(tmp_path / "inception.pt")), Inception)
+    with pytest.raises(ValueError, match=r"inception.pt holds another network, .*; get i3d_torchscript.pt"):
+        load_i3d(str(tmp_path / "inception.pt"))
+    with pytest.raises(ValueError, match=r"i3d.pt holds another network, .*; get inception-2015-12-05.pt"):
+        load_inception(str(tmp_path / "i3d.pt"))
+
+
 def test_videos_too_short_for_a_network_have_no_distance_of_it():
     detectors = Detectors(SpritesDetector(SpritesNetwork.from_config(seed=0)), "unavailable", "unavailable")
     videos = np.zeros((3, 4, 32, 32, 3), np.uint8)
-    found = detectors.distances(videos, videos)
+    distances = Distances(detectors)
+    for video in videos:
+        distances.add(video, video)
+    found = distances.found()
     assert found["fvd_sprites"] == found["fid_sprites"] != found["fid"]
     assert found["fvd_sprites"] == "unavailable: videos of 4 frames; the sprites network needs 5 or more"
+
+
+def test_videos_given_one_at_a_time_are_compared_as_sets():
+    detector = SpritesDetector(SpritesNetwork.from_config(seed=0))
+    videos, references = np.random.default_rng(0).integers(0, 256, (2, 4, 10, 32, 32, 3), dtype=np.uint8)
+    distances = Distances(Detectors(detector, "unavailable: test", "unavailable: test"))
+    for pair in zip(videos, references):
+        distances.add(*pair)
+    found = distances.found()
+    for name, features in (("fvd_sprites", detector.video_features), ("fid_sprites", detector.frame_features)):
+        assert found[name] == pytest.approx(frechet_distance(features(videos), features(references)), rel=1e-3)
+    assert found["fvd"] == found["fid"] == "unavailable: test"
 
 
 def test_the_sprites_network_gives_both_kinds_of_features():

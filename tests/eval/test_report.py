@@ -119,6 +119,8 @@ def test_results_write_flat_keys_with_intervals(tmp_path: Path) -> None:
     assert meta["config"] == {"seed": 0} and meta["machine"]["cpu_count"] and meta["git_commit"]
     results.add("teacher.epe_px", [2.0, 2.0])
     roles, others = results.by_role(), results.others()
+    assert others.columns == ["", "value, with its 95% interval over clips"]
+    assert Results(seed=0, unit="chunks").others().columns[1].endswith("over chunks")
     assert roles.columns == ["", "student", "teacher"]
     assert [row[0] for row in roles.rows] == ["epe_px"] and roles.rows[0][2] == "2 [2, 2]"
     assert {row[0]: row[1] for row in others.rows} == {
