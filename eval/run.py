@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data.app import build_config, build_target, require_folder
-from eval.benchmarks.context import EvalContext
+from data.app import build_config, build_target, claim, require_folder
+from eval.benchmarks.context import EvalContext, Outcome
 from eval.report import write_report
 from models.assemble import validate
 from models.device import pick_device
@@ -42,20 +43,27 @@ def main(cfg: DictConfig) -> int:
     validate(model_cfg)
     require_folder(Path(settings.out), f"out={settings.out}")
     benchmark, device = build_target(cfg.bench), pick_device(settings.device)
-    model_cfg = model_cfg.on(device)
-    codecs = Codecs.load(model_cfg, device=device, tiny=settings.decoder == "tiny")
-    out = Path(settings.out)
-    outcome = benchmark.run(EvalContext(model_cfg, codecs, device, settings.seed, out, build_config(cfg.drag)))
-    outcome.results.write(out, OmegaConf.to_container(cfg, resolve=True), device)
+    with claim(Path(settings.out), f"out={settings.out}"):
+        model_cfg = model_cfg.on(device)
+        codecs = Codecs.load(model_cfg, device=device, tiny=settings.decoder == "tiny")
+        out = Path(settings.out)
+        outcome = benchmark.run(EvalContext(model_cfg, codecs, device, settings.seed, out, build_config(cfg.drag)))
+        _show(cfg, outcome, out, device)
+    return 0
+
+
+def _show(cfg: DictConfig, outcome: Outcome, out: Path, device: torch.device) -> None:
+    """Write what was found, and print it."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    outcome.results.write(out, config, device)
     found = machine(device)
     report = write_report(
         out / "report.html",
         outcome.sections(),
-        title=f"{cfg.bench.name}: {model_cfg.name}",
+        title=f"{cfg.bench.name}: {cfg.model.name}",
         note=f"{found['gpu'] or found['processor']}, {found['threads']} threads, torch "
-        f"{found['torch']}, seed {settings.seed}",
+        f"{found['torch']}, seed {cfg.seed}",
     )
     for table in (outcome.results.by_role(), outcome.results.others()):
         print(table.as_text())
     print(f"{out / 'metrics.json'}\n{report}")
-    return 0

@@ -156,8 +156,7 @@ class Observations:
         self.context, self.cfg, self.runs = context, cfg, runs
         self.made: dict[str, Values] = {}
         self.figures: dict[str, dict[str, Any]] = {}
-        path = Path(located(cfg.ablations))
-        self.stored: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        self.stored = _read_ablations(cfg.ablations)
 
     def values(self, name: str, key: str, seeds: Sequence[str] | None = None) -> list[float]:
         """One value per clip; nan where nothing could be measured.
@@ -340,6 +339,15 @@ class Observations:
 
         with torch.no_grad():
             return _timed(by_head, codecs.clock), _timed(by_vae, codecs.clock)
+
+
+def _read_ablations(file: str) -> dict[str, dict[str, Any]]:
+    """Observation -> its settings and values; empty where there is no file."""
+    path = Path(located(file))
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"bench.ablations={file} is not what `python -m train.ablations` writes: {error}") from error
 
 
 def merged_seeds(key: str, seeds: Sequence[Sequence[float]]) -> list[float]:

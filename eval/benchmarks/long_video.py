@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from data.sprites import SpritesConfig
-from data.trackers import TrackerConfig, build_tracker
+from data.trackers import TrackerConfig, build_tracker, require_available
 from eval.benchmarks.context import EvalContext, Outcome, progress_bar
 from eval.benchmarks.motion_transfer import draw_clip
 from eval.clips import EvalClip, sprites_clips
@@ -110,6 +110,7 @@ class LongVideo:
 
     def run(self, context: EvalContext) -> Outcome:
         """Stream every clip and follow error and drift over time."""
+        require_available(self.cfg.tracker, has_scene=False)
         cfg, student, results = self.cfg, context.load("student"), Results(seed=context.seed)
         clips = self._clips(context)
         results.clips = [clip.key for clip in clips]

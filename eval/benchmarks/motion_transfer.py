@@ -124,11 +124,11 @@ class MotionTransfer:
                 f"bench.release_frame={cfg.release_frame} must be less than model.clip.num_frames="
                 f"{context.model_cfg.clip.num_frames}"
             )
-        dits = {role: context.load(role) for role in cfg.roles}  # a wrong checkpoint shows at once
-        clips = load_clips(cfg, context)
+        dits = {role: context.load(role) for role in cfg.roles}  # wrong weights show at once
         lpips = load_lpips(cfg.lpips_weights)
-        judge = Judge(clips, cfg.tracker, cfg.registration, lpips, cfg.num_workers)
         network = None if cfg.features is None else SpritesNetwork.from_folder(cfg.features)
+        clips = load_clips(cfg, context)
+        judge = Judge(clips, cfg.tracker, cfg.registration, lpips, cfg.num_workers)
         results = Results(seed=context.seed)
         results.clips = [clip.key for clip in clips]
         results.put("num_clips", len(clips))

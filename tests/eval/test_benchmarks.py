@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.app import build_config, compose_config
+from data.app import build_config, claim, compose_config
 from data.config_errors import ConfigError
 from data.sprites import SpritesConfig, render_clip
 from data.trackers import TrackerConfig
@@ -305,6 +305,31 @@ def test_an_out_below_a_file_is_refused_before_any_work(tmp_path: Path) -> None:
     nothing = ["model=tiny", "model.vae.path=/nowhere"]  # would be refused next
     with pytest.raises(ConfigError, match=r"out=\S+/file/x: \S+/file is a file where a folder is needed"):
         _run(SimpleNamespace(overrides=nothing), tmp_path / "file" / "x")
+
+
+def test_an_out_that_another_run_writes_to_is_refused(tiny_weights, tmp_path: Path) -> None:
+    """Else figures of one and the configuration of the other would stand side by side."""
+    with claim(tmp_path, "out"), pytest.raises(ValueError, match=rf"^out={tmp_path} is being written by process \d+"):
+        _run(tiny_weights, tmp_path, *QUICK)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [(["bench.lpips_weights=/nowhere"], "/nowhere holds no alexnet"),
+     (["bench.features=/nowhere"], "no sprites network in /nowhere")],
+)  # fmt: skip
+def test_weights_of_metrics_are_looked_for_before_any_clip_is_tracked(
+    tiny_weights, tmp_path: Path, monkeypatch, overrides, message
+) -> None:
+    monkeypatch.setattr("eval.benchmarks.motion_transfer.load_clips", lambda *given: pytest.fail("too late"))
+    with pytest.raises(FileNotFoundError, match=message):
+        _run(tiny_weights, tmp_path, *overrides)
+
+
+def test_a_tracker_without_weights_is_refused_before_a_long_stream(tiny_weights, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("eval.benchmarks.long_video.LongVideo._stream", lambda *given: pytest.fail("too late"))
+    with pytest.raises(ImportError, match="cotracker3 has no weights"):
+        _run(tiny_weights, tmp_path, "bench=long_video", "bench.tracker.name=cotracker3")
 
 
 def test_interrupted_judges_end_without_a_word() -> None:

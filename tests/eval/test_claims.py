@@ -296,6 +296,14 @@ def ablations(path: Path, key: str, **names: dict[str, list]) -> str:
     return str(path)
 
 
+def test_a_file_that_holds_no_ablations_is_named(tmp_path):
+    (tmp_path / "a.json").write_text('{"base_student": {')
+    with pytest.raises(
+        ValueError, match=r"^bench.ablations=\S+/a.json is not what `python -m train.ablations` writes: "
+    ):
+        observations(tmp_path, ablations=str(tmp_path / "a.json"))
+
+
 def test_ablations_are_compared_over_the_seeds_that_all_of_them_have(tmp_path):
     key, mine = "teacher.epe_px", {"0": [1.0, None, None], "1": [3.0, 4.0, None], "2": [8.0, 4.0, None]}
     path = ablations(tmp_path / "a.json", key, mine=mine, theirs={"0": [5.0] * 3, "1": [7.0] * 3},
