@@ -32,6 +32,7 @@ from train.trainer import TrainConfig, Trainer, accumulation_of
 
 log = logging.getLogger(__name__)
 
+OF_THE_RUN = ("steps", "global_batch")  # a stage may read them, but only the run sets them
 MADE_BY = {"latents": "vae", "prompt_embeds": "text", "clip_embeds": "clip"}  # field of shards: the encoder
 
 
@@ -69,6 +70,11 @@ def read_settings(cfg: DictConfig) -> Settings:
     if isinstance(stage, ChecksConfig):
         stage.check(model)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    for name in OF_THE_RUN:
+        if (value := plain["stage"].get(name, plain[name])) != plain[name]:
+            raise ValueError(
+                f"stage.{name}={value} must be {name}={plain[name]}, the run's; set {name}={value} instead"
+            )
     settings = Settings(
         train, model, build_config(cfg.data), build_config(cfg.optim), build_config(cfg.logger), stage,
         cfg.stage["_target_"], plain, {},
