@@ -21,7 +21,7 @@ from data.shards import ShardDataset
 from models.assemble import build_dit, build_vae
 from models.condition import num_pixel_frames
 from models.diffusion.noise import KeyedNoise
-from models.motion.tracks import Tracks
+from models.motion.tracks import NUM_TRACK_IDS, Tracks
 from models.wan.checkpoint import load_dit, save_dit, without_tracks
 from models.wan.config import IMAGE_CONDITIONING
 from train.build import build_trainer, fingerprints_of, read_settings
@@ -172,6 +172,20 @@ def test_track_subset():
     assert int(everything.visibility[0].any(0).sum()) == 10
 
 
+def test_no_more_tracks_are_drawn_than_there_are_identities():
+    shape = (1, 1, NUM_TRACK_IDS + 50)
+    tracks = Tracks(torch.zeros(*shape, 2), torch.ones(shape, dtype=torch.bool), torch.zeros(1, shape[2]).long(), 8, 8)
+    for limits in ((NUM_TRACK_IDS + 1, None), (NUM_TRACK_IDS + 1, NUM_TRACK_IDS + 20)):
+        drawn = draw_track_subset(tracks, KeyedNoise(0), [4], 0, limits)
+        assert sorted(drawn.ids[0].tolist()) == list(range(NUM_TRACK_IDS))
+
+
+def test_one_frame_is_learnt_where_it_is_not_given(tiny_model):
+    Teacher(TeacherConfig(num_frames=1)).check(
+        replace(tiny_model, dit=replace(tiny_model.dit, image_conditioning="fun_control"))
+    )
+
+
 def test_buckets():
     means = bucket_means("loss", torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.05, 0.1, 1.0]), 2)
     assert {name: float(value) for name, value in means.items()} == {"loss_0_0.5": 2.0, "loss_0.5_1": 5.0}
@@ -275,6 +289,8 @@ def test_a_new_track_head_is_not_frozen(tiny_model, tmp_path):
             r"stage.num_frames=13 must be whole chunks, as stage.mid_mask_probability=0.2 .*chunk_frames=3; nearest",
         ),
         ({"num_frames": 41}, {}, "stage.num_frames=41 must be at most 33"),
+        ({"num_frames": 1}, {}, r"stage.num_frames=1 leaves nothing to learn: .*first_frame\); set at least 5"),
+        ({"validation_steps": 0}, {}, "stage.validation_steps=0 must be at least 1, or null"),
         ({"init_from": "/nowhere"}, {}, "stage.init_from=/nowhere: there is nothing"),
     ],
 )
