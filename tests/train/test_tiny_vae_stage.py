@@ -13,6 +13,7 @@ import torch
 
 from data.app import compose_config
 from data.batch import Batch
+from eval.metrics.lpips import BACKBONE_FILE, HEADS_FILE, MIN_SIDE_PX, Lpips
 from models.assemble import build_vae
 from models.diffusion.noise import KeyedNoise
 from models.vae.latent_space import LatentSpace
@@ -233,6 +234,16 @@ def test_a_start_of_another_preset_and_absent_lpips_are_refused(model, tmp_path)
         TinyVaeStage(TinyVaeStageConfig(**SMALL, lpips_weights="/nowhere")).check(model)
     with pytest.raises(ValueError, match=r"stage.preset=taew2_1 decodes \(16, 8\), .* has \(4, 4\); .*: sprites"):
         TinyVaeStage(TinyVaeStageConfig(**(SMALL | {"preset": "taew2_1"}))).check(model)
+
+
+def test_a_crop_that_lpips_cannot_read_is_refused(model, tmp_path):
+    for name in (BACKBONE_FILE, HEADS_FILE):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="stage.crop_px=16 must be at least 31 with stage.lpips_weights"):
+        TinyVaeStage(TinyVaeStageConfig(**SMALL, lpips_weights=str(tmp_path))).check(model)
+    assert len(Lpips()(torch.zeros(2, 3, MIN_SIDE_PX, MIN_SIDE_PX), torch.ones(2, 3, 31, 31))) == 2
+    with pytest.raises(RuntimeError, match="too small"):
+        Lpips()(torch.zeros(2, 3, MIN_SIDE_PX - 1, MIN_SIDE_PX), torch.ones(2, 3, 30, 31))
 
 
 @pytest.mark.parametrize("name", PRESETS)
