@@ -119,6 +119,12 @@ def test_pairs_of_other_clips_or_another_precision_do_not_mix(model_cfg, tmp_pat
             OdePairs(OdePairsConfig(steps=1, global_batch=2)).setup(replace(context, **changed))
 
 
+def test_what_the_shards_hold_needs_no_encoder(model_cfg, tmp_path):
+    absent = replace(model_cfg, vae=replace(model_cfg.vae, path="/nowhere"), clip_encoder="/nowhere")
+    run(build(absent, tmp_path), [0])
+    assert PairStore(tmp_path / FOLDER, {"num_pairs": 2}).missing() == []
+
+
 def test_a_missing_teacher_is_named(model_cfg, tmp_path):
     with pytest.raises(ValueError, match="teacher"):
         build(replace(model_cfg, teacher=None), tmp_path)
