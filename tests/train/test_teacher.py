@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,7 +129,12 @@ def test_dropout_rates_and_masks(tiny_model, tiny_shards, tmp_path):
     assert torch.equal(masks[:, 3], masks[:, 5]) and not torch.equal(masks[:, 3], masks[:, 6])
     assert abs(masks[:, 3:].float().mean() - 0.4) < 0.08
 
-    stage.cfg = replace(stage.cfg, text_dropout=1.0, motion_dropout=1.0, mid_mask_probability=0.0)
+    stage.cfg = replace(stage.cfg, text_dropout=0.5, motion_dropout=0.5, mid_mask_probability=0.0)
+    drawn = [stage.training_condition(batch, batch.latents, s) for s in range(200)]
+    kinds = Counter((bool(each.prompt_embeds.any()), bool(each.track_map.any())) for each in drawn)
+    assert len(kinds) == 4 and min(kinds.values()) > 30  # independent: guidance needs each without the other
+
+    stage.cfg = replace(stage.cfg, text_dropout=1.0, motion_dropout=1.0)
     condition = stage.training_condition(batch, batch.latents, 0)
     assert not condition.track_map.any() and not condition.prompt_embeds.any()
     assert condition.image_latents is not None  # the image is never dropped
