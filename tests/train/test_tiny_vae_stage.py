@@ -246,6 +246,26 @@ def test_a_crop_that_lpips_cannot_read_is_refused(model, tmp_path):
         Lpips()(torch.zeros(2, 3, MIN_SIDE_PX - 1, MIN_SIDE_PX), torch.ones(2, 3, 30, 31))
 
 
+def test_lpips_of_each_frame_is_part_of_the_loss(model, tmp_path):
+    large = replace(model, clip=replace(model.clip, height=32, width=32))
+    torch.manual_seed(0)
+    lpips, batch = Lpips().requires_grad_(False), pixel_batch([0, 1])
+    batch = replace(batch, pixels=batch.pixels.repeat_interleave(2, -1).repeat_interleave(2, -2))
+    torch.save(
+        {name: value for name, value in lpips.state_dict().items() if "features" in name}, tmp_path / BACKBONE_FILE
+    )
+    torch.save({f"lin{i}.model.1.weight": head.weight for i, head in enumerate(lpips.heads)}, tmp_path / HEADS_FILE)
+    changes = {"crop_px": 32, "num_frames": 5, "perceptual_weight": 0.5}
+    with_it, without = (set_up(large, tmp_path, lpips_weights=path, **changes) for path in (str(tmp_path), None))
+    found, plain = (stage.train_step(batch, StepContext(0, TINY_VAE, 0, 0, 1, 0)) for stage in (with_it, without))
+    pixels = with_it.crop(batch, 0)
+    decoded = with_it.tiny_vae.reconstruct(with_it.vae.encode(pixels))[0].detach() * 2 - 1
+    each = [lpips(decoded[:, :, frame], pixels[:, :, frame]) for frame in range(5)]
+    term = found.metrics["lpips"].detach()
+    torch.testing.assert_close(term, torch.stack(each).mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close((found.losses - plain.losses).detach(), 0.5 * term, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_their_published_sizes(name):
     decoders = {"taew2_1": 9.84, "taew2_2": 9.92, "wan_2_2_large": 56.7, "sprites": 0.1107}  # M parameters
