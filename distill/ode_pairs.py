@@ -32,6 +32,7 @@ from models.condition import Condition
 from models.diffusion.guidance import Guidance
 from models.diffusion.sampler import sample_teacher
 from models.motion.tracks import Tracks
+from train.build import present_encoders
 from train.conditioning import ClipEncoder
 from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
 
@@ -154,7 +155,7 @@ class OdePairs:
             "precision": str(self.dtype).removeprefix("torch."),  # of the autocast
             "data": self.data,
             "null_caption": self.model_cfg.text.null_caption,
-            "encoders": fingerprints(self.model_cfg),
+            "encoders": fingerprints(present_encoders(self.model_cfg)[0]),
         }
 
 

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,6 +28,10 @@ from models.motion.tracks import Tracks
 
 RECIPE_FILE = "recipe.json"
 SHARED_FILE = "shared.safetensors"
+MAKE_AGAIN = (
+    "run that stage=ode_pairs again, it goes on (if it had been finished, delete its checkpoints/ first: pairs that "
+    "exist are kept)"
+)
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,7 @@ class PairStore:
         missing = store.missing()
         if missing:
             have = f"{store.num_pairs - len(missing)} of num_pairs={store.num_pairs}"
-            raise ValueError(
-                f"stage.pairs={folder} has {have}; run that stage=ode_pairs again, it goes on (if it had been "
-                "finished, delete its checkpoints/ first: pairs that exist are kept)"
-            )
+            raise ValueError(f"stage.pairs={folder} has {have}; {MAKE_AGAIN}")
         return store
 
     @property
@@ -114,8 +116,8 @@ class PairStore:
             save_file(tensors, fresh)
 
     def read(self, index: int) -> OdePair:
-        """One pair; the prompt is zero-padded to its full length again."""
-        tensors = load_file(self._path(index))
+        """One pair; the prompt is zero-padded to its full length again. Raises ValueError for a damaged file."""
+        tensors = _load(self._path(index))
         prompt = torch.zeros_like(self.null_prompt_embeds[0], dtype=tensors["prompt_embeds"].dtype)
         prompt[: tensors["prompt_embeds"].shape[0]] = tensors["prompt_embeds"]
         return OdePair(**(tensors | {"prompt_embeds": prompt}))
@@ -123,7 +125,7 @@ class PairStore:
     @cached_property
     def null_prompt_embeds(self) -> Tensor:
         """What a dropped prompt means, [1, text_len, text_dim]."""
-        return load_file(self.folder / SHARED_FILE)["null_prompt_embeds"]
+        return _load(self.folder / SHARED_FILE)["null_prompt_embeds"]
 
     def _path(self, index: int) -> Path:
         return self.folder / f"pair_{index:06d}.safetensors"
@@ -158,6 +160,15 @@ def stack_condition(
 def _tracks(pair: OdePair, height: int, width: int) -> Tracks:
     assert pair.points is not None and pair.visibility is not None and pair.ids is not None, "stored together"
     return Tracks(pair.points[None], pair.visibility[None], pair.ids[None], height, width)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """Tensors by name. Raises ValueError, naming the file, where it is not whole, as a copy can be."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        what = "copy it again" if path.name == SHARED_FILE else f"copy it again, or delete it and {MAKE_AGAIN}"
+        raise ValueError(f"{path} ({path.stat().st_size} bytes) is not whole: {error}; {what}") from error
 
 
 def _require_same_recipe(folder: Path, found: Mapping[str, object], wanted: Mapping[str, object]) -> None:

@@ -16,6 +16,7 @@ Left out: clips longer than the teacher's horizon, GAN terms, and the metrics on
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -72,6 +73,8 @@ from train.conditioning import ClipEncoder
 from train.stage import SetupContext, StepContext, StepOutput, ValidationOutput
 from train.teacher import fixed_identities
 from train.validation import show_clips
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -135,10 +138,21 @@ class SelfForcing:
         self.shared_clips: list[Clip] = []  # rollouts of this step that the critic may reuse
 
     def check(self, model_cfg: ModelConfig) -> None:
-        """Refuses absent weights and a clip that is no whole number of chunks, before anything is built."""
+        """Refuses absent weights and a clip that is no whole number of chunks, before anything is built. Tells of a
+        model.rollout that training leaves out.
+        """
         require_weights(model_cfg, self.cfg.init_from)
-        for cfg in self._contexts(model_cfg.rollout):
+        contexts = self._contexts(model_cfg.rollout)
+        for cfg in contexts:
             cfg.validate_clip(model_cfg.clip.num_latents)
+        if model_cfg.rollout not in contexts:
+            log.warning(
+                "model.rollout has sink_chunks=%s and window_chunks=%s, which stage.sink_chunks=%s and "
+                "stage.window_chunks=%s leave out: the student is validated, and streams, with a context that it does "
+                "not train with",
+                model_cfg.rollout.sink_chunks, model_cfg.rollout.window_chunks,
+                list(self.cfg.sink_chunks), list(self.cfg.window_chunks),
+            )  # fmt: skip
 
     def setup(self, context: SetupContext) -> None:
         model_cfg = context.model_cfg

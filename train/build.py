@@ -32,6 +32,7 @@ from train.trainer import TrainConfig, Trainer, accumulation_of
 
 log = logging.getLogger(__name__)
 
+OF_THE_RUN = ("steps", "global_batch")  # a stage may read them, but only the run sets them
 MADE_BY = {"latents": "vae", "prompt_embeds": "text", "clip_embeds": "clip"}  # field of shards: the encoder
 
 
@@ -69,6 +70,11 @@ def read_settings(cfg: DictConfig) -> Settings:
     if isinstance(stage, ChecksConfig):
         stage.check(model)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    for name in OF_THE_RUN:
+        if (value := plain["stage"].get(name, plain[name])) != plain[name]:
+            raise ValueError(
+                f"stage.{name}={value} must be {name}={plain[name]}, the run's; set {name}={value} instead"
+            )
     settings = Settings(
         train, model, build_config(cfg.data), build_config(cfg.optim), build_config(cfg.logger), stage,
         cfg.stage["_target_"], plain, {},
@@ -95,19 +101,25 @@ def check_shards(settings: Settings, index: ShardIndex) -> list[str]:
 
 def fingerprints_of(model: ModelConfig, fields: Sequence[str]) -> dict[str, str]:
     """Of the encoders whose output is read, as far as their weights are on this machine."""
-    paths = {"vae": model.vae.path, "text": model.text.path, "clip": model.clip_encoder}
     wanted = {MADE_BY[field] for field in fields if field in MADE_BY}
-    absent = {name for name, path in paths.items() if path is not None and not Path(path).exists()}
-    for name in sorted(wanted & absent):
-        log.warning("%s is not here; whether the shards were made with it is not checked", paths[name])
+    here, absent = present_encoders(model)
+    for name in sorted(wanted & absent.keys()):
+        log.warning("%s is not here; whether the shards were made with it is not checked", absent[name])
+    unknown = absent.keys() | ({"vae"} if model.vae.path is None else set())  # a text code without weights is known
+    return {name: value for name, value in fingerprints(here).items() if name in wanted - unknown}
+
+
+def present_encoders(model: ModelConfig) -> tuple[ModelConfig, dict[str, str]]:
+    """The model with no other encoders than those whose weights are on this machine; paths of the absent, by name."""
+    paths = {"vae": model.vae.path, "text": model.text.path, "clip": model.clip_encoder}
+    absent = {name: path for name, path in paths.items() if path is not None and not Path(path).exists()}
     here = replace(
         model,
         vae=replace(model.vae, path=None if "vae" in absent else model.vae.path),
         text=replace(model.text, path=None if "text" in absent else model.text.path),
         clip_encoder=None if "clip" in absent else model.clip_encoder,
     )
-    unknown = absent | ({"vae"} if model.vae.path is None else set())  # a text code without weights is known
-    return {name: value for name, value in fingerprints(here).items() if name in wanted - unknown}
+    return here, absent
 
 
 def fields_of(settings: Settings, index: ShardIndex) -> list[str]:

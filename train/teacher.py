@@ -73,6 +73,10 @@ class TeacherConfig:
             raise ValueError(f"stage.num_frames={self.num_frames} must be 1 + 4k; nearest valid: {nearest}")
         if self.shift <= 0 or self.loss_buckets < 1:
             raise ValueError(f"stage.shift={self.shift} must be > 0 and loss_buckets={self.loss_buckets} >= 1")
+        if self.validation_steps is not None and self.validation_steps < 1:
+            raise ValueError(
+                f"stage.validation_steps={self.validation_steps} must be at least 1, or null for model.rollout's"
+            )
 
 
 class Teacher:
@@ -105,6 +109,12 @@ class Teacher:
         clip_frames = model_cfg.clip.num_frames
         if self.cfg.num_frames is not None and self.cfg.num_frames > clip_frames:
             raise ValueError(f"stage.num_frames={self.cfg.num_frames} must be at most {clip_frames}, model.clip's")
+        if (self.cfg.num_frames or clip_frames) == 1 and dit.image_conditioning == "first_frame":
+            field = "model.clip.num_frames" if self.cfg.num_frames is None else "stage.num_frames"
+            raise ValueError(
+                f"{field}=1 leaves nothing to learn: this model is given its first frame (model.dit.image_conditioning="
+                "first_frame); set at least 5"
+            )
         if self.cfg.mid_mask_probability:
             self.require_whole_chunks(model_cfg, f"stage.mid_mask_probability={self.cfg.mid_mask_probability}")
         if self.cfg.init_from is not None and not Path(self.cfg.init_from).exists():
@@ -297,15 +307,16 @@ def draw_track_subset(
 ) -> Tracks:
     """A random number of tracks per sample, in random order, under new identities -> [B, T, M, 2].
 
-    limits (least, most or None), as far as the sample has tracks that are visible at all. Of two tracks in
-    one cell the first in order is seen, so the random order is the random priority. Each sample is drawn on
-    its own: the result does not depend on its neighbours in the batch.
+    limits (least, most or None), as far as the sample has tracks that are visible at all, and there are
+    identities. Of two tracks in one cell the first in order is seen, so the random order is the random
+    priority. Each sample is drawn on its own: the result does not depend on its neighbours in the batch.
     """
     drawn = []
     for row, sample in enumerate(sample_ids):
         rng = noise.generator(TEACHER, "tracks", step, sample)
         seen = tracks.visibility[row].any(dim=0).nonzero().flatten().cpu()
-        least, most = min(limits[0], len(seen)), min(limits[1] or len(seen), len(seen))
+        there = min(len(seen), NUM_TRACK_IDS)
+        least, most = min(limits[0], there), min(limits[1] or there, there)
         count = least + int(torch.randint(most - least + 1, (), generator=rng))
         chosen = seen[torch.randperm(len(seen), generator=rng)[:count]]
         one = Tracks(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.batch import Batch
-from eval.metrics.lpips import Lpips, load_lpips, require_lpips
+from eval.metrics.lpips import MIN_SIDE_PX, Lpips, load_lpips, require_lpips
 from models.assemble import ModelConfig, build_vae
 from models.condition import num_latent_frames
 from models.vae.latent_space import LatentSpace
@@ -98,7 +98,7 @@ class TinyVaeStage:
         self.cfg = cfg
 
     def check(self, model_cfg: ModelConfig) -> None:
-        """Refuses a crop that the clip does not hold or the VAE cannot encode, another VAE's preset, absent weights."""
+        """Refuses a crop that the clip does not hold or a network cannot read, another VAE's preset, absent weights."""
         cfg, clip, stride = self.cfg, model_cfg.clip, model_cfg.vae.spatial_stride
         if cfg.num_frames > clip.num_frames:
             raise ValueError(
@@ -121,6 +121,11 @@ class TinyVaeStage:
             )
         if cfg.lpips_weights is not None:
             require_lpips(cfg.lpips_weights, "stage.lpips_weights")
+            if cfg.crop_px < MIN_SIDE_PX:
+                raise ValueError(
+                    f"stage.crop_px={cfg.crop_px} must be at least {MIN_SIDE_PX} with stage.lpips_weights: the "
+                    "network reads no smaller images; or set lpips_weights to null"
+                )
 
     def data_fields(self, model_cfg: ModelConfig, available: Sequence[str]) -> list[str]:
         return ["pixels"]

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from eval.metrics.image import unit_images
 from models.pretrained import read_weights
 
+MIN_SIDE_PX = 31  # of an image: two max-pools follow the first layer
 BACKBONE_FILE = "alexnet-owt-7be5be79.pth"
 HEADS_FILE = "alex.pth"
 HOW_TO_GET = (

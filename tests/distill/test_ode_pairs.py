@@ -9,10 +9,12 @@ import pytest
 import torch
 from tiny_distill import make_batch, setup_context, step_context
 
+from data.app import compose_config
 from distill.conditions import draw_condition, select_samples
 from distill.ode_pairs import FOLDER, OdePairs, OdePairsConfig, pair_numbers
 from distill.pair_store import PairStore, stack_condition, stack_states
 from models.diffusion.sampler import sample_teacher
+from train.build import read_settings
 from train.teacher import first_frames
 
 CFG = OdePairsConfig(steps=2, global_batch=2, tracks_min=3, tracks_max=5)
@@ -117,9 +119,26 @@ def test_pairs_of_other_clips_or_another_precision_do_not_mix(model_cfg, tmp_pat
             OdePairs(OdePairsConfig(steps=1, global_batch=2)).setup(replace(context, **changed))
 
 
+def test_what_the_shards_hold_needs_no_encoder(model_cfg, tmp_path):
+    absent = replace(model_cfg, vae=replace(model_cfg.vae, path="/nowhere"), clip_encoder="/nowhere")
+    run(build(absent, tmp_path), [0])
+    assert PairStore(tmp_path / FOLDER, {"num_pairs": 2}).missing() == []
+
+
 def test_a_missing_teacher_is_named(model_cfg, tmp_path):
     with pytest.raises(ValueError, match="teacher"):
         build(replace(model_cfg, teacher=None), tmp_path)
+
+
+@pytest.mark.parametrize("field", ["steps", "global_batch"])
+def test_how_many_pairs_are_made_is_a_setting_of_the_run(tmp_path, field):
+    """The stage numbers its pairs by it; with another number some would never be made."""
+    told = f"stage.{field}=3 must be {field}=4, the run's; set {field}=3 instead"
+    run = ["model=tiny", "stage=ode_pairs", f"model.teacher={tmp_path}", f"{field}=4", "micro_batch=1"]
+    with pytest.raises(ValueError, match=told):
+        read_settings(compose_config("train", [*run, f"stage.{field}=3"]))
+    with pytest.raises(ValueError, match="shards is empty"):  # the next check
+        read_settings(compose_config("train", run))
 
 
 def test_samples_are_selected_by_row(model_cfg):

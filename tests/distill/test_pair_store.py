@@ -71,3 +71,15 @@ def test_the_folder_of_the_run_is_told_from_that_of_its_pairs(tmp_path):
     PairStore.create(tmp_path / "pairs", RECIPE, NULL)
     with pytest.raises(FileNotFoundError, match=f"is a run; its pairs are in {tmp_path / 'pairs'}"):
         PairStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 60])
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path, kept_bytes):
+    store = PairStore.create(tmp_path, RECIPE, NULL)
+    store.write(1, make_pair(1))
+    for name in ("pair_000001.safetensors", "shared.safetensors"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:kept_bytes])
+    with pytest.raises(ValueError, match=r"pair_000001.safetensors .* is not whole: .*delete it and run that stage"):
+        store.read(1)
+    with pytest.raises(ValueError, match=r"shared.safetensors .* is not whole: .*; copy it again$"):
+        _ = store.null_prompt_embeds

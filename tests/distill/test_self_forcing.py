@@ -151,6 +151,26 @@ def test_critic_update_leaves_the_student_alone(model_cfg, batch, tmp_path):
     assert all(parameter.grad is None for parameter in stage.teacher.parameters())
 
 
+def test_the_critic_sees_the_whole_condition(model_cfg, batch, tmp_path):
+    stage, seen = build(model_cfg, tmp_path), []
+    stage.critic.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    stage.train_step(batch, step_context(0, CRITIC))
+    stage.train_step(batch, step_context(0, STUDENT))
+    assert len(seen) == 2
+    for condition in seen:
+        assert torch.equal(condition.prompt_embeds, batch.prompt_embeds)
+        assert (condition.track_map != 0).any() and condition.image_latents is not None
+
+
+def test_scores_are_compared_at_levels_of_their_own_shift(model_cfg, batch, tmp_path):
+    """By default at those of the rollout's."""
+    levels = []
+    for shift in (None, model_cfg.rollout.shift, 1.0):
+        stage = build(model_cfg, tmp_path, score_shift=shift)
+        levels.append([float(stage.train_step(batch, step_context(s, CRITIC)).metrics["sigma"]) for s in range(4)])
+    assert levels[0] == levels[1] and all(low < high for low, high in zip(levels[2], levels[0], strict=True))
+
+
 def test_reuse_takes_the_students_rollout(model_cfg, batch, tmp_path):
     stage = build(model_cfg, tmp_path, reuse_rollout=True)
     backward(stage, batch, STUDENT)
@@ -250,6 +270,16 @@ def test_an_export_tells_what_rollout_its_student_has_seen(model_cfg, batch, tmp
 def test_refused_settings_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         SelfForcing(replace(CFG, **overrides))
+
+
+def test_a_context_that_is_streamed_but_not_trained_is_told(model_cfg, caplog):
+    SelfForcing(replace(CFG, sink_chunks=[0, 1], window_chunks=[1, None])).check(model_cfg)
+    assert "leave out" not in caplog.text
+    SelfForcing(replace(CFG, window_chunks=[2, None])).check(model_cfg)
+    assert (
+        "sink_chunks=1 and window_chunks=1, which stage.sink_chunks=[] and stage.window_chunks=[2, None] leave out"
+        in (caplog.text)
+    )
 
 
 def test_a_window_of_no_chunk_is_refused(model_cfg):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from data.shards import ShardDataset
 from models.assemble import build_dit, build_vae
 from models.condition import num_pixel_frames
 from models.diffusion.noise import KeyedNoise
-from models.motion.tracks import Tracks
+from models.motion.tracks import NUM_TRACK_IDS, Tracks
 from models.wan.checkpoint import load_dit, save_dit, without_tracks
 from models.wan.config import IMAGE_CONDITIONING
 from train.build import build_trainer, fingerprints_of, read_settings
@@ -128,7 +129,12 @@ def test_dropout_rates_and_masks(tiny_model, tiny_shards, tmp_path):
     assert torch.equal(masks[:, 3], masks[:, 5]) and not torch.equal(masks[:, 3], masks[:, 6])
     assert abs(masks[:, 3:].float().mean() - 0.4) < 0.08
 
-    stage.cfg = replace(stage.cfg, text_dropout=1.0, motion_dropout=1.0, mid_mask_probability=0.0)
+    stage.cfg = replace(stage.cfg, text_dropout=0.5, motion_dropout=0.5, mid_mask_probability=0.0)
+    drawn = [stage.training_condition(batch, batch.latents, s) for s in range(200)]
+    kinds = Counter((bool(each.prompt_embeds.any()), bool(each.track_map.any())) for each in drawn)
+    assert len(kinds) == 4 and min(kinds.values()) > 30  # independent: guidance needs each without the other
+
+    stage.cfg = replace(stage.cfg, text_dropout=1.0, motion_dropout=1.0)
     condition = stage.training_condition(batch, batch.latents, 0)
     assert not condition.track_map.any() and not condition.prompt_embeds.any()
     assert condition.image_latents is not None  # the image is never dropped
@@ -170,6 +176,20 @@ def test_track_subset():
     assert counts == {2, 3, 4, 5, 6} and len(orders) > 50
     everything = draw_track_subset(tracks, KeyedNoise(0), [4, 9], 0, (100, None))
     assert int(everything.visibility[0].any(0).sum()) == 10
+
+
+def test_no_more_tracks_are_drawn_than_there_are_identities():
+    shape = (1, 1, NUM_TRACK_IDS + 50)
+    tracks = Tracks(torch.zeros(*shape, 2), torch.ones(shape, dtype=torch.bool), torch.zeros(1, shape[2]).long(), 8, 8)
+    for limits in ((NUM_TRACK_IDS + 1, None), (NUM_TRACK_IDS + 1, NUM_TRACK_IDS + 20)):
+        drawn = draw_track_subset(tracks, KeyedNoise(0), [4], 0, limits)
+        assert sorted(drawn.ids[0].tolist()) == list(range(NUM_TRACK_IDS))
+
+
+def test_one_frame_is_learnt_where_it_is_not_given(tiny_model):
+    Teacher(TeacherConfig(num_frames=1)).check(
+        replace(tiny_model, dit=replace(tiny_model.dit, image_conditioning="fun_control"))
+    )
 
 
 def test_buckets():
@@ -275,6 +295,8 @@ def test_a_new_track_head_is_not_frozen(tiny_model, tmp_path):
             r"stage.num_frames=13 must be whole chunks, as stage.mid_mask_probability=0.2 .*chunk_frames=3; nearest",
         ),
         ({"num_frames": 41}, {}, "stage.num_frames=41 must be at most 33"),
+        ({"num_frames": 1}, {}, r"stage.num_frames=1 leaves nothing to learn: .*first_frame\); set at least 5"),
+        ({"validation_steps": 0}, {}, "stage.validation_steps=0 must be at least 1, or null"),
         ({"init_from": "/nowhere"}, {}, "stage.init_from=/nowhere: there is nothing"),
     ],
 )

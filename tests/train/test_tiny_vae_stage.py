@@ -13,6 +13,7 @@ import torch
 
 from data.app import compose_config
 from data.batch import Batch
+from eval.metrics.lpips import BACKBONE_FILE, HEADS_FILE, MIN_SIDE_PX, Lpips
 from models.assemble import build_vae
 from models.diffusion.noise import KeyedNoise
 from models.vae.latent_space import LatentSpace
@@ -233,6 +234,36 @@ def test_a_start_of_another_preset_and_absent_lpips_are_refused(model, tmp_path)
         TinyVaeStage(TinyVaeStageConfig(**SMALL, lpips_weights="/nowhere")).check(model)
     with pytest.raises(ValueError, match=r"stage.preset=taew2_1 decodes \(16, 8\), .* has \(4, 4\); .*: sprites"):
         TinyVaeStage(TinyVaeStageConfig(**(SMALL | {"preset": "taew2_1"}))).check(model)
+
+
+def test_a_crop_that_lpips_cannot_read_is_refused(model, tmp_path):
+    for name in (BACKBONE_FILE, HEADS_FILE):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="stage.crop_px=16 must be at least 31 with stage.lpips_weights"):
+        TinyVaeStage(TinyVaeStageConfig(**SMALL, lpips_weights=str(tmp_path))).check(model)
+    assert len(Lpips()(torch.zeros(2, 3, MIN_SIDE_PX, MIN_SIDE_PX), torch.ones(2, 3, 31, 31))) == 2
+    with pytest.raises(RuntimeError, match="too small"):
+        Lpips()(torch.zeros(2, 3, MIN_SIDE_PX - 1, MIN_SIDE_PX), torch.ones(2, 3, 30, 31))
+
+
+def test_lpips_of_each_frame_is_part_of_the_loss(model, tmp_path):
+    large = replace(model, clip=replace(model.clip, height=32, width=32))
+    torch.manual_seed(0)
+    lpips, batch = Lpips().requires_grad_(False), pixel_batch([0, 1])
+    batch = replace(batch, pixels=batch.pixels.repeat_interleave(2, -1).repeat_interleave(2, -2))
+    torch.save(
+        {name: value for name, value in lpips.state_dict().items() if "features" in name}, tmp_path / BACKBONE_FILE
+    )
+    torch.save({f"lin{i}.model.1.weight": head.weight for i, head in enumerate(lpips.heads)}, tmp_path / HEADS_FILE)
+    changes = {"crop_px": 32, "num_frames": 5, "perceptual_weight": 0.5}
+    with_it, without = (set_up(large, tmp_path, lpips_weights=path, **changes) for path in (str(tmp_path), None))
+    found, plain = (stage.train_step(batch, StepContext(0, TINY_VAE, 0, 0, 1, 0)) for stage in (with_it, without))
+    pixels = with_it.crop(batch, 0)
+    decoded = with_it.tiny_vae.reconstruct(with_it.vae.encode(pixels))[0].detach() * 2 - 1
+    each = [lpips(decoded[:, :, frame], pixels[:, :, frame]) for frame in range(5)]
+    term = found.metrics["lpips"].detach()
+    torch.testing.assert_close(term, torch.stack(each).mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close((found.losses - plain.losses).detach(), 0.5 * term, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", PRESETS)
