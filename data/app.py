@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 REPO_DIR = CONF_DIR.parent
 REFUSALS = (HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)  # while a configuration is composed
+REFUSED = (ValueError, FileNotFoundError, ImportError)  # of our own code: told in one line
 LOCK_FILE = ".running"  # in a folder: who writes there
 EXIT_FAILED = 1  # exit code of a run that began and cannot go on
 EXIT_CONFIG = 2  # exit code of a refused configuration
@@ -152,7 +153,7 @@ def compose_config(config_name: str, overrides: Sequence[str] = ()) -> DictConfi
 
 def as_value(override: str, sweeps: bool = False) -> str:
     """`key=value` with the value quoted where Hydra's grammar would not take it for one: a sentence, a path with
-    letters beyond ASCII, a number that a text field would get in other digits (2024_01, 1.10). What else parses, and
+    letters beyond ASCII, what a text field would get as another text (2024_01, 1.10, 1e5, true). What else parses, and
     choices of a group, stay as they are; with ``sweeps`` also `key=a,b`.
 
     Raises ConfigError for a group without a choice.
@@ -164,9 +165,10 @@ def as_value(override: str, sweeps: bool = False) -> str:
         if value in ("", "null"):
             raise ConfigError(f"{override} names no choice; choices: {', '.join(choices_of(group))}")
         return override
+    is_untyped = key.startswith(("+", "hydra."))  # other fields take their quoted value as what they are
     try:
         parsed = OverridesParser.create().parse_override(override)
-        if sweeps if parsed.is_sweep_override() else not _is_respelled(parsed.value(), value):
+        if sweeps if parsed.is_sweep_override() else is_untyped or not _is_respelled(parsed.value(), value):
             return override
     except HydraException:
         log.debug("%s is quoted", key)
@@ -175,8 +177,8 @@ def as_value(override: str, sweeps: bool = False) -> str:
 
 
 def _is_respelled(value: Any, text: str) -> bool:
-    """Whether a number becomes another text. A power of ten (3e-6) is meant as a number."""
-    return type(value) in (int, float) and str(value) != text and "e" not in text.lower()
+    """Whether a number or a truth value becomes another text."""
+    return type(value) in (int, float, bool) and str(value) != text
 
 
 def _known_keys(config_name: str, overrides: Sequence[str]) -> list[str]:
@@ -395,14 +397,14 @@ def _guarded(main: Callable[[DictConfig], int | None], cfg: DictConfig) -> int:
             raise
         print(f"error: {' '.join(told.split())}", file=sys.stderr)
         _keep_traceback(error)
-        return EXIT_CONFIG if isinstance(error, (ValueError, FileNotFoundError, ImportError)) else EXIT_FAILED
+        return EXIT_CONFIG if isinstance(error, REFUSED) else EXIT_FAILED
 
 
 def _told(error: Exception) -> str | None:
     """The line in place of a traceback; None where the traceback is needed."""
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         return _told_of_place(error, UNWRITABLE)
-    return str(error) if isinstance(error, (RunFailedError, ConfigError)) or _raised_here(error) else None
+    return str(error) if isinstance(error, (RunFailedError, ConfigError)) or raised_here(error) else None
 
 
 def _keep_traceback(error: Exception) -> None:
@@ -414,7 +416,7 @@ def _keep_traceback(error: Exception) -> None:
         log.debug("%s is not written: %s", file, unwritten)
 
 
-def _raised_here(error: Exception) -> bool:
+def raised_here(error: Exception) -> bool:
     """Whether our own code raised it on purpose: an error out of a library keeps its traceback."""
     file = _last_file(error)
     return file is not None and Path(file).resolve().is_relative_to(REPO_DIR) and "site-packages" not in file

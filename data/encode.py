@@ -31,6 +31,7 @@ from data.progress import (
     mark,
     marker,
     read_rendered,
+    read_sidecar,
     stamp,
     unmark,
 )
@@ -227,8 +228,8 @@ def _encode_group(
     """(key, arrays, None) or (key, {}, why its caption cannot be encoded or its clip not be read)."""
     usable, texts, clips = [], [], []
     for key in keys:
-        caption = json.loads((out / "clips" / f"{key}.json").read_text())["caption"]
         try:
+            caption = read_sidecar(out, key)["caption"]
             text, frames = _half(encoders.text.encode([caption]))[0], read_rendered(out, key)
         except ValueError as error:  # a word or a length that this text encoder does not know, or the clip is broken
             yield key, {}, error

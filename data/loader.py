@@ -24,7 +24,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.batch import Batch, collate
-from data.shards import ShardDataset
+from data.shards import ShardDataset, ShardError
 from models.condition import ClipGeometry
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class Loader:
         )
         with _stop_signals_held() if self.num_workers else nullcontext():
             batches = iter(loader)  # starts the processes
-        for batch in batches:
+        for batch in _plainly_refused(batches):
             self.sampler.advance()
             yield batch
 
@@ -145,6 +145,16 @@ class Loader:
             )
             state = {"epoch": state["epoch"] + 1, "samples_seen": 0}
         self.sampler.load_state_dict(state)
+
+
+def _plainly_refused(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; a ShardError says the same, and no more, where a loading process raised it: PyTorch puts that
+    process's traceback into the message.
+    """
+    try:
+        yield from batches
+    except ShardError as error:
+        raise ShardError(str(error).rpartition(f"{ShardError.__name__}: ")[2].strip()) from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -44,7 +44,9 @@ from data.progress import (
     mark,
     marker,
     products,
+    read_arrays,
     read_rendered,
+    read_sidecar,
     rejected_keys,
     run_items,
     stamp,
@@ -55,7 +57,7 @@ from data.progress import (
 from data.shards import npy_bytes, write_shards
 from data.sources import Source, SourceItem, SpritesSource, UnusableItem, require_apart, scene_of, unused_key
 from data.trackers import TrackerConfig, build_tracker, grid_queries, on_own_device, require_available
-from data.video import draw_tracks_on, write_video
+from data.video import UnreadableVideo, draw_tracks_on, write_video
 from models.condition import ClipGeometry
 from models.device import pick_device
 from models.files import file_state, write_json
@@ -93,6 +95,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if self.step not in (*STEPS, "all"):
             raise ValueError(f"step={self.step!r} must be one of {(*STEPS, 'all')}")
+        if not self.out.strip():
+            raise ValueError("out is empty; set it to the folder of the data set")
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must be at least 0; 0 works in this process")
         if self.previews != "all" and not self.previews.isdecimal():
@@ -199,7 +203,11 @@ def keep_caption(out: Path, item: SourceItem) -> None:
     if isinstance(item, UnusableItem):
         return
     path = _sidecar_path(out, item.key)
-    sidecar = read_sidecar(out, item.key) if path.is_file() else {}
+    try:
+        sidecar = read_sidecar(out, item.key) if path.is_file() else {}
+    except UnreadableVideo:
+        unmark(out, "render", item.key)  # to be made anew
+        sidecar = {}
     if sidecar.get("caption") == item.caption:
         return
     unmark(out, "encode", item.key)
@@ -248,6 +256,7 @@ def render_item(job: Job, item: SourceItem) -> None:
 
 
 def track_item(job: Job, key: str) -> None:
+    products(job.out, "preview", key)[0].unlink(missing_ok=True)  # it shows the tracks that this replaces
     frames = read_rendered(job.out, key)
     height, width = frames.shape[1:3]
     scene = scene_of(read_sidecar(job.out, key))
@@ -259,17 +268,13 @@ def track_item(job: Job, key: str) -> None:
 
 
 def preview_item(job: Job, key: str) -> None:
-    tracks = Tracks.load(job.out / "tracks" / f"{key}.npz")
-    drawn = draw_tracks_on(read_rendered(job.out, key), tracks.points[0].numpy(), tracks.visibility[0].numpy())
+    tracks = read_arrays(job.out, "track", key)
+    drawn = draw_tracks_on(read_rendered(job.out, key), tracks["points"], tracks["visibility"])
     write_video(products(job.out, "preview", key)[0], drawn, job.geometry.fps)
 
 
 def _sidecar_path(out: Path, key: str) -> Path:
     return products(out, "render", key)[1]
-
-
-def read_sidecar(out: Path, key: str) -> dict[str, Any]:
-    return json.loads(_sidecar_path(out, key).read_text())
 
 
 def _source_settings(job: Job, names: tuple[str, ...]) -> dict[str, Any]:
@@ -306,7 +311,7 @@ def pack(settings: PrepareConfig, out: Path, geometry: ClipGeometry) -> int:
     note = json.loads((out / "encoded" / "about.json").read_text()) if encoded else {}
     index = write_shards(
         tqdm(
-            ((key, _members(out, key, key in encoded)) for key in keys),
+            _whole_samples(out, keys, with_latents=bool(encoded)),
             total=len(keys),
             desc="pack",
             unit="clip",
@@ -317,13 +322,17 @@ def pack(settings: PrepareConfig, out: Path, geometry: ClipGeometry) -> int:
         text_len=note.get("text_len"),
         fingerprints=note.get("fingerprints"),
     )
-    log.info("pack: %d clips in %d shards, fields %s", len(keys), len(index.shards), ", ".join(index.fields))
-    return len(keys)
+    packed = len(index.samples)
+    log.info("pack: %d clips in %d shards, fields %s", packed, len(index.shards), ", ".join(index.fields))
+    return packed
 
 
 def has_geometry(out: Path, key: str, geometry: ClipGeometry) -> bool:
-    """Whether a clip was rendered at this size, length and rate, by its sidecar."""
-    sidecar = read_sidecar(out, key)
+    """Whether a clip was rendered at this size, length and rate, by its sidecar; not if that is damaged."""
+    try:
+        sidecar = read_sidecar(out, key)
+    except UnreadableVideo:
+        return False
     return all(sidecar[name] == value for name, value in asdict(geometry).items())
 
 
@@ -346,16 +355,25 @@ def _leave_out(out: Path, step: str, keys: list[str]) -> None:
         log.warning("pack: %d clips left out, e.g. %s: %s", len(keys), keys[0], LACKS[step])
 
 
-def _members(out: Path, key: str, encoded: bool) -> dict[str, bytes]:
+def _whole_samples(out: Path, keys: Sequence[str], with_latents: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, members) of the clips; those with damaged files are noted and passed over."""
+    for key in keys:
+        try:
+            yield key, _members(out, key, with_latents)
+        except UnreadableVideo as error:
+            log.warning("pack: %s left out: %s", key, error)
+            mark(out, "pack", key, "", marker(out, "render", key)["origin"], str(error))
+
+
+def _members(out: Path, key: str, with_latents: bool) -> dict[str, bytes]:
     video, sidecar = products(out, "render", key)
-    with np.load(products(out, "track", key)[0]) as tracks:
-        members = {
-            "mp4": video.read_bytes(),
-            "json": sidecar.read_bytes(),
-            "tracks.npy": npy_bytes(tracks["points"].astype(np.float32)),
-            "visibility.npy": npy_bytes(tracks["visibility"]),
-        }
-    if encoded:
-        with np.load(products(out, "encode", key)[0]) as arrays:
-            members |= {f"{name}.npy": npy_bytes(arrays[name]) for name in arrays.files}
+    tracks = read_arrays(out, "track", key)
+    members = {
+        "mp4": video.read_bytes(),
+        "json": sidecar.read_bytes(),
+        "tracks.npy": npy_bytes(tracks["points"].astype(np.float32)),
+        "visibility.npy": npy_bytes(tracks["visibility"]),
+    }
+    if with_latents:
+        members |= {f"{name}.npy": npy_bytes(array) for name, array in read_arrays(out, "encode", key).items()}
     return members

@@ -14,6 +14,8 @@ import logging
 import os
 import signal
 import threading
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -28,6 +30,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data.app import REFUSED, raised_here
+from data.config_errors import ConfigError
 from data.video import UnreadableVideo, VideoError, read_video
 from models.files import remove_abandoned, replace_file, write_json
 
@@ -126,6 +130,25 @@ def read_rendered(out: Path, key: str) -> np.ndarray:
         return read_video(path)
     except VideoError as error:
         raise UnreadableVideo(f"{error}; delete {path} and run step=render") from error
+
+
+def read_sidecar(out: Path, key: str) -> dict[str, Any]:
+    """Caption, origin and geometry of a rendered clip. Raises UnreadableVideo, since to render it again may help."""
+    path = products(out, "render", key)[1]
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UnreadableVideo(f"{path} is damaged ({error}); delete it and run step=render") from error
+
+
+def read_arrays(out: Path, step: str, key: str) -> dict[str, np.ndarray]:
+    """What step=track or step=encode stored of a clip, by name. Raises UnreadableVideo, since that step may help."""
+    path = products(out, step, key)[0]
+    try:
+        with np.load(path) as stored:
+            return dict(stored)
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UnreadableVideo(f"{path} is damaged ({error}); delete it and run step={step}") from error
 
 
 def rejected_keys(out: Path, step: str) -> list[str]:
@@ -235,7 +258,7 @@ def _until_a_crash(
     """
     given: dict[Future[VideoError | None], Call] = {}
     try:
-        with _open_pool(num_workers) as pool:
+        with _open_pool(min(num_workers, len(waiting))) as pool:  # all its processes start at once
             while waiting or given:
                 while waiting and len(given) < ITEMS_PER_WORKER * num_workers:
                     given[pool.submit(attempt, waiting[0])] = waiting[0]
@@ -284,9 +307,17 @@ def worker_number() -> int:
 
 
 def attempt(call: Call) -> VideoError | None:
-    """None, or why the clip is unusable."""
+    """None, or why the clip is unusable.
+
+    Raises ConfigError, naming the item, for what our own code refuses and is not the clip's fault: by itself, no error
+    says where in another process it was raised.
+    """
     try:
         call.function(*call.arguments)
     except VideoError as error:
         return error
+    except REFUSED as error:
+        if not raised_here(error):
+            raise
+        raise ConfigError(f"{call.origin}: {error}") from error
     return None

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.batch import Sample
-from data.video import VideoError, read_video
+from data.video import read_video
 from models.condition import ClipGeometry
 from models.files import bring_to_disk, file_state, replace_file
 from models.motion.tracks import Tracks
@@ -118,9 +118,13 @@ class ShardIndex:
         path = Path(folder) / INDEX_NAME
         if not path.is_file():
             raise FileNotFoundError(f"no {INDEX_NAME} in {folder}; make it with `python -m data step=pack out=…`")
-        content = json.loads(path.read_text())
-        if content.get("version") != INDEX_VERSION:
-            raise ShardError(f"{path}: version {content.get('version')} must be {INDEX_VERSION}; run step=pack again")
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise ShardError(f"{path} is damaged ({error}); copy it again or run step=pack again") from error
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != INDEX_VERSION:
+            raise ShardError(f"{path}: version {version} must be {INDEX_VERSION}; run step=pack again")
         samples = SampleTable(SampleEntry(**sample) for sample in content["samples"])
         geometry = ClipGeometry(**content["geometry"])
         return cls(geometry, content["shards"], samples, content["text_len"], content["fingerprints"])
@@ -216,8 +220,9 @@ class ShardDataset(Dataset):
     for).
 
     cache=True keeps every loaded sample in memory. Raises ShardError for missing fields, another geometry,
-    other fingerprints, a truncated shard, naming the first sample that is cut off, or, when a sample is read, shards
-    that were packed anew: the byte ranges of the index that was opened are those of other samples there.
+    other fingerprints, a truncated shard, naming the first sample that is cut off, or, when a sample is read, damaged
+    bytes, or shards that were packed anew: the byte ranges of the index that was opened are those of other samples
+    there.
     """
 
     def __init__(
@@ -243,7 +248,16 @@ class ShardDataset(Dataset):
     def __getitem__(self, position: int) -> Sample:
         if self._cache is not None and position in self._cache:
             return self._cache[position]
-        sample = self._load(position)
+        entry = self.index.samples[position]
+        try:
+            sample = self._load(position, entry.key)
+        except ShardError:
+            raise
+        except (ValueError, KeyError, TypeError, EOFError) as error:  # what decoders say of bytes that are not theirs
+            shard = self.index.shards[entry.shard]
+            raise ShardError(
+                f"{shard}: sample {entry.key}: {error}; copy the shard again or run step=pack again"
+            ) from error
         if self._cache is not None:
             self._cache[position] = sample
         return sample
@@ -268,9 +282,9 @@ class ShardDataset(Dataset):
             raise self._truncated(entry, suffix, offset + len(content))
         return content
 
-    def _load(self, position: int) -> Sample:
+    def _load(self, position: int, key: str) -> Sample:
         geometry = self.index.geometry
-        sample = Sample(position, self.index.samples[position].key, self.meta(position)["caption"])
+        sample = Sample(position, key, self.meta(position)["caption"])
         if "pixels" in self.fields:
             sample.pixels = self._pixels(position)
         if "latents" in self.fields:
@@ -288,13 +302,7 @@ class ShardDataset(Dataset):
         return torch.from_numpy(np.load(io.BytesIO(self.read_part(position, suffix)), allow_pickle=False))
 
     def _pixels(self, position: int) -> Tensor:
-        entry = self.index.samples[position]
-        try:
-            frames = read_video(self.read_part(position, "mp4"))
-        except VideoError as error:
-            shard = self.index.shards[entry.shard]
-            raise ShardError(f"{shard}: sample {entry.key}: {error}; run step=pack again") from error
-        return torch.from_numpy(frames).permute(3, 0, 1, 2).contiguous()
+        return torch.from_numpy(read_video(self.read_part(position, "mp4"))).permute(3, 0, 1, 2).contiguous()
 
     def _checked_states(self) -> list[tuple[int, int] | None]:
         """Size and time of each shard. ShardError for one that is absent or cut off."""

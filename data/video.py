@@ -29,6 +29,7 @@ Result = TypeVar("Result")
 
 ISO_SUFFIXES = (".mp4", ".m4v", ".mov")
 READ_BYTES = 1 << 24  # at a time, where only it matters whether a file can be read
+MATROSKA_START = b"\x1a\x45\xdf\xa3"  # also of WebM, which some downloads name .mp4
 DECODE_FRAMES = 8  # frames decoded at a time: bounds the memory of full-resolution frames
 MAX_PIXEL_ASPECT = 8  # width / height of a pixel, or its inverse, beyond which a header must be wrong
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # transfer characteristics of ISO/IEC 23091-2
@@ -143,6 +144,8 @@ class PyavReader:
         self._errors = (av.FFmpegError, IndexError, ValueError)
         try:
             with _open(source) as container:
+                if not container.streams.video:
+                    raise DecodeFailure("it has no video stream")
                 _refuse_hdr(container)
                 self.fps = float(container.streams.video[0].average_rate or 0)
                 self._pixel_aspect = _pixel_aspect(container)
@@ -324,7 +327,8 @@ def _check_file(path: Path) -> None:
             raise VideoError("empty file (0 bytes)")
         if path.suffix.lower() in ISO_SUFFIXES:
             with path.open("rb") as file:
-                _check_boxes(file, size)
+                if file.read(len(MATROSKA_START)) != MATROSKA_START:
+                    _check_boxes(file, size)
     except OSError as error:
         raise UnreadableVideo(f"cannot be read: {error}") from error
 

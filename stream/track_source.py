@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from data.pictures import read_picture
 from data.trackers import TrackerConfig, build_tracker, grid_queries
 from data.video import VideoError, probe_video, read_video, resize_frame
 from models.assemble import ModelConfig
 from models.condition import FRAMES_PER_LATENT, ClipGeometry, num_pixel_frames
-from models.motion.tracks import Tracks
+from models.motion.tracks import NUM_TRACK_IDS, Tracks
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def load_first_frame(path: str | Path, clip: ClipGeometry) -> np.ndarray:  # -> 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a picture and not a video.
+        ValueError: not a picture and not a video, or a picture that is cut off or damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,11 +50,7 @@ def load_first_frame(path: str | Path, clip: ClipGeometry) -> np.ndarray:  # -> 
             raise ValueError(
                 f"image={path} is neither a picture ({', '.join(PICTURES)}) nor a video: {error}"
             ) from error
-    import cv2
-
-    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if picture is None:
-        raise ValueError(f"image={path} cannot be decoded as a picture; convert it to PNG")
+    picture = read_picture(path, f"image={path}")
     if picture.shape[:2] != (clip.height, clip.width):
         log.info(
             "%s: %dx%d is cropped and resized to %dx%d",
@@ -62,7 +59,7 @@ def load_first_frame(path: str | Path, clip: ClipGeometry) -> np.ndarray:  # -> 
             clip.height,
             clip.width,
         )
-    return resize_frame(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), clip.height, clip.width)
+    return resize_frame(picture, clip.height, clip.width)
 
 
 def load_track_source(
@@ -74,8 +71,8 @@ def load_track_source(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a picture, a track file without frames or of another resolution without `resize`, or a file that
-            cannot be read.
+        ValueError: a picture, a track file without frames, with more tracks than there are identities or of another
+            resolution without `resize`, or a file that cannot be read.
     """
     path, clip = Path(path), model_cfg.clip
     if not path.is_file():
@@ -94,6 +91,8 @@ def load_track_source(
     tracks = Tracks.load(path)
     if not tracks.num_frames:
         raise ValueError(f"tracks={path} has no frame; leave tracks out to have the motion unspecified")
+    if tracks.num_tracks > NUM_TRACK_IDS:
+        raise ValueError(f"tracks={path} holds {tracks.num_tracks} tracks; a stream follows at most {NUM_TRACK_IDS}")
     if (tracks.height, tracks.width) == (clip.height, clip.width):
         return tracks
     if not resize:

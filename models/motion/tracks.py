@@ -190,7 +190,7 @@ class Tracks:
         fields = _read_fields(path)
         try:
             points, visibility = np.asarray(fields["points"], np.float32), np.asarray(fields["visibility"])
-            height, width = int(fields["height"]), int(fields["width"])
+            height, width = (_whole(name, fields[name]) for name in ("height", "width"))
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: {error}; points are numbers, height and width whole pixels") from error
         if height < 1 or width < 1:
@@ -226,6 +226,12 @@ def sample_track_ids(batch_size: int, num_tracks: int, rng: torch.Generator) -> 
         raise ValueError(f"num_tracks={num_tracks} must be at most {NUM_TRACK_IDS}, the number of identities")
     draws = [torch.randperm(NUM_TRACK_IDS, generator=rng)[:num_tracks] for _ in range(batch_size)]
     return torch.stack(draws) if draws else torch.zeros(0, num_tracks, dtype=torch.long)
+
+
+def _whole(name: str, value: Any) -> int:
+    if int(value) != float(value):
+        raise ValueError(f"{name}={value}")
+    return int(value)
 
 
 def _read_fields(path: Path) -> dict[str, Any]:

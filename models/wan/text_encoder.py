@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import html
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from models.pretrained import load_whole
 
 VOCABULARY_CAPACITY = 128  # slots for words: a DiT keeps its text_dim, and its weights, while the vocabulary grows
+INNER_MARKS = "-\u2010\u2011'\u2019"  # hyphens and apostrophes
 
 # The order is part of every trained sprites model. Append; never reorder, rename or remove.
 # fmt: off
@@ -132,8 +134,13 @@ class HashedEncoder(VocabularyEncoder):
 
 
 def split_words(caption: str) -> list[str]:
-    """Words in lower case, without punctuation marks."""
-    return re.sub(r"[,.;:!?]", " ", caption.lower()).split()
+    """Words in lower case, without punctuation marks, but for those within a word (two-tone, it's)."""
+    spaced = "".join(" " if _is_mark(character) else character for character in caption.lower())
+    return [word for part in spaced.split() if (word := part.strip(INNER_MARKS))]
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character).startswith("P") and character not in INNER_MARKS
 
 
 class Umt5Encoder(nn.Module):

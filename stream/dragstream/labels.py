@@ -20,6 +20,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from data.pictures import read_mask
 from stream.dragstream.drag import Drag, Handle, Point, Pose, check_drag
 
 MODE_NAMES = {"Drag": "edit", "Animation": "animate"}
@@ -193,7 +194,4 @@ def _to_pixel(point: Point) -> list[float]:
 def _read_mask(path: Path) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the label names this mask, but it is not there")
-    picture = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
-    if picture is None:
-        raise ValueError(f"{path} is not a picture")
-    return picture > 0
+    return read_mask(path, str(path))

@@ -396,6 +396,10 @@ def test_freed_buffers_are_used_again():
         "it's; so",
         "2024_01",
         "1.10",
+        "1e5",
+        "3E-6",
+        "true",
+        "FALSE",
     ],
 )
 def test_any_text_is_a_value(text):
@@ -408,9 +412,10 @@ def test_any_text_is_a_value(text):
     "override",
     [
         "steps=3",
-        "lr=3e-6",
+        "++optim.modules.critic.lr=3e-6",
         "a=-1.5",
-        "a=true",
+        "a=True",
+        "hydra.verbose=true",
         "a=[1,2]",
         "a={b:1}",
         'a="x, y"',
@@ -435,6 +440,8 @@ def test_a_group_without_a_choice_is_refused(value):
 def test_a_number_may_be_written_in_any_way():
     cfg = app.compose_config("train", ["stage=teacher", "seed=1_000", "optim.lr=.10", "optim.betas=[.90,.95]"])
     assert (cfg.seed, cfg.optim.lr) == (1000, 0.1)
+    cfg = app.compose_config("stream", ["image=x", "tracks_resize=TRUE", "tracker.window_px=1.5E1"])
+    assert (cfg.tracks_resize, cfg.tracker.window_px) == (True, 15.0)
 
 
 def test_sweeps_are_for_multirun():

@@ -121,6 +121,17 @@ def test_clips_are_tracked_again_only_if_their_tracks_can_change(tmp_path, attem
     assert attempts == [*(("track_item", key) for key in keys), ("preview_item", keys[0])]
 
 
+def test_no_preview_shows_tracks_that_were_made_anew(tmp_path):
+    data = ("source=sprites", "source.num_clips=2", f"out={tmp_path}", "step=track", "tracker.cols=4")
+    run(*data, "step=all", "tracker.rows=4", "previews=all")
+    run(*data, "tracker.rows=4", "previews=1")
+    assert len(list((tmp_path / "previews").iterdir())) == 2, "of the same tracks"
+    run(*data, "tracker.rows=5", "previews=1")
+    assert [path.name for path in (tmp_path / "previews").iterdir()] == ["train-000000.preview.mp4"]
+    run(*data, "tracker.rows=6", "previews=0")
+    assert not list((tmp_path / "previews").iterdir())
+
+
 def two_videos(tmp_path):
     """A folder of two captioned videos, where their data set goes, and the settings that make it, latents included."""
     videos, out = tmp_path / "videos", tmp_path / "out"
@@ -211,6 +222,33 @@ def test_a_clip_that_breaks_does_not_end_encoding(encoded_clips):
     assert run(*common, vae) == 0
     assert rejected(out)["seed 3"]["step"] == "encode"
     assert len(ShardDataset(out / "shards", ["latents"])) == 2
+
+
+@pytest.mark.parametrize("name", ["clips/{}.json", "tracks/{}.npz", "encoded/{}.npz"])
+def test_a_damaged_file_costs_its_clip_alone(encoded_clips, name):
+    common, vae, out = encoded_clips
+    damaged = out / name.format("train-000001")
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    assert run(*common, "step=pack") == 0
+    keys = [sample.key for sample in ShardDataset(out / "shards", ["latents"]).index.samples]
+    assert keys == ["train-000000", "train-000002"]
+    assert "run step=" in rejected(out)["seed 3"]["reason"]
+    if damaged.suffix == ".npz":
+        damaged.unlink()
+    assert run(*common, vae) == 0
+    assert damaged.stat().st_size == len(whole) and not rejected(out)
+    assert len(ShardDataset(out / "shards", ["latents"])) == 3
+
+
+def test_a_damaged_sidecar_ends_neither_tracking_nor_encoding(encoded_clips):
+    common, vae, out = encoded_clips
+    (out / "clips/train-000001.json").write_text('{"capt')
+    assert run(*common, vae, "step=encode", "encode.dtype=bfloat16") == 0
+    assert run(*common, "step=track", "tracker.rows=4") == 0
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [(line["file"], line["step"]) for line in lines] == [("seed 3", "track"), ("seed 3", "encode")]
+    assert all("is damaged" in line["reason"] for line in lines)
 
 
 def test_tracks_of_another_grid_are_not_mixed(monkeypatch, caplog, encoded_clips):
@@ -698,6 +736,7 @@ def test_real_clips_with_a_50x50_grid(tmp_path):
     "overrides, message",
     [
         (["step=trak"], "step='trak' must be one of"),
+        (["step=pack", "out="], "out is empty; set it to the folder"),
         (["previews=some"], "previews='some'"),
         (["previews=²"], "previews='²'"),
         (["source.crf=-1"], r"source\.crf=-1 must lie in 0 \(lossless\) \.\. 51"),

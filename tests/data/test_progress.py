@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import progress
+from data.config_errors import ConfigError
 from data.progress import Call, done_keys, run_items, worker_number, write_rejected
-from data.video import UnreadableVideo, VideoError
+from data.video import UnreadableVideo, VideoError, write_video
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +104,28 @@ def test_an_item_that_cannot_be_read_now_is_tried_again(tmp_path):
 
 def _be_away() -> None:
     raise UnreadableVideo("stale file handle")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_not_the_clips_fault_ends_the_run_and_names_the_item(tmp_path, workers):
+    call = Call("a", "a.mp4", "s", write_video, (tmp_path / "odd.mp4", np.zeros((1, 63, 64, 3), np.uint8), 16))
+    with pytest.raises(ConfigError, match=r"^a\.mp4: frame size 63x64 must be even"):
+        run_items("render", tmp_path, [call], workers)
+
+
+def test_an_error_of_a_library_keeps_its_traceback(tmp_path):
+    with pytest.raises(json.JSONDecodeError):
+        run_items("render", tmp_path, [Call("a", "a.mp4", "s", json.loads, ("{",))], 0)
+
+
+def test_no_more_workers_than_items_are_started(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(progress, "_open_pool", lambda count: started.append(count) or open_pool(count))
+    call = Call("a", "a.mp4", "s", _note_handler, (tmp_path / "handler",))
+    assert run_items("render", tmp_path, [call], num_workers=8) == 1 and started == [1]
+
+
+open_pool = progress._open_pool
 
 
 RUN_ONE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 
@@ -145,6 +146,40 @@ def test_shard_cut_while_open(shards):
     shard.write_bytes(shard.read_bytes()[:600])
     with pytest.raises(ShardError, match="truncated in sample clip-0"):
         dataset[0]
+
+
+@pytest.mark.parametrize("part", ["mp4", "latents.npy", "text.npy", "json", "visibility.npy"])
+def test_damaged_bytes_are_named_with_their_sample(shards, part):
+    dataset = ShardDataset(shards[0], ALL_FIELDS)
+    _overwrite(dataset, 2, part)
+    dataset[1]
+    with pytest.raises(ShardError, match=r"^clips-\d+\.tar: sample clip-2: .*; copy the shard again or run step=pack"):
+        dataset[2]
+
+
+def _overwrite(dataset: ShardDataset, position: int, part: str) -> None:
+    entry = dataset.index.samples[position]
+    offset, size = entry.parts[part]
+    with (dataset.folder / dataset.index.shards[entry.shard]).open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * size)
+
+
+def test_a_loading_process_says_no_more_than_this_one_would(shards):
+    _overwrite(ShardDataset(shards[0], ["latents"]), 2, "latents.npy")
+    told = []
+    for workers in (0, 1):
+        with pytest.raises(ShardError) as refused:
+            list(itertools.islice(build_loader(LoaderConfig(str(shards[0]), workers), ["latents"], 4), 1))
+        told.append(str(refused.value))
+    assert told[0] == told[1] and "\n" not in told[0]
+
+
+@pytest.mark.parametrize("content", ['{"version": 1, "samples": [{"key', "[]", "{}"])
+def test_a_damaged_index_is_refused(shards, content):
+    (shards[0] / "index.json").write_text(content)
+    with pytest.raises(ShardError, match="index.json.* run step=pack again"):
+        ShardDataset(shards[0])
 
 
 def test_missing_shard_and_missing_index(shards, tmp_path):

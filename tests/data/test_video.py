@@ -101,6 +101,32 @@ def test_what_is_no_video(tmp_path, name, content, reason):
         probe_video(tmp_path / name)
 
 
+def test_a_webm_file_named_mp4_is_read(tmp_path):
+    import av
+
+    with av.open(str(tmp_path / "bar.mp4"), "w", format="webm") as container:
+        stream = container.add_stream("libvpx-vp9", rate=12)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for frame in moving_bar():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    frames = read_video(tmp_path / "bar.mp4")
+    assert frames.shape == (12, 48, 64, 3) and np.abs(frames.astype(int) - moving_bar()).mean() < 10
+
+
+def test_sound_alone_is_told(tmp_path):
+    import av
+
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(VideoError, match="it has no video stream"):
+        read_video(tmp_path / "sound.mp4")
+
+
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.98])
 def test_truncated_at_any_place(tmp_path, bar_file, share):
     content = bar_file.read_bytes()

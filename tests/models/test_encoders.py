@@ -21,6 +21,7 @@ from models.wan.text_encoder import (
     Umt5Encoder,
     VocabularyEncoder,
     clean,
+    split_words,
 )
 
 SENTENCES = [
@@ -52,6 +53,18 @@ def test_code_is_word_then_previous_word_then_position():
         [words[2], VOCABULARY_CAPACITY + words[1], 2 * VOCABULARY_CAPACITY + 2],
     ]
     assert [row.nonzero().flatten().tolist() for row in code[:3]] == expected
+
+
+def test_punctuation_of_any_kind_is_no_part_of_a_word():
+    plain = ["a", "red", "two-tone", "disc", "turns", "yellow"]
+    for caption in (
+        "a \"red\" (two-tone) disc turns 'yellow'",
+        "“a red”, two-tone disc – turns yellow…",
+        "«a red» two-tone disc—turns [yellow]。",
+        "-- a red/two-tone disc: turns *yellow*",
+    ):
+        assert split_words(caption) == plain
+    assert split_words("It's the dog’s well-worn mat") == ["it's", "the", "dog’s", "well-worn", "mat"]
 
 
 def test_null_text_is_the_empty_caption():

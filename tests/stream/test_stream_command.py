@@ -98,6 +98,21 @@ def test_what_has_no_motion_is_no_source_of_tracks(tiny_weights, tmp_path: Path)
         load_track_source(tmp_path / "tracks.npz", tiny_weights.model_cfg, TrackerConfig())
 
 
+def test_more_tracks_than_identities_are_refused_before_anything_is_built(tiny_weights, tmp_path: Path) -> None:
+    path = tmp_path / "tracks.npz"
+    Tracks.from_arrays(np.zeros((5, 10_001, 2)), np.ones((5, 10_001), bool), 16, 16).save(path)
+    with pytest.raises(ValueError, match=rf"tracks={path} holds 10001 tracks; a stream follows at most 10000"):
+        load_track_source(path, tiny_weights.model_cfg, TrackerConfig())
+
+
+def test_a_cut_picture_is_refused_by_its_field(tmp_path: Path) -> None:
+    path = tmp_path / "first.jpg"
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=rf"image={path} is cut off or damaged"):
+        load_first_frame(path, ClipGeometry(16, 16, 33, 16))
+
+
 def test_an_edit_comes_before_an_animation_of_the_same_boundary(tiny_weights, tmp_path: Path) -> None:
     mask = np.zeros((16, 16), bool)
     mask[4:12, 4:12] = True

@@ -59,6 +59,7 @@ def test_a_crop_lies_in_the_frame(have, want):
         ({"points": [["a"]]}, "could not convert string to float"),
         ({"height": "64px"}, "height and width whole pixels"),
         ({"height": float("inf")}, "height and width whole pixels"),
+        ({"height": 64.5}, "height=64.5; .* height and width whole pixels"),
         ({"height": 0}, "height=0 and width=64 must be at least 1 px"),
         ({"points": [[[1, 2]]], "visibility": []}, r"points \(1, 1, 2\) must be \[T, N, 2\] and visibility \(0,\)"),
         ({"visibility": [["no"] * 3] * 4}, "visibility holds 'no'.*must be true or false"),

@@ -127,6 +127,15 @@ def test_what_is_no_label_is_refused_by_name(tmp_path: Path, name: str, content:
         DragLabel.read(write(tmp_path, name, content))
 
 
+def test_a_mask_painted_on_transparent_ground_is_read(tmp_path: Path):
+    part = {"is_rotation": False, "deltas": [[1.0, 2.0]], "start_point": [15, 12]}
+    content = label("Drag", [{"mask_file": "m.png", "block_trajectories": [part]}])
+    path = write(tmp_path, "block_1_Drag_trajectory.json", content)
+    black = np.zeros((48, 64), np.uint8)
+    cv2.imwrite(str(tmp_path / "m.png"), np.dstack([black, black, black, mask().astype(np.uint8) * 255]))
+    np.testing.assert_array_equal(DragLabel.read(path).to_drag().handles[0].mask, mask())
+
+
 def test_a_trajectory_without_a_mask_is_refused(tmp_path: Path):
     content = label("Drag", [{"original_trajectory": None, "block_trajectories": []}])
     with pytest.raises(ValueError, match="trajectory 0 has no mask_file"):
