@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TRACK_FILES = (".npz", ".json")
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # but those without a length
 
 
 def query_grid(model_cfg: ModelConfig, tracker: TrackerConfig) -> np.ndarray:  # -> [N, 2] px
@@ -37,7 +40,7 @@ def load_first_frame(path: str | Path, clip: ClipGeometry) -> np.ndarray:  # -> 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a picture and not a video.
+        ValueError: not a picture and not a video, or a JPEG that is cut off.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,11 +52,7 @@ def load_first_frame(path: str | Path, clip: ClipGeometry) -> np.ndarray:  # -> 
             raise ValueError(
                 f"image={path} is neither a picture ({', '.join(PICTURES)}) nor a video: {error}"
             ) from error
-    import cv2
-
-    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if picture is None:
-        raise ValueError(f"image={path} cannot be decoded as a picture; convert it to PNG")
+    picture = _read_picture(path)
     if picture.shape[:2] != (clip.height, clip.width):
         log.info(
             "%s: %dx%d is cropped and resized to %dx%d",
@@ -62,7 +61,33 @@ def load_first_frame(path: str | Path, clip: ClipGeometry) -> np.ndarray:  # -> 
             clip.height,
             clip.width,
         )
-    return resize_frame(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), clip.height, clip.width)
+    return resize_frame(picture, clip.height, clip.width)
+
+
+def _read_picture(path: Path) -> np.ndarray:  # -> uint8 [H, W, 3]
+    import cv2
+
+    if _is_cut_off(path.read_bytes()):
+        raise ValueError(f"image={path} is cut off, and the rest would be grey; give the whole file, or save it anew")
+    try:
+        picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    except cv2.error as error:  # more pixels than OpenCV takes
+        raise ValueError(f"image={path} cannot be decoded as a picture ({error.err}); make it smaller") from error
+    if picture is None:
+        raise ValueError(f"image={path} cannot be decoded as a picture; convert it to PNG")
+    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+
+
+def _is_cut_off(content: bytes) -> bool:
+    """Whether a JPEG has no end, which decoders do not tell; of other formats they do (ITU-T T.81, B.1)."""
+    if not content.startswith(JPEG_START):
+        return False
+    position = len(JPEG_START)
+    while found := JPEG_MARKER.search(content, position):  # of the next segment, behind the scan if there was one
+        if found[0] == JPEG_END:
+            return False
+        position = found.end() + int.from_bytes(content[found.end() : found.end() + 2], "big")
+    return True
 
 
 def load_track_source(
