@@ -331,13 +331,21 @@ def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it(tmp_path: Path) -> No
     assert _frames(tmp_path / "x.mp4") == 18
 
 
-def test_sigterm_keeps_the_frames_made_so_far_and_has_its_own_exit_code(tmp_path: Path, caplog) -> None:
-    chunk, handler = Interrupted(np.zeros((9, 16, 16, 3), np.uint8)), signal.getsignal(signal.SIGTERM)
-    chunk.number = signal.SIGTERM
-    with pytest.raises(SystemExit) as stop:
-        write_frames(iter([chunk, chunk]), tmp_path / "x.mp4", 16, 50)
-    assert stop.value.code == 143 and "x.mp4 has the 9 of 50 frames made so far" in caplog.text
-    assert _frames(tmp_path / "x.mp4") == 9 and signal.getsignal(signal.SIGTERM) == handler
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_what_ends_a_process_keeps_the_frames_made_so_far(tmp_path: Path, caplog, number, code: int) -> None:
+    def unhandled(*_) -> None:  # it would end the tests
+        pytest.fail("the signal is not handled")
+
+    chunk, former = Interrupted(np.zeros((9, 16, 16, 3), np.uint8)), signal.signal(number, unhandled)
+    chunk.number = number
+    try:
+        with pytest.raises(SystemExit) as stop:
+            write_frames(iter([chunk, chunk]), tmp_path / "x.mp4", 16, 50)
+        assert signal.getsignal(number) == unhandled
+    finally:
+        signal.signal(number, former)
+    assert stop.value.code == code and "x.mp4 has the 9 of 50 frames made so far" in caplog.text
+    assert _frames(tmp_path / "x.mp4") == 9
 
 
 def test_an_error_keeps_the_frames_made_so_far(tmp_path: Path, caplog) -> None:
