@@ -64,7 +64,10 @@ def _with_alpha(path: Path, given: str) -> np.ndarray | None:
 def _decoded(path: Path, given: str, flags: int) -> np.ndarray:
     import cv2
 
-    picture = cv2.imread(str(path), flags)
+    try:
+        picture = cv2.imread(str(path), flags)
+    except cv2.error as error:  # more pixels than OpenCV takes
+        raise ValueError(f"{given} cannot be decoded as a picture ({error.err}); make it smaller") from error
     if picture is None:
         raise ValueError(f"{given} cannot be decoded as a picture; convert it to PNG")
     return picture

@@ -410,15 +410,21 @@ class VideoWriter:
         if self.num_frames == 0:
             self.discard()
             raise ValueError(f"{self.path.name}: no frame was written")
-        for packet in self._stream.encode():
-            self._container.mux(packet)
-        self._container.close()
-        bring_to_disk(self.partial)
-        self.partial.replace(self.path)
+        try:
+            for packet in self._stream.encode():
+                self._container.mux(packet)
+            self._container.close()
+            bring_to_disk(self.partial)
+            self.partial.replace(self.path)
+        except BaseException:  # a full disk must not stay full of what nobody can read
+            self.discard()
+            raise
 
     def discard(self) -> None:
-        self._container.close()
-        self.partial.unlink(missing_ok=True)
+        try:
+            self._container.close()
+        finally:
+            self.partial.unlink(missing_ok=True)
 
     def __enter__(self) -> VideoWriter:
         return self

@@ -174,7 +174,8 @@ class Codecs:
 
 def to_pixels(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """uint8 [B, T, H, W, 3] -> float32 [B, 3, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+    writable = np.require(frames, requirements=("C", "W"))  # what PIL gives is not, and torch warns of it
+    return torch.from_numpy(writable).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 
 def to_frames(pixels: Tensor) -> np.ndarray:

@@ -44,7 +44,7 @@ from stream.track_source import load_first_frame, load_track_source
 log = logging.getLogger(__name__)
 
 ROLES = ("student", "teacher")
-EXIT_TERMINATED = 128 + signal.SIGTERM  # exit code after SIGTERM, as shells have it
+STOPPING = (signal.SIGTERM, signal.SIGHUP)  # of a scheduler or `kill`, and of a terminal that is closed
 
 
 @dataclass
@@ -267,11 +267,11 @@ def sample_frames(teacher: WanDiT, codecs: Codecs, inputs: Inputs, settings: Str
 def write_frames(chunks: Iterator[np.ndarray], path: Path, fps: int, total: int) -> None:
     """Write frames to the mp4 as they come; the bar's rate is the FPS so far.
 
-    What stops it (Ctrl-C, SIGTERM, an error) leaves a video of the chunks until then, if there are any, and is raised
-    again; a KeyboardInterrupt says what is left, all else is preceded by a log line that does.
+    What stops it (Ctrl-C, SIGTERM, a closed terminal, an error) leaves a video of the chunks until then, if there are
+    any, and is raised again; a KeyboardInterrupt says what is left, all else is preceded by a log line that does.
     """
     stopped: BaseException | None = None
-    with _handling(_terminate, signal.SIGTERM):
+    with _handling(_terminate, *STOPPING):
         writer = VideoWriter(path, fps)
         try:
             with tqdm(total=total, unit="frame", disable=None) as bar:
@@ -295,14 +295,14 @@ def write_frames(chunks: Iterator[np.ndarray], path: Path, fps: int, total: int)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(EXIT_TERMINATED)
+    raise SystemExit(128 + number)  # as shells have it
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Puts off Ctrl-C and SIGTERM to the end of the block: half a frame would spoil the video."""
+    """Puts off Ctrl-C and the others to the end of the block: half a frame would spoil the video."""
     waiting: list[int] = []
-    with _handling(lambda number, frame: waiting.append(number), signal.SIGINT, signal.SIGTERM):
+    with _handling(lambda number, frame: waiting.append(number), signal.SIGINT, *STOPPING):
         yield
     for number in waiting[:1]:
         signal.raise_signal(number)

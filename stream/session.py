@@ -118,10 +118,8 @@ class StreamSession:
         self._inbox: deque[Tracks] = deque()  # pushed since the latest call that changed the stream
         self._settled = self._steering()  # as it was when the latest chunk was done
         self._boundaries: deque[Boundary] = deque(maxlen=undo_chunks)
-        self._decoder = codecs.streaming_decoder()
-        self._track_encoder = codecs.vae.streaming_encoder()
-        self._chunk_index = 0
-        self._num_frames = 0
+        self._decoder, self._track_encoder = codecs.streaming_decoder(), codecs.vae.streaming_encoder()
+        self._chunk_index = self._num_frames = 0
         self._latest: tuple[ChunkTiming, Tensor] | None = None
 
     # ------------------------------------------------------------------ steering
@@ -181,7 +179,8 @@ class StreamSession:
         """This chunk boundary, to return to: a copy of everything, cache included."""
         self._receive()
         previous = self._boundaries[-1] if self._boundaries else None
-        return SessionState(self._rollout.snapshot(), self._first_frame, self._boundary(), previous)
+        decoder = type(self.codecs.decoder).__name__
+        return SessionState(self._rollout.snapshot(), self._first_frame, self._boundary(), previous, decoder)
 
     def restore(self, state: SessionState) -> None:
         """Return to a chunk boundary; what follows repeats bit for bit unless tracks or prompt differ.
@@ -189,9 +188,10 @@ class StreamSession:
         The boundary may be another session's of the same student: what it shows and follows comes along (first frame,
         prompt, tracks, drags), noise and settings are this session's own. Give it the same seed to have it repeated.
 
-        Raises ValueError, and changes nothing, where chunks, context, positions or noise levels (model.rollout) are
-        others, or the session has too little room (num_frames without a window).
+        Raises ValueError, and changes nothing, where the decoder, or chunks, context, positions or noise levels
+        (model.rollout) are others, or the session has too little room (num_frames without a window).
         """
+        state.check_decoder(type(self.codecs.decoder).__name__)
         self._rollout.restore(state.rollout)
         self._inbox.clear()
         assert isinstance(self._rollout.cache, StaticKVCache), "a session's cache is static"

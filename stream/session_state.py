@@ -164,6 +164,15 @@ class SessionState:
     first_frame: FirstFrame
     boundary: Boundary
     previous: Boundary | None  # before the latest chunk, so that it can be made again
+    decoder: str  # its class: another's state means nothing to it
+
+    def check_decoder(self, other: str) -> None:
+        """Raises ValueError where a session of this decoder cannot go on from here."""
+        if self.decoder != other and self.boundary.chunk_index:
+            raise ValueError(
+                f"the snapshot is of a session that decodes by {self.decoder}, this one by {other}; restore it with "
+                "the decoder that it was taken with (tiny=… of Codecs.load)"
+            )
 
     def read_from(self, cache: StaticKVCache) -> SessionState:
         """The same for the session of another cache, which was restored from this one's."""

@@ -120,8 +120,8 @@ class TrackBuffer:
         """A copy of tracks of one clip (B = 1) with their identities; nothing of this buffer is changed.
 
         Raises:
-            ValueError: another resolution or batch size, no frame, an identity given twice, or more tracks than
-                there are identities.
+            ValueError: another resolution or batch size, no frame, an identity given twice or that no student has
+                learned, or more tracks than there are identities.
         """
         if (tracks.height, tracks.width) != (self.height, self.width):
             raise ValueError(
@@ -228,6 +228,11 @@ class TrackBuffer:
     def _identified(self, tracks: Tracks) -> Tracks:
         if not tracks.ids.any():
             return tracks.with_ids(self._identities[None, : tracks.num_tracks])
+        if (unknown := tracks.ids[(tracks.ids < 0) | (tracks.ids >= NUM_TRACK_IDS)]).numel():
+            raise ValueError(
+                f"tracks.ids holds {unknown[0]}; identities are 0..{NUM_TRACK_IDS - 1}, and no student follows others: "
+                "take unused_track_ids() of the session"
+            )
         if len(tracks.ids.unique()) < tracks.num_tracks:
             raise ValueError("tracks.ids has an identity twice; give each track its own, or all 0 to have them drawn")
         return tracks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 
 METHODS = ("dragstream", "sg_i2v", "dragvideo")
@@ -74,16 +75,16 @@ class DragConfig:
                 f"drag.iterations={self.iterations} must be >= 0 and at most max_iterations={self.max_iterations}"
             )
         for name in ("warm_rounds", "warm_gain", "lr", "weight_decay", "rec_weight", "cst_weight", "adsr_frames"):
-            if not vars(self)[name] >= 0:  # nan is not
-                raise ValueError(f"drag.{name}={vars(self)[name]} must be >= 0")
+            if not 0 <= vars(self)[name] < math.inf:  # nan is not
+                raise ValueError(f"drag.{name}={vars(self)[name]} must be >= 0 and finite")
         for name in ("grad_clip", "css_alpha"):
             if vars(self)[name] is not None and not vars(self)[name] > 0:
                 raise ValueError(f"drag.{name}={vars(self)[name]} must be > 0, or null for none")
-        if (self.segment_ratio is not None and self.segment_ratio <= 0) or self.segment_degrees <= 0:
+        if not ((self.segment_ratio is None or self.segment_ratio > 0) and self.segment_degrees > 0):
             raise ValueError(f"segment_ratio={self.segment_ratio}, segment_degrees={self.segment_degrees} must be > 0")
         if self.adsr == "neighbours" and not self.adsr_frames:
             raise ValueError("drag.adsr_frames=0 gives adsr=neighbours nothing to match; set it, or adsr=own or off")
-        if not self.cutoffs or any(cutoff is not None and cutoff <= 0 for cutoff in self.cutoffs):
+        if not self.cutoffs or not all(cutoff is None or cutoff > 0 for cutoff in self.cutoffs):
             raise ValueError(f"drag.cutoffs={list(self.cutoffs)} must be positive, or null for no filter")
         if self.cutoff_range is not None and not (
             len(self.cutoff_range) == 2 and 0 < self.cutoff_range[0] < self.cutoff_range[1]

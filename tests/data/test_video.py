@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import os
 import struct
 import subprocess
@@ -399,6 +400,22 @@ def test_file_appears_only_when_closed(tmp_path):
         writer.write(moving_bar()[0])
         assert not (tmp_path / "a.mp4").exists()
     assert probe_video(tmp_path / "a.mp4").num_frames == 1
+
+
+def test_a_file_that_a_full_disk_cut_off_does_not_stay(tmp_path):
+    class Full:
+        def mux(self, *packets):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        close = mux
+
+    with pytest.raises(OSError, match="No space left"), VideoWriter(tmp_path / "a.mp4", 8) as writer:
+        writer.write(moving_bar()[0])
+        writer._container.start_encoding()  # makes the file
+        assert writer.partial.is_file()
+        container, writer._container = writer._container, Full()
+    container.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path):

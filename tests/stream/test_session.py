@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -197,6 +198,14 @@ def test_frames_survive_the_way_to_pixels_and_back(first_frame) -> None:
     np.testing.assert_array_equal(to_frames(to_pixels(first_frame[None, None])), first_frame[None, None])
 
 
+def test_a_first_frame_may_be_read_only(student, codecs, first_frame) -> None:
+    picture = first_frame.copy()
+    picture.flags.writeable = False  # as np.asarray of a PIL image is
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _open(student, codecs, picture)
+
+
 def test_auto_is_the_dtype_of_the_device_that_is_used(tiny_weights, monkeypatch) -> None:
     monkeypatch.setattr(assemble, "pick_device", lambda name: torch.device("cuda"))  # which is there, and not used
     monkeypatch.setattr(assemble, "fast_dtype", lambda device: "float32" if device.type == "cpu" else "bfloat16")
@@ -214,3 +223,16 @@ def test_bfloat16_and_the_tiny_decoder(tiny_weights, first_frame, tmp_path) -> N
     assert frames.shape == (33, 16, 16, 3) and torch.isfinite(session.latents).all()
     assert codecs.decoder is not codecs.vae
     assert next(codecs.vae.parameters()).dtype == next(codecs.decoder.parameters()).dtype == torch.bfloat16
+
+
+def test_a_snapshot_of_another_decoder_is_refused(tiny_weights, student, codecs, first_frame) -> None:
+    tiny = TinyVae.from_config(TinyVaeConfig.sprites(4), codecs.vae.latent_space)
+    cfg = tiny_weights.model_cfg
+    quick = _open(student, Codecs(cfg, build_vae(cfg), codecs.text_encoder, tiny_vae=tiny), first_frame)
+    session = _open(student, codecs, first_frame)
+    session.restore(quick.snapshot())  # nothing is decoded there yet
+    np.testing.assert_array_equal(session.next_chunk(), _open(student, codecs, first_frame).next_chunk())
+    quick.next_chunk()
+    with pytest.raises(ValueError, match="a session that decodes by TinyVae, this one by WanVae; restore it with"):
+        session.restore(quick.snapshot())
+    assert session.chunk_index == 1 and len(session.next_chunk()) == 12

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import zlib
 from pathlib import Path
 
 import av
@@ -86,6 +87,35 @@ def test_what_is_read_is_not_written_over(tiny_weights, tmp_path: Path, image, o
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(ValueError, match=message):
         _run(tiny_weights, tmp_path / out, f"image={tmp_path / image}")
+
+
+@pytest.mark.parametrize("progressive", [0, 1])
+def test_a_jpeg_that_is_cut_off_is_refused(tmp_path: Path, progressive: int) -> None:
+    """OpenCV fills it up with grey and says nothing."""
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    encoded = [cv2.imencode(".jpg", side, [cv2.IMWRITE_JPEG_PROGRESSIVE, progressive])[1].tobytes()
+               for side in (picture, picture[:8, :8])]  # fmt: skip
+    whole, small = encoded
+    thumbnail = b"\xff\xe1" + (len(small) + 2).to_bytes(2, "big") + small  # has an end of its own
+    whole = whole[:2] + thumbnail + whole[2:]
+    path, clip = tmp_path / "first.jpg", ClipGeometry(16, 16, 1, 16)
+    for share in (0.5, 0.9):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match="first.jpg is cut off or damaged"):
+            load_first_frame(path, clip)
+    path.write_bytes(whole + bytes(99))
+    assert load_first_frame(path, clip).shape == (16, 16, 3)
+
+
+def test_a_picture_of_more_pixels_than_opencv_takes_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "first.png"
+    cv2.imwrite(str(path), np.zeros((2, 2, 3), np.uint8))
+    content = bytearray(path.read_bytes())
+    content[16:24] = 2 * (60_000).to_bytes(4, "big")  # width and height
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"image=.*first.png cannot be decoded as a picture \(.*; make it smaller"):
+        load_first_frame(path, ClipGeometry(16, 16, 1, 16))
 
 
 def test_what_has_no_motion_is_no_source_of_tracks(tiny_weights, tmp_path: Path) -> None:
@@ -316,13 +346,21 @@ def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it(tmp_path: Path) -> No
     assert _frames(tmp_path / "x.mp4") == 18
 
 
-def test_sigterm_keeps_the_frames_made_so_far_and_has_its_own_exit_code(tmp_path: Path, caplog) -> None:
-    chunk, handler = Interrupted(np.zeros((9, 16, 16, 3), np.uint8)), signal.getsignal(signal.SIGTERM)
-    chunk.number = signal.SIGTERM
-    with pytest.raises(SystemExit) as stop:
-        write_frames(iter([chunk, chunk]), tmp_path / "x.mp4", 16, 50)
-    assert stop.value.code == 143 and "x.mp4 has the 9 of 50 frames made so far" in caplog.text
-    assert _frames(tmp_path / "x.mp4") == 9 and signal.getsignal(signal.SIGTERM) == handler
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_what_ends_a_process_keeps_the_frames_made_so_far(tmp_path: Path, caplog, number, code: int) -> None:
+    def unhandled(*_) -> None:  # it would end the tests
+        pytest.fail("the signal is not handled")
+
+    chunk, former = Interrupted(np.zeros((9, 16, 16, 3), np.uint8)), signal.signal(number, unhandled)
+    chunk.number = number
+    try:
+        with pytest.raises(SystemExit) as stop:
+            write_frames(iter([chunk, chunk]), tmp_path / "x.mp4", 16, 50)
+        assert signal.getsignal(number) == unhandled
+    finally:
+        signal.signal(number, former)
+    assert stop.value.code == code and "x.mp4 has the 9 of 50 frames made so far" in caplog.text
+    assert _frames(tmp_path / "x.mp4") == 9
 
 
 def test_an_error_keeps_the_frames_made_so_far(tmp_path: Path, caplog) -> None:

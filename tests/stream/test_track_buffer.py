@@ -149,6 +149,15 @@ def test_no_frames_and_more_tracks_than_identities_are_refused() -> None:
         _buffer().push(_tracks(1, count=10_001))
 
 
+@pytest.mark.parametrize("identity", [-1, NUM_TRACK_IDS, 2**40])
+def test_identities_that_no_student_has_learned_are_refused(identity: int) -> None:
+    buffer = _buffer()
+    with pytest.raises(ValueError, match=rf"tracks.ids holds {identity}; identities are 0..9999.*unused_track_ids"):
+        buffer.push(_tracks(2, ids=[1, identity, 3]))
+    buffer.push(_tracks(2, ids=[0, NUM_TRACK_IDS - 1, 3]))
+    assert buffer.num_pending == 2
+
+
 def _seen(buffer: TrackBuffer, count: int) -> dict[int, list[list[float]]]:
     """Points of each identity in the frames to come, where it is seen in all of them."""
     tracks = buffer.peek(count)
