@@ -6,7 +6,7 @@ import glob
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,25 @@ def save_model(module: nn.Module, folder: str | Path, description: dict[str, Any
         (fresh / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
-def read_model(folder: str | Path, what: str, made_by: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Description and weights of a folder that `save_model` wrote; FileNotFoundError, in these words, for another."""
+def read_model(
+    folder: str | Path, what: str, made_by: str, parts: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description, of these parts, and weights of a folder that `save_model` wrote.
+
+    Raises FileNotFoundError where there is none, ValueError where it is damaged or of another model; in these words.
+    """
     folder = Path(folder)
     if not (folder / DESCRIPTION).is_file():
         raise FileNotFoundError(f"no {what} in {folder}: there is no {DESCRIPTION}; pass a folder made by {made_by}")
-    return json.loads((folder / DESCRIPTION).read_text()), read_weights(folder / WEIGHTS)
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / DESCRIPTION} is not JSON: {error}; pass a folder made by {made_by}") from error
+    if absent := [part for part in parts if part not in description]:
+        raise ValueError(
+            f"no {what} in {folder}: its {DESCRIPTION} tells no {', '.join(absent)}; pass a folder made by {made_by}"
+        )
+    return description, read_weights(folder / WEIGHTS)
 
 
 def _beside(folder: Path) -> Path:
