@@ -7,7 +7,7 @@ what the weights mean (`models/wan/checkpoint.py`).
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 SHOWN_NAMES, SHOWN_LETTERS = 3, 100  # in an error
 
@@ -53,11 +54,30 @@ def load_whole(kind: Any, folder: str | Path, *, unread: Collection[str] = (), *
     except (OSError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{folder} cannot be read as {kind.__name__}: {reason}; download it again") from error
-    drawn = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])} - set(unread))
-    if drawn:
-        more = f" and {len(drawn) - SHOWN_NAMES} more" if len(drawn) > SHOWN_NAMES else ""
+    if drawn := {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])} - set(unread):
         raise ValueError(
-            f"{folder} is not a whole {kind.__name__}: absent, or of another shape, are "
-            f"{', '.join(drawn[:SHOWN_NAMES])}{more}; download it again, or give the folder of the right model"
+            f"{folder} is not a whole {kind.__name__}: absent, or of another shape, are {shortened(drawn)}; "
+            "download it again, or give the folder of the right model"
         )
     return model
+
+
+def load_state(module: nn.Module, state: Any, path: str | Path, *, assign: bool = False) -> None:
+    """The weights that ``path`` held into a module; ValueError naming what is absent, unknown or of another shape."""
+    own, found = module.state_dict(), state if isinstance(state, Mapping) else {}
+    kinds = {
+        "absent": own.keys() - found.keys(),
+        "unknown": found.keys() - own.keys(),
+        "of another shape": [
+            name for name in own.keys() & found.keys() if getattr(found[name], "shape", None) != own[name].shape
+        ],
+    }
+    if told := "; ".join(f"{kind}: {shortened(map(str, names))}" for kind, names in kinds.items() if names):
+        raise ValueError(f"{path} does not hold the weights of this {type(module).__name__} ({told}); give another")
+    module.load_state_dict(found, assign=assign)
+
+
+def shortened(names: Iterable[str], limit: int = SHOWN_NAMES) -> str:
+    """The first names in order, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

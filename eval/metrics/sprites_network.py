@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from data.sprites import COLORS, SHAPES, TEXTURES
 from models.assemble import located
+from models.pretrained import load_state
 from models.vae.folder import read_model, save_model
 
 LABELS = {"shapes": list(SHAPES), "colors": list(COLORS)}  # what each logit stands for
@@ -145,6 +146,8 @@ class SpritesNetworkConfig:
         for name in ("frame_widths", "clip_widths"):
             if any(width < 1 or width % NORM_GROUPS for width in vars(self)[name]):
                 raise ValueError(f"{name}={list(vars(self)[name])} must be multiples of {NORM_GROUPS}, norm groups")
+        if self.num_features < 1:
+            raise ValueError(f"num_features={self.num_features} must be at least 1: the heads read nothing else")
 
 
 class SpritesNetwork(nn.Module):
@@ -227,11 +230,11 @@ class SpritesNetwork(nn.Module):
     def from_folder(cls, folder: str | Path) -> SpritesNetwork:
         """A folder written by ``save``, in float32 whatever it was written in."""
         folder = Path(located(str(folder)))
-        saved, weights = read_model(folder, "sprites network", made_by="stage=features", told="labels")
+        saved, weights = read_model(folder, "sprites network", made_by="stage=features", parts=("labels", "config"))
         if saved["labels"] != LABELS:
             raise ValueError(f"{folder} was trained on the labels {saved['labels']}, here are {LABELS}; train it again")
         network = cls(SpritesNetworkConfig(**saved["config"]))
-        network.load_state_dict(weights)
+        load_state(network, weights, folder)
         return network
 
     def save(self, folder: str | Path) -> None:

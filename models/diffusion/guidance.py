@@ -11,6 +11,7 @@ training needs no joint dropout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -25,15 +26,15 @@ class Guidance:
     """Weights of the guidance terms, e.g. ``Guidance({"text": 3.0, "motion": 1.5})``.
 
     A term of weight 0 costs no evaluation; no terms at all is the plain conditional prediction. Raises
-    ValueError for a name that no condition can drop, or a negative weight.
+    ValueError for a name that no condition can drop, or a weight that is negative or not finite.
     """
 
     def __init__(self, weights: Mapping[str, float]):
         for name, weight in weights.items():
             if name not in DROPPABLE:
                 raise ValueError(f"guidance '{name}' must be one of {', '.join(DROPPABLE)}")
-            if not weight >= 0:
-                raise ValueError(f"guidance {name}={weight} must be >= 0; 0 switches the term off")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"guidance {name}={weight} must be >= 0 and finite; 0 switches the term off")
         # our own order, not the config's: all ranks must run the same branches in the same order
         self.weights = {name: float(weights[name]) for name in DROPPABLE if weights.get(name, 0.0) > 0}
 

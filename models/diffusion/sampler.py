@@ -66,10 +66,10 @@ def sample_teacher(
     With ``keep_steps`` returns (x0, kept): kept[i] is the *input* of step keep_steps[i], noise level
     flow_grid(num_inference_steps, shift)[keep_steps[i]]; kept + [x0] is an ODE trajectory, noisiest first.
     ``resume``: (step, its input) to go on from instead of noise.
-    The start noise is keyed ("teacher", "start") per sample. Raises ValueError for a step outside the grid
-    or a number of sample ids that is not the batch size.
+    The start noise is keyed ("teacher", "start") per sample. Raises ValueError for a step outside the grid or
+    before the one to go on from, or a number of sample ids that is not the batch size.
     """
-    _check_request(condition, sample_ids, keep_steps, num_inference_steps)
+    _check_request(condition, sample_ids, keep_steps, range(resume[0] if resume else 0, num_inference_steps))
     device = condition.prompt_embeds.device
     branches = _prepare_branches(dit, guidance.branches(condition))
 
@@ -112,11 +112,13 @@ def _prepare_branches(
     return prepared
 
 
-def _check_request(condition: Condition, sample_ids: Sequence[int], keep_steps: Sequence[int], num_steps: int) -> None:
+def _check_request(condition: Condition, sample_ids: Sequence[int], keep_steps: Sequence[int], made: range) -> None:
     if len(sample_ids) != condition.batch_size:
         raise ValueError(
             f"sample_ids has {len(sample_ids)} entries; it must have {condition.batch_size}, the batch size"
         )
     for step in keep_steps:
-        if not 0 <= step < num_steps:
-            raise ValueError(f"keep_steps has {step}; it must be in 0..{num_steps - 1}, num_inference_steps - 1")
+        if step not in made:
+            raise ValueError(
+                f"keep_steps has {step}; it must be in {made.start}..{made.stop - 1}, num_inference_steps - 1"
+            )

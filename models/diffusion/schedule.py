@@ -11,6 +11,7 @@ there; this is the one of the Self-Forcing code base, that MotionStream builds o
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import TypeVar
 
@@ -30,8 +31,8 @@ def flow_grid(num_steps: int, shift: float) -> Tensor:
     """Noise levels of a solver -> [num_steps] float64, descending from exactly 1; the last step ends at 0."""
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps} must be at least 1")
-    if shift <= 0:
-        raise ValueError(f"shift={shift} must be positive; 1 is the even grid")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift={shift} must be positive and finite; 1 is the even grid")
     even = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[:-1]
     return shift_sigma(even, shift)
 

@@ -6,7 +6,7 @@ import glob
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,30 +58,25 @@ def save_model(module: nn.Module, folder: str | Path, description: dict[str, Any
         (fresh / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
-def read_model(folder: str | Path, what: str, made_by: str, told: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Description and weights of a folder that `save_model` wrote.
+def read_model(
+    folder: str | Path, what: str, made_by: str, parts: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description, of these parts, and weights of a folder that `save_model` wrote.
 
-    Args:
-        what, made_by: words for errors.
-        told: a key that only this kind of model has in its description.
-
-    Raises:
-        FileNotFoundError: there is no model.
-        ValueError: there is one of another kind, or a damaged file.
+    Raises FileNotFoundError where there is none, ValueError where it is damaged or of another model; in these words.
     """
     folder = Path(folder)
     if not (folder / DESCRIPTION).is_file():
         raise FileNotFoundError(f"no {what} in {folder}: there is no {DESCRIPTION}; pass a folder made by {made_by}")
     try:
-        saved = json.loads((folder / DESCRIPTION).read_text())
+        description = json.loads((folder / DESCRIPTION).read_text())
     except ValueError as error:
-        raise ValueError(f"{folder / DESCRIPTION} is damaged: {error}; make the {what} again by {made_by}") from error
-    if told not in saved:
+        raise ValueError(f"{folder / DESCRIPTION} is not JSON: {error}; pass a folder made by {made_by}") from error
+    if absent := [part for part in parts if part not in description]:
         raise ValueError(
-            f"no {what} in {folder}: its {DESCRIPTION} has no {told}, so it is another model's; pass a folder made by "
-            f"{made_by}"
+            f"no {what} in {folder}: its {DESCRIPTION} tells no {', '.join(absent)}; pass a folder made by {made_by}"
         )
-    return saved, read_weights(folder / WEIGHTS)
+    return description, read_weights(folder / WEIGHTS)
 
 
 def _beside(folder: Path) -> Path:

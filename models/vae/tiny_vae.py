@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.pretrained import read_weights
+from models.pretrained import load_state, read_weights
 from models.vae.folder import read_model, save_model
 from models.vae.latent_space import LatentSpace
 from models.vae.streaming_decode import StreamingDecoder
@@ -53,6 +53,11 @@ class TinyVaeConfig:
             raise ValueError(
                 f"tiny_vae.decoder_widths={list(self.decoder_widths)} must have {stages + 1} entries and "
                 f"time_downscale={list(self.time_downscale)} {stages}, as time_upscale={self.time_upscale}"
+            )
+        if min(*self.decoder_widths, self.encoder_width, self.latent_channels, self.patch_size) < 1:
+            raise ValueError(
+                f"tiny_vae.decoder_widths={list(self.decoder_widths)}, encoder_width={self.encoder_width}, "
+                f"latent_channels={self.latent_channels} and patch_size={self.patch_size} must be at least 1"
             )
         if self.memory_blocks < 1:
             raise ValueError(f"tiny_vae.memory_blocks={self.memory_blocks} must be >= 1: they alone cross time")
@@ -217,18 +222,22 @@ class TinyVae(nn.Module):
         if not path.is_file():
             raise FileNotFoundError(f"no tiny VAE at {path}; taew2_1.pth and taew2_2.pth are in madebyollin/taehv")
         vae = cls(TinyVaeConfig.for_space(latent_space), latent_space)
-        vae.load_state_dict(read_weights(path))
+        load_state(vae, read_weights(path), path)
         return vae
 
     @classmethod
     def from_folder(cls, folder: str | Path, expected: LatentSpace | None = None) -> TinyVae:
         """A folder written by ``save``; ValueError where its latent space is not the expected one."""
-        saved, weights = read_model(folder, "tiny VAE", made_by="stage=tiny_vae", told="latent_space")
-        latent_space = LatentSpace(**saved["latent_space"])
+        parts = ("config", "latent_space")
+        saved, weights = read_model(folder, "tiny VAE", made_by="stage=tiny_vae", parts=parts)
+        try:
+            cfg, latent_space = TinyVaeConfig(**saved["config"]), LatentSpace(**saved["latent_space"])
+        except TypeError as error:  # fields of another network
+            raise ValueError(f"no tiny VAE in {folder}: {error}; pass a folder made by stage=tiny_vae") from error
         if expected is not None:
             expected.require(latent_space, owner=f"the tiny VAE in {folder}")
-        vae = cls(TinyVaeConfig(**saved["config"]), latent_space)
-        vae.load_state_dict(weights)
+        vae = cls(cfg, latent_space)
+        load_state(vae, weights, folder)
         return vae
 
     def save(self, folder: str | Path) -> None:

@@ -19,7 +19,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NETWORK = "AutoencoderKLWan"  # diffusers' class, as its folders name it
 TEMPORAL_STRIDE = 4
 DEAD_CHANNEL_RATIO = 1e-3  # a channel whose std is below this share of the largest carries nothing
 Cache = tuple[Tensor | str | None, ...]  # one slot per causal convolution; "Rep" marks a first call, as diffusers does
@@ -59,6 +60,11 @@ class VaeConfig:
     latents_per_call: int | None = 1  # latent frames per network call: memory against speed; None: all at once
 
     def __post_init__(self) -> None:
+        for name in ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks", "patch_size"):
+            if (count := vars(self)[name]) is not None and count < 1:
+                raise ValueError(f"vae.{name}={count} must be at least 1")
+        if min(self.dim_mult, default=0) < 1:
+            raise ValueError(f"vae.dim_mult={list(self.dim_mult)} must be factors of at least 1, one per resolution")
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(
                 f"vae.temporal_downsample={list(self.temporal_downsample)} must have one entry per spatial "
@@ -133,7 +139,8 @@ class WanVae(nn.Module):
     def from_folder(cls, folder: str | Path, expected: VaeConfig | None = None) -> WanVae:
         """Loads a folder in diffusers format, ours or a published one, in float32.
 
-        Raises FileNotFoundError where there is none, ValueError where its architecture is not as expected.
+        Raises FileNotFoundError where there is none, ValueError where it is of another network or its architecture is
+        not as expected.
         """
         from diffusers import AutoencoderKLWan
 
@@ -144,7 +151,7 @@ class WanVae(nn.Module):
                 "or download the vae/ folder of a Wan model in diffusers format (such as "
                 "Wan-AI/Wan2.1-T2V-1.3B-Diffusers)"
             )
-        settings = dict(AutoencoderKLWan.load_config(folder))
+        settings = _read_settings(folder)
         if expected is not None:
             _require_architecture(settings, expected, folder)
         autoencoder = load_whole(AutoencoderKLWan, folder)
@@ -315,14 +322,32 @@ class WanVae(nn.Module):
 
 
 def latent_space_of(folder: str | Path) -> LatentSpace | None:
-    """The latent space of the VAE in a folder, read of its config.json alone; None where there is none."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
+    """The latent space of the VAE in a folder, read of its config.json alone; None where there is none.
+
+    Raises ValueError where that is of another network.
+    """
+    if not (Path(folder) / "config.json").is_file():
         return None
     defaults = {"latents_mean": WAN_2_1_MEAN, "latents_std": WAN_2_1_STD, "temperal_downsample": [False, True, True]}
-    settings = defaults | json.loads(path.read_text())
+    settings = defaults | _read_settings(Path(folder))
     stride = 2 ** len(settings["temperal_downsample"]) * (settings.get("patch_size") or 1)
     return LatentSpace.of(tuple(settings["latents_mean"]), tuple(settings["latents_std"]), stride)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """config.json of a VAE; ValueError where it is damaged, or of another network."""
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; get it again") from error
+    kind = settings.get("_class_name") if isinstance(settings, dict) else None
+    if kind != NETWORK:
+        raise ValueError(
+            f"{path} is of {kind or 'another network'}, not of {NETWORK}; give the vae/ folder of a Wan model in "
+            "diffusers format, or one that `python -m train stage=vae` wrote"
+        )
+    return settings
 
 
 def _count_slots(part: nn.Module) -> int:
@@ -332,7 +357,7 @@ def _count_slots(part: nn.Module) -> int:
     return sum(isinstance(module, WanCausalConv3d) for module in part.modules())
 
 
-def _require_architecture(settings: dict[str, object], expected: VaeConfig, folder: Path) -> None:
+def _require_architecture(settings: dict[str, Any], expected: VaeConfig, folder: Path) -> None:
     """Raises ValueError naming each field of ``expected`` that the saved settings contradict."""
     wanted = {
         "base_dim": expected.base_dim,

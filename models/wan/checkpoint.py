@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.files import remove_unfinished, replace_file
-from models.pretrained import read_weights, reading_weights
+from models.pretrained import load_state, read_weights, reading_weights, shortened
 from models.vae.latent_space import LatentSpace
 from models.wan.config import INPUT_FIELDS, MASK_CHANNELS, TRACK_HEAD_FIELDS, WanConfig
 from models.wan.dit import WanDiT
@@ -89,23 +89,25 @@ def diffusers_to_official(state: Mapping[str, Tensor]) -> StateDict:
 def to_official(state: Any) -> StateDict:
     """A loaded file's content, whatever its format and wrappers -> state dict with official names.
 
-    Raises ValueError where it is not tensors by name, or a name belongs to no known format.
+    Raises ValueError where it is not floating-point tensors by name, or a name belongs to no known format.
     """
+    if isinstance(state, Mapping):
+        nested = (state.get(name) for name in NESTED_STATES)  # empty: an average that had not begun
+        state = next((inner for inner in nested if isinstance(inner, Mapping) and inner), state)
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"it holds a {type(state).__name__}, not tensors by name; give another file")
-    for nested in NESTED_STATES:
-        if isinstance(state.get(nested), Mapping):
-            state = state[nested]
-            break
-    state = {_bare_name(name): tensor for name, tensor in state.items()}
+    state = _with_bare_names(state)
     if reference := sorted(name for name in state if name.startswith("ref_conv.")):
         raise ValueError(
             f"the checkpoint holds {', '.join(reference)}: a Fun-V1.1 control model, whose reference image "
             "is an extra frame that WanDiT does not have; use Wan2.1-Fun-1.3B-Control (V1.0)"
         )
     if any(name.startswith("condition_embedder.") for name in state):
-        return diffusers_to_official(state)
-    official_to_diffusers(state)  # refuses unknown names
+        state = diffusers_to_official(state)
+    else:
+        official_to_diffusers(state)  # refuses unknown names
+    if others := [name for name, value in state.items() if not (torch.is_tensor(value) and value.is_floating_point())]:
+        raise ValueError(f"no floating-point tensors: {shortened(others)}; give weights that are not quantised")
     return state
 
 
@@ -187,15 +189,16 @@ def read_dit_config(folder: str | Path) -> WanConfig:
     """Config of a folder that `save_dit` wrote; raises FileNotFoundError where there is none, ValueError where it is of
     another network.
     """
+    values = _read_description(Path(folder), "config")
     try:
-        return WanConfig.from_dict(_read_description(Path(folder))["config"])
-    except (KeyError, TypeError, ValueError) as error:
+        return WanConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{folder} is not of a DiT: {error}") from error
 
 
 def read_provenance(folder: str | Path) -> dict[str, Any]:
     """What `save_dit` was told about where the weights come from: by the weights, where they say so themselves."""
-    described = _read_description(Path(folder))["provenance"]
+    described = _read_description(Path(folder), "provenance")
     carried = _metadata(Path(folder)).get("provenance")
     return described if carried is None else json.loads(carried)
 
@@ -219,7 +222,7 @@ def load_dit(folder: str | Path, expected: WanConfig | None = None) -> WanDiT:
     state = read_weights(folder / WEIGHTS_NAME)
     with torch.device("meta"):  # no memory and no time for weights that are replaced
         model = WanDiT(config)
-    model.load_state_dict(state, strict=True, assign=True)
+    load_state(model, state, folder / WEIGHTS_NAME, assign=True)
     model.latent_space = _saved_latent_space(folder)
     return model.requires_grad_(True)
 
@@ -234,7 +237,10 @@ def read_state(path: str | Path) -> Any:
     if path.is_dir():
         state: dict[str, Any] = {}
         for file in _weight_files(path):
-            state |= read_weights(file)
+            shard = read_weights(file)
+            if twice := state.keys() & shard.keys():
+                raise ValueError(f"{file} holds {shortened(twice)}, as another file of {path} does; get them again")
+            state |= shard
         return state
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give a .safetensors or .pt file, or a folder of them")
@@ -246,9 +252,12 @@ def _weight_files(folder: Path) -> list[Path]:
     if not list(folder.glob("*.safetensors")) and (folder / "transformer").is_dir():
         folder = folder / "transformer"
     if indices := sorted(folder.glob("*.safetensors.index.json")):
+        if len(indices) > 1:
+            names = ", ".join(index.name for index in indices)
+            raise ValueError(f"{folder} holds {names}: which model is meant? Leave one of them there")
         shards = _shards_in(indices[0])
         if absent := [shard for shard in shards if not (folder / shard).is_file()]:
-            raise FileNotFoundError(f"{folder} lacks {_shortened(absent)} of {indices[0].name}; download them too")
+            raise FileNotFoundError(f"{folder} lacks {shortened(absent)} of {indices[0].name}; download them too")
         return [folder / shard for shard in shards]
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
@@ -270,12 +279,15 @@ def _folders_inside(folder: Path) -> str:
     return ", ".join(map(str, found))
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def _read_description(folder: Path, part: str) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         remedy = _folders_inside(folder) or "a folder that save_dit wrote"
         raise FileNotFoundError(f"no {CONFIG_NAME} in {folder}; give {remedy}")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())[part]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is not of a DiT: its {CONFIG_NAME} tells no {part}; give another folder") from error
 
 
 def _saved_config(path: Path) -> WanConfig | None:
@@ -301,6 +313,8 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def _check_weights_config(weights: Path, config: WanConfig) -> None:
     """The weights file names its own config: a crash between the two renames of `save_dit` is noticed."""
+    if not weights.is_file():
+        raise FileNotFoundError(f"no {weights.name} beside {CONFIG_NAME} in {weights.parent}; get the whole folder")
     own = _saved_config(weights)
     if own is None:
         raise ValueError(f"{weights} names no config, so save_dit did not write it; read it with load_pretrained")
@@ -309,6 +323,14 @@ def _check_weights_config(weights: Path, config: WanConfig) -> None:
             f"{weights} was saved with another config than {CONFIG_NAME} says (field: weights, json): "
             f"{'; '.join(differences)}; an interrupted save, or a changed file: save the model again"
         )
+
+
+def _with_bare_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    bare: dict[str, Any] = {}
+    for name, tensor in state.items():
+        if bare.setdefault(_bare_name(name), tensor) is not tensor:
+            raise ValueError(f"it holds {_bare_name(name)} twice, under several prefixes; give a file of one model")
+    return bare
 
 
 def _bare_name(name: str) -> str:
@@ -328,7 +350,7 @@ def _rename(state: Mapping[str, Tensor], top: dict[str, str], block: dict[str, s
         else:
             renamed[new_name] = tensor
     if unknown:
-        raise ValueError(f"not names of {source} weights: {_shortened(unknown)}; give another file")
+        raise ValueError(f"not names of {source} weights: {shortened(unknown)}; give another file")
     return renamed
 
 
@@ -369,7 +391,7 @@ def _check_shapes(state: StateDict, model: WanDiT, path: str | Path) -> None:
         if name in own and tensor.shape != own[name].shape
     ]
     if found:
-        raise ValueError(f"{path} holds tensors of other shapes (checkpoint, model): {_shortened(found)}")
+        raise ValueError(f"{path} holds tensors of other shapes (checkpoint, model): {shortened(found)}")
 
 
 def _architecture(state: StateDict, path: str | Path) -> dict[str, Any]:
@@ -443,8 +465,3 @@ def _columns(weight: Tensor, layout: InputLayout) -> Iterable[tuple[str, Tensor]
     """The columns of patch_embedding.weight by the part that they read."""
     names, widths = zip(*layout)
     return zip(names, weight.split(widths, dim=1))
-
-
-def _shortened(names: Iterable[str], limit: int = 5) -> str:
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -17,6 +17,11 @@ from models.wan.attention import ATTENTION_BACKENDS
 IMAGE_CONDITIONING = ("none", "first_frame", "fun_control", "inp")
 TRACK_ENCODINGS = ("head", "rgb")
 MASK_CHANNELS = 4  # Wan I2V: one channel per pixel frame of a latent frame
+COUNTS = (
+    "dim", "ffn_dim", "num_heads", "num_layers", "latent_channels", "freq_dim", "text_dim", "text_len", "clip_dim",
+    "track_id_dim", "track_hidden",
+)  # fmt: skip
+HALVED = ("freq_dim", "track_id_dim")  # half sines, half cosines
 RUNTIME_FIELDS = ("attention_backend", "activation_checkpointing")  # no effect on the weights
 INPUT_FIELDS = ("image_conditioning", "track_channels", "track_encoding")  # which input channels there are
 TRACK_HEAD_FIELDS = ("track_id_dim", "track_offsets", "track_hidden")  # no effect where there is no track head
@@ -53,9 +58,17 @@ class WanConfig:
 
     def __post_init__(self) -> None:
         self.patch_size = [int(size) for size in self.patch_size]
+        for name in COUNTS:
+            if (count := vars(self)[name]) is not None and count < 1:
+                raise ValueError(f"{name}={count} must be at least 1")
+        for name in HALVED:
+            if vars(self)[name] % 2:
+                raise ValueError(f"{name}={vars(self)[name]} must be even: half sines, half cosines")
+        if self.track_channels < 0:
+            raise ValueError(f"track_channels={self.track_channels} must be at least 0, a model without tracks")
         if self.dim % self.num_heads or self.head_dim % 2:
             raise ValueError(f"dim={self.dim} must be num_heads={self.num_heads} times an even head_dim; change one")
-        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1 or min(self.patch_size) < 1:
             raise ValueError(f"patch_size={self.patch_size} must be [1, rows, columns], as in every Wan model")
         for name, allowed in (
             ("image_conditioning", IMAGE_CONDITIONING),

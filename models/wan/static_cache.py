@@ -248,6 +248,7 @@ class StaticKVCache:
         index = chunk if chunk < self.num_slots else sinks + (chunk - sinks) % (self.num_slots - sinks)
         return slice(index * length, (index + 1) * length)
 
+    @torch.compiler.disable  # in a compiled block the buffers would be of inference mode after all
     def _allocate(self, shape: tuple[int, ...], like: Tensor) -> None:
         """The next layer's buffers, each [B, tokens, heads, head_dim]."""
         with torch.inference_mode(False):  # else only inference mode could write to them later

@@ -17,13 +17,17 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from models.pretrained import load_whole
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VOCABULARY_FILES = ("tokenizer.json", "spiece.model")  # that hold the words of a T5 tokenizer; one is enough
 VOCABULARY_CAPACITY = 128  # slots for words: a DiT keeps its text_dim, and its weights, while the vocabulary grows
 INNER_MARKS = "-\u2010\u2011'\u2019"  # hyphens and apostrophes
 
@@ -157,11 +161,11 @@ class Umt5Encoder(nn.Module):
         null_caption: str = "",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        from transformers import AutoTokenizer, UMT5EncoderModel
+        from transformers import UMT5EncoderModel
 
         super().__init__()
         encoder_folder = _part(Path(path), "text_encoder", "config.json")
-        self.tokenizer = AutoTokenizer.from_pretrained(_part(Path(path), "tokenizer", "tokenizer_config.json"))
+        self.tokenizer = _load_tokenizer(_part(Path(path), "tokenizer", "tokenizer_config.json"))
         # Wan's files hold one table and tie_word_embeddings=false: transformers 5.0 to 5.2 leave the encoder's random
         model = load_whole(UMT5EncoderModel, encoder_folder, unread=["encoder.embed_tokens.weight"], dtype=dtype)
         self.model = model.eval().requires_grad_(False)
@@ -192,6 +196,24 @@ def clean(caption: str) -> str:
 
     text = html.unescape(html.unescape(ftfy.fix_text(caption)))
     return re.sub(r"\s+", " ", text).strip()
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Raises FileNotFoundError where the words are absent, ValueError where a file is damaged."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):  # transformers 5: each word would be unknown
+        raise FileNotFoundError(
+            f"no words in the tokenizer of {folder}: neither {' nor '.join(VOCABULARY_FILES)} is there; download the "
+            "whole tokenizer/ of a Wan model"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except ImportError:
+        raise
+    except Exception as error:  # of many kinds
+        reason = (str(error) or repr(error)).partition("\n")[0]
+        raise ValueError(f"{folder} cannot be read as a tokenizer: {reason}; download it again") from error
 
 
 def _part(path: Path, name: str, marker: str) -> Path:

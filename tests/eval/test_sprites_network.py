@@ -187,10 +187,10 @@ def test_folders_that_are_not_one_are_refused(network, tmp_path):
         SpritesNetwork.from_folder(tmp_path / "features")
     assert LABELS["colors"] == list(COLORS)
     description.write_text(json.dumps({"config": {"dim": 256}, "provenance": {}}))
-    with pytest.raises(ValueError, match="no sprites network in .*: its model.json has no labels, .* stage=features"):
+    with pytest.raises(ValueError, match="no sprites network in .*: its model.json tells no labels; .* stage=features"):
         SpritesNetwork.from_folder(tmp_path / "features")
     description.write_text('{"config"')
-    with pytest.raises(ValueError, match="features/model.json is damaged: .* stage=features"):
+    with pytest.raises(ValueError, match="features/model.json is not JSON: .* stage=features"):
         SpritesNetwork.from_folder(tmp_path / "features")
 
 
@@ -215,6 +215,7 @@ def test_videos_it_cannot_read_are_refused(network, shape):
         ({"frame_widths": [8, 8]}, r"frame_widths=\[8, 8\] must have 3 entries"),
         ({"frame_widths": [8, 8, 6]}, r"frame_widths=\[8, 8, 6\] must be multiples of 4"),
         ({"clip_widths": [0]}, r"clip_widths=\[0\] must be multiples of 4"),
+        ({"num_features": 0}, "num_features=0 must be at least 1"),
     ],
 )
 def test_widths_are_refused_by_name(widths, message):

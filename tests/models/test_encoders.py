@@ -171,6 +171,19 @@ def test_umt5_reads_a_flat_folder_and_names_what_is_missing(umt5_folder, tmp_pat
         Umt5Encoder(tmp_path / "nowhere")
 
 
+def test_umt5_without_its_words_is_refused(umt5_folder, tmp_path):
+    """T5's tokenizer would know no word, and encode every caption as unknown ones."""
+    shutil.copytree(umt5_folder, tmp_path / "t5")
+    settings, words = (tmp_path / "t5/tokenizer" / name for name in ("tokenizer_config.json", "tokenizer.json"))
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "T5Tokenizer"}))
+    words.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"t5/tokenizer cannot be read as a tokenizer: .*; download it again"):
+        Umt5Encoder(tmp_path / "t5", text_len=8)
+    words.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no words in the tokenizer of .*: neither tokenizer.json nor spiece"):
+        Umt5Encoder(tmp_path / "t5", text_len=8)
+
+
 def test_umt5_without_all_its_weights_is_refused(umt5_folder, tmp_path):
     """T5's folder is one: its blocks share the bias of the first. They would be drawn at random."""
     shutil.copytree(umt5_folder, tmp_path / "t5")

@@ -119,6 +119,7 @@ def test_description_states_the_plain_scale_and_the_cost():
         ({"txt": 1.0}, "guidance 'txt' must be one of text, motion"),
         ({"text": -1.0}, "text=-1.0"),
         ({"text": float("nan")}, "text=nan"),
+        ({"text": float("inf")}, "text=inf must be >= 0 and finite"),
     ],
 )
 def test_bad_weights_are_named(weights, match):

@@ -148,6 +148,7 @@ def test_text_and_tracks_are_encoded_once_and_progress_is_reported(monkeypatch):
     [
         ({"sample_ids": [1]}, "sample_ids has 1"),
         ({"keep_steps": [4]}, r"keep_steps has 4; it must be in 0\.\.3"),
+        ({"keep_steps": [1], "resume": (2, torch.zeros(2, *SHAPE))}, r"keep_steps has 1; it must be in 2\.\.3"),
     ],
 )
 def test_bad_requests_are_named(changes, match):

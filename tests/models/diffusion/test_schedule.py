@@ -101,6 +101,8 @@ def test_any_grid_starts_at_one(num_steps, shift):
     [
         (lambda: flow_grid(0, 6.0), "num_steps=0"),
         (lambda: flow_grid(4, 0.0), "shift=0"),
+        (lambda: flow_grid(4, float("nan")), "shift=nan"),
+        (lambda: flow_grid(4, float("inf")), "shift=inf"),
     ],
 )
 def test_bad_values_are_named(call, match):

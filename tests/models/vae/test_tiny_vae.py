@@ -153,8 +153,11 @@ def test_a_public_file_loads_strictly(tmp_path, suffix):
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     loaded = TinyVae.from_file(path, LatentSpace.wan_2_2()).state_dict()
     assert all(torch.equal(loaded[name], state[name]) for name in state)
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match=f"{path} does not hold .* this TinyVae .*of another shape: decoder.1.weight"):
         TinyVae.from_file(path, LatentSpace.wan_2_1())
+    torch.save([1], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list.pth does not hold .*absent: decoder.1.bias, .* and \d+ more"):
+        TinyVae.from_file(tmp_path / "list.pth", LatentSpace.wan_2_2())
     with pytest.raises(ValueError, match="no published tiny VAE"):
         TinyVae.from_file(path, LatentSpace.of((0.5,) * 16, (1.0,) * 16, 8))
 
@@ -168,16 +171,29 @@ def test_the_latent_space_is_kept_and_asserted(tmp_path):
     other = LatentSpace.of((0.1,) * 8, (1.0,) * 8, 4)
     with pytest.raises(ValueError, match="another latent space \\(fingerprint"):
         TinyVae.from_folder(tmp_path / "tiny", expected=other)
-    (tmp_path / "tiny" / "model.json").write_text('{"config": {"dim": 256}, "provenance": {}}')
-    with pytest.raises(ValueError, match="no tiny VAE in .*: its model.json has no latent_space, .* stage=tiny_vae"):
-        TinyVae.from_folder(tmp_path / "tiny")
     with pytest.raises(ValueError, match="stride 4 cannot decode"):
         TinyVae(TinyVaeConfig.sprites(), LatentSpace.wan_2_1())
 
 
 @pytest.mark.parametrize(
+    ("description", "told"),
+    [
+        ("{", "model.json is not JSON"),
+        ('{"config": {}}', "its model.json tells no latent_space; pass a folder made by stage=tiny_vae"),
+        ('{"config": {"num_layers": 2}, "latent_space": {}}', "no tiny VAE in .*num_layers"),
+    ],
+)
+def test_a_folder_of_another_network_is_named(tmp_path, description, told):
+    make(TinyVaeConfig.sprites()).save(tmp_path / "tiny")
+    (tmp_path / "tiny/model.json").write_text(description)
+    with pytest.raises(ValueError, match=told):
+        TinyVae.from_folder(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize(
     ("change", "told"),
     [
+        ({"encoder_width": 0}, "encoder_width=0, .* must be at least 1"),
         ({"decoder_widths": [8, 8, 8]}, "must have 4 entries"),
         ({"time_upscale": [True, True, True]}, "true exactly twice"),
     ],

@@ -16,7 +16,7 @@ from data.encode import fingerprint
 from models.device import DTYPES, fast_dtype
 from models.vae.channels_last import use_channels_last
 from models.vae.latent_space import LatentSpace
-from models.vae.wan_vae import VaeConfig, WanVae, latent_space_of
+from models.vae.wan_vae import NETWORK, VaeConfig, WanVae, latent_space_of
 
 FASTER = DTYPES[fast_dtype(torch.device("cpu"))]  # without bfloat16 products convolutions of it are of another kernel
 WAN_2_1 = VaeConfig(base_dim=8, z_dim=4)
@@ -243,8 +243,27 @@ def test_a_folder_tells_its_latent_space_without_its_weights(tmp_path):
     (tmp_path / "vae/diffusion_pytorch_model.safetensors").unlink()
     assert latent_space_of(tmp_path / "vae") == vae.latent_space
     assert latent_space_of(tmp_path) is None
-    (tmp_path / "config.json").write_text("{}")  # diffusers' defaults: Wan 2.1
+    (tmp_path / "config.json").write_text(f'{{"_class_name": "{NETWORK}"}}')  # diffusers' defaults: Wan 2.1
     assert latent_space_of(tmp_path) == LatentSpace.wan_2_1()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            '{"_class_name": "WanTransformer3DModel"}',
+            "config.json is of WanTransformer3DModel, not of Auto",
+        ),
+        ('{"model_type": "umt5"}', "config.json is of another network, not of AutoencoderKLWan"),
+        ("{", "config.json is not JSON"),
+    ],
+)
+def test_a_folder_of_another_network_is_named(tmp_path, settings, told):
+    """A text encoder would be of Wan 2.1's latent space, by diffusers' defaults."""
+    (tmp_path / "config.json").write_text(settings)
+    for read in (latent_space_of, WanVae.from_folder):
+        with pytest.raises(ValueError, match=told):
+            read(tmp_path)
 
 
 def test_the_files_of_a_vae_do_not_tell_where_it_was_loaded_from(tmp_path):
@@ -294,6 +313,19 @@ def test_wrong_pixels_are_refused(pixels, told):
     vae, _ = make("sprites")
     with pytest.raises(ValueError, match=told):
         vae.encode(pixels)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"base_dim": 0}, "vae.base_dim=0 must be at least 1"),
+        ({"num_res_blocks": 0}, "vae.num_res_blocks=0 must be at least 1"),
+        ({"dim_mult": [1, 0, 4]}, r"vae.dim_mult=\[1, 0, 4\] must be factors of at least 1"),
+    ],
+)
+def test_sizes_that_no_network_has_are_refused(change, told):
+    with pytest.raises(ValueError, match=told):
+        replace(SPRITES, **change)
 
 
 def test_the_same_seed_gives_the_same_weights_and_leaves_the_global_state():

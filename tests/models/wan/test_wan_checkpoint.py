@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wan_reference import (
     diffusers_arguments,
@@ -89,8 +90,14 @@ def test_loads_self_forcing_files_and_prefers_the_average(tmp_path: Path):
     torch.save(file, tmp_path / "model.pt")
     load_pretrained(model, tmp_path / "model.pt")
     assert_same_state(model.state_dict(), source.state_dict())
+    for before_the_average in ({}, None):
+        torch.save(file | {"generator_ema": before_the_average}, tmp_path / "model.pt")
+        model.reset_parameters()
+        load_pretrained(model, tmp_path / "model.pt")
+        assert_same_state(model.state_dict(), raw.state_dict())
     del file["generator_ema"]
     torch.save(file, tmp_path / "model.pt")
+    model.reset_parameters()
     load_pretrained(model, tmp_path / "model.pt")
     assert_same_state(model.state_dict(), raw.state_dict())
 
@@ -113,6 +120,24 @@ def test_unknown_names_are_refused():
     diffusers = official_to_diffusers(state)
     old = diffusers | {"blocks.0.attn2.norm_added_q.weight": torch.zeros(80)}
     assert_same_state(to_official(old), state)
+
+
+@pytest.mark.parametrize("value", [torch.ones(160, 80, dtype=torch.int8), torch.ones(160, 80) > 0, 3, None])
+def test_what_is_no_floating_point_tensor_is_refused(value: object):
+    """Integers are steps of a quantiser, whose scale is elsewhere."""
+    with pytest.raises(ValueError, match=r"no floating-point tensors: blocks\.0\.ffn\.0\.weight"):
+        to_official(WanDiT(T2V).state_dict() | {"blocks.0.ffn.0.weight": value})
+
+
+def test_two_weights_of_one_name_are_refused():
+    state = WanDiT(T2V).state_dict()
+    with pytest.raises(ValueError, match=r"holds blocks\.0\.ffn\.0\.bias twice, under several prefixes"):
+        to_official(state | {"model.blocks.0.ffn.0.bias": torch.zeros(160)})
+
+
+def test_names_that_are_no_strings_are_refused():
+    with pytest.raises(ValueError, match="holds a dict, not tensors by name"):
+        to_official({"generator": {1: torch.zeros(1)}})
 
 
 def test_missing_weights_are_refused(tmp_path: Path):
@@ -354,6 +379,24 @@ def test_a_folder_of_another_network_is_named(tmp_path: Path):
     for read in (load_dit, lambda folder: load_pretrained(WanDiT(T2V), folder)):
         with pytest.raises(ValueError, match=f"{tmp_path} is not of a DiT: "):
             read(tmp_path)
+    for description in ('{"config": {"widths": [1]}, "latent_space": {}}', "{", "3"):  # as a tiny VAE's, or damaged
+        (tmp_path / "model.json").write_text(description)
+        with pytest.raises(ValueError, match=f"{tmp_path} is not of a DiT: its model.json tells no provenance"):
+            read_provenance(tmp_path)
+
+
+def test_our_own_folder_with_other_weights_or_none_is_named(tmp_path: Path):
+    model = WanDiT(T2V)
+    save_dit(model, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    with safe_open(weights, framework="pt") as file:
+        about = file.metadata()
+    save_file({name: value for name, value in model.state_dict().items() if "ffn.2.bias" not in name}, weights, about)
+    with pytest.raises(ValueError, match=rf"{weights} does not hold .*absent: blocks.0.ffn.2.bias, blocks.1.ffn"):
+        load_dit(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"no model.safetensors beside model.json in {tmp_path}"):
+        load_dit(tmp_path)
 
 
 def test_absent_files_are_named(tmp_path: Path):
@@ -393,13 +436,21 @@ def test_our_own_folder_with_weights_cut_short_is_named(tmp_path: Path):
 def test_shards_that_are_absent_are_named(tmp_path: Path):
     WanTransformer3DModel(**diffusers_arguments(T2V)).save_pretrained(tmp_path, max_shard_size="100KB")
     load_pretrained(WanDiT(T2V), tmp_path)
-    first = sorted(tmp_path.glob("*-of-*.safetensors"))[0]
+    first, second, *_ = sorted(tmp_path.glob("*-of-*.safetensors"))
+    whole = load_file(second)
+    save_file(whole | load_file(first), second)
+    with pytest.raises(ValueError, match=rf"{second} holds .*, as another file of {tmp_path} does"):
+        load_pretrained(WanDiT(T2V), tmp_path)
+    save_file(whole, second)
     first.unlink()
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path} lacks {first.name} of .*index.json; download"):
         load_pretrained(WanDiT(T2V), tmp_path)
     index = next(tmp_path.glob("*.index.json"))
     index.write_text("{}")
     with pytest.raises(ValueError, match=rf"{index} is no index of weights"):
+        load_pretrained(WanDiT(T2V), tmp_path)
+    (tmp_path / "half.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds .*, half.safetensors.index.json: which model is meant"):
         load_pretrained(WanDiT(T2V), tmp_path)
 
 

@@ -50,6 +50,13 @@ def test_input_layouts():
     [
         ({"dim": 81}, "dim=81 must be num_heads=2"),
         ({"dim": 82}, "even head_dim"),
+        ({"num_heads": 0}, "num_heads=0 must be at least 1"),
+        ({"num_layers": 0}, "num_layers=0 must be at least 1"),
+        ({"clip_dim": 0}, "clip_dim=0 must be at least 1"),
+        ({"track_channels": -1}, "track_channels=-1 must be at least 0"),
+        ({"freq_dim": 33}, "freq_dim=33 must be even"),
+        ({"track_id_dim": 7}, "track_id_dim=7 must be even"),
+        ({"patch_size": [1, 0, 2]}, r"patch_size=\[1, 0, 2\]"),
         ({"patch_size": [2, 2, 2]}, r"patch_size=\[2, 2, 2\]"),
         ({"image_conditioning": "gray"}, "image_conditioning='gray' must be one of none, first_frame"),
         ({"track_encoding": "mlp"}, "track_encoding='mlp'"),
