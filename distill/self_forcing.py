@@ -170,7 +170,7 @@ class SelfForcing:
                 self.reference = LatentReference.measure(self.encoder.latents(clip) for clip in clips)
 
     def describe(self) -> list[str]:
-        return [f"real score: {self.guidance.describe()}"]
+        return [f"guidance of the teacher: {self.guidance.describe()}"]
 
     def modules(self) -> dict[str, nn.Module]:
         return {STUDENT: self.student, CRITIC: self.critic}

@@ -20,6 +20,7 @@ from train.zoo import ZOO
 
 SEED_SHOWN = 1  # index of the held-out clip that the student continues at the end
 CONFIGS = {"zoo": "quickstart_zoo", "scratch": "quickstart"}  # start -> folder in conf/experiment
+MODELS = {"zoo": "sprites", "scratch": "sprites_quick"}  # start -> the model of these experiments
 CURVES = {  # stage -> what of its log is worth a look
     "vae": ("vae/loss",),
     "vae_whole": ("vae/loss",),
@@ -59,7 +60,7 @@ def chain(out: Path, start: str) -> list[Step]:
         train("causal_init", vae, teacher, f"stage.pairs={out / 'ode_pairs/pairs'}", begin=shipped("student")),
         train("self_forcing", vae, teacher, begin=out / "causal_init/export/student"),
         prepare("held-out clip", *clip, f"out={held_out}", "model.vae.path=null"),
-        Step("stream", ("stream", f"experiment={configs}/stream", *weights, *_stream_inputs(held_out, out))),
+        Step("stream", ("stream", f"model={MODELS[start]}", *weights, *_stream_inputs(held_out, out))),
         Step("eval", ("eval", f"experiment={configs}/eval", *weights, f"out={out / 'eval'}")),
     ]
 

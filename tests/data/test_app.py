@@ -348,6 +348,12 @@ def test_help_lists_the_experiments_that_compose(name):
         assert (f"experiment=quickstart/{path.stem} " in text) == composes
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_help_of_one_command_alone_lists_an_experiment(experiment):
+    file = app.CONF_DIR / "experiment" / f"{experiment}.yaml"
+    assert len([name for name in TOP_LEVEL if fits(app.CONF_DIR, name, file)]) == 1
+
+
 def test_help_lists_the_fields_of_the_groups_that_are_the_commands_own_or_named():
     assert "    bench.num_frames=241\n" in _help("eval", "experiment=sprites/long_video")
     assert "drag.lr=" not in _help("eval") and "    drag.lr=" in _help("eval", "drag=paper")

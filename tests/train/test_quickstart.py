@@ -23,6 +23,11 @@ def test_every_command_composes(step):
     compose_config(app, list(overrides))
 
 
+@pytest.mark.parametrize("start", ["scratch", "zoo"])
+def test_all_commands_have_one_model(start):
+    assert {step.config["model"]["name"] for step in chain(Path("out"), start)} == {quickstart.MODELS[start]}
+
+
 def test_stages_hand_their_results_on():
     written = {"data": "out/data", "vae": "out/vae_whole/export/vae", "teacher": "out/teacher/export/teacher"}
     commands = {step.name: " ".join(step.arguments) for step in chain(Path("out"), "scratch")}
