@@ -448,6 +448,17 @@ def test_an_edit_that_changes_nothing_reproduces_the_chunk_bit_for_bit(cache):
 
 
 @pytest.mark.parametrize("merged", [False, True])
+def test_what_each_step_predicts_may_be_changed_the_last_included(merged):
+    dit, part = student(), condition(1).chunk(0, FRAMES)
+    plain, seen = [], []
+    expected = start(dit, config(merged_cache=merged)).next_chunk(part, edit_x0=lambda x0: plain.append(x0) or x0)
+    assert torch.equal(expected.x0, start(dit, config(merged_cache=merged)).next_chunk(part).x0)
+    found = start(dit, config(merged_cache=merged)).next_chunk(part, edit_x0=lambda x0: seen.append(x0) or x0 / 2)
+    assert torch.equal(expected.x0, plain[-1]) and torch.equal(found.x0, seen[-1] / 2)
+    assert [torch.equal(a, b) for a, b in zip(plain, seen, strict=True)] == [True, False, False]
+
+
+@pytest.mark.parametrize("merged", [False, True])
 def test_what_passes_without_gradients_leave_behind_can_be_part_of_a_graph(merged):
     dit, part, weight = student(), condition(3), torch.ones((), requires_grad=True)
     video, left = start(dit, config(merged_cache=merged), cache="static"), []
@@ -525,4 +536,8 @@ def test_nothing_follows_a_chunk_without_cache_pass():
     with pytest.raises(ValueError, match="update_cache=False"):
         video.next_chunk(part)
     video.restore(boundary)
+    video.next_chunk(part)
+    video = start(student(1), config(), cache="static")
+    video.next_chunk(part, update_cache=False)
+    video.rewind(0)
     video.next_chunk(part)

@@ -96,6 +96,16 @@ def test_an_edit_bends_the_tracks_of_its_chunk_and_undo_straightens_them(parts) 
     assert ways(session) == before
 
 
+def test_the_first_frame_of_the_video_which_is_given_keeps_its_tracks(parts, monkeypatch) -> None:
+    session, taken = tracked_session(parts), []
+    session.next_chunk()
+    take = session._buffer.take
+    monkeypatch.setattr(session._buffer, "take", lambda count: taken.append(take(count)) or taken[-1])
+    session.drag(drag("edit", LEFT))
+    followed = taken[-1].points[0, :, 0, 0]  # of the chunk that was made again
+    np.testing.assert_allclose(followed, 7 - 4 * np.arange(9) / 8, atol=1e-5)
+
+
 def test_a_handle_without_tracks_gets_one_per_cell(parts) -> None:
     session = open_session(parts)
     advance(session, 2)
