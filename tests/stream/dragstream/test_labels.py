@@ -95,6 +95,8 @@ def test_our_drags_survive_the_format(tmp_path: Path):
     drag = Drag("animate", handles, editable=~mask(0, 5), chunk=1)
     path = DragLabel.from_drag(drag, "a red disc", 2, chunk_frames=3).write(tmp_path)
     assert path.name == "block_2_Animation_trajectory.json"
+    for trajectory in DragLabel.from_drag(drag, "a red disc", 2, chunk_frames=1).content["trajectories"]:
+        assert [len(part["deltas"]) for part in trajectory["block_trajectories"]] == [1, 1, 1], "one part a chunk"
     found = DragLabel.read(path).to_drag()
     assert found.chunk == 1 and found.mode == "animate"
     np.testing.assert_array_equal(found.editable, drag.editable)
