@@ -57,11 +57,11 @@ def scene(*poses: Pose, **settings: object) -> Scene:
     return Scene(DragConfig(**settings), Ramp(), shown, (handle,), (reference,), [Pose()], None, SIZE, KeyedNoise(0))
 
 
-@pytest.mark.parametrize(("reduction", "wanted"), [("cells", 4.0), ("sum", 8.0), ("all", 1.0)])
+@pytest.mark.parametrize(("reduction", "wanted"), [("cells", 4.0), ("sum", 16.0), ("all", 2.0)])
 def test_the_constancy_is_a_mean_over_what_is_kept_or_a_sum_or_a_mean_over_the_frame(reduction: str, wanted: float):
-    """Two frames of 2 x 2 cells, one of which is kept, all off by 2."""
+    """Two frames of 2 x 2 cells, two of which are kept, all off by 2."""
     objective = DragStreamObjective(scene(Pose(), reduction=reduction))
-    objective.kept, objective.kept_before = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.zeros(2, 3, 2, 2)
+    objective.kept, objective.kept_before = torch.tensor([[1.0, 1.0], [0.0, 0.0]]), torch.zeros(2, 3, 2, 2)
     assert float(objective._constancy(objective.kept_before + 2)) == wanted
 
 
