@@ -369,7 +369,7 @@ class StreamSession:
 
         `edit` may change the input of each denoising pass (see `Rollout.next_chunk`); None: what the drag that
         goes on, if any, makes of it. What stops it on its way (memory, an interrupt) leaves the session as it was,
-        but that one chunk less can be taken back. Raises ValueError beyond `num_frames` without a window.
+        but that with undo_chunks=1 nothing can be taken back. Raises ValueError beyond `num_frames` without a window.
         """
         self._check_room()
         self._receive()

@@ -356,7 +356,7 @@ def test_clean_first_frame_stays_clean_in_every_pass(context_noise, monkeypatch)
 
     def edit(shown):
         passes.append(shown.noisy_latents)
-        return shown.noisy_latents
+        return shown.noisy_latents + 0.1  # of the given frame too
 
     cached = []
     original = dit.cache_pass
@@ -440,6 +440,19 @@ def test_a_new_prompt_takes_effect_at_the_next_chunk():
     assert torch.equal(video.next_chunk(parts[1]).x0, reference[1])
 
 
+def test_a_new_image_beside_the_same_prompt_takes_effect_at_the_next_chunk():
+    dit, rng = student(clip_dim=12), torch.Generator().manual_seed(2)
+    first, second = (torch.randn(2, 257, 12, generator=rng) for _ in range(2))
+    part = replace(condition(1).chunk(0, FRAMES), clip_embeds=first)
+    found = []
+    for clip_embeds in (first, second):
+        video = start(dit, config())
+        video.next_chunk(part)
+        found.append(video.next_chunk(replace(condition(2).chunk(FRAMES, FRAMES), prompt_embeds=part.prompt_embeds,
+                                              clip_embeds=clip_embeds)).x0)  # fmt: skip
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize("cache", ["immutable", "static"])
 def test_an_edit_that_changes_nothing_reproduces_the_chunk_bit_for_bit(cache):
     dit, part = student(), condition(1).chunk(0, FRAMES)
@@ -454,6 +467,29 @@ def test_an_edit_that_changes_nothing_reproduces_the_chunk_bit_for_bit(cache):
     assert seen == [(0, 0, 1000.0), (0, 1, 927.27), (0, 2, 771.43)]
     shifted = start(dit, config(), cache=cache).next_chunk(part, edit=lambda shown: shown.noisy_latents + 0.1)
     assert not torch.equal(shifted.x0, plain)
+
+
+def test_no_gradient_of_a_replay_reaches_an_edit():
+    dit, part, weight = student(1), condition(1).chunk(0, FRAMES), torch.ones((), requires_grad=True)
+
+    def scaled(shown):
+        with torch.enable_grad():
+            return shown.noisy_latents * weight
+
+    chunk = start(dit, config()).next_chunk(part, edit=scaled, record=True)
+    replay_exit_step(dit, chunk.record).sum().backward()
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_each_step_predicts_may_be_changed_the_last_included(merged):
+    dit, part = student(), condition(1).chunk(0, FRAMES)
+    plain, seen = [], []
+    expected = start(dit, config(merged_cache=merged)).next_chunk(part, edit_x0=lambda x0: plain.append(x0) or x0)
+    assert torch.equal(expected.x0, start(dit, config(merged_cache=merged)).next_chunk(part).x0)
+    found = start(dit, config(merged_cache=merged)).next_chunk(part, edit_x0=lambda x0: seen.append(x0) or x0 / 2)
+    assert torch.equal(expected.x0, plain[-1]) and torch.equal(found.x0, seen[-1] / 2)
+    assert [torch.equal(a, b) for a, b in zip(plain, seen, strict=True)] == [True, False, False]
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -534,4 +570,8 @@ def test_nothing_follows_a_chunk_without_cache_pass():
     with pytest.raises(ValueError, match="update_cache=False"):
         video.next_chunk(part)
     video.restore(boundary)
+    video.next_chunk(part)
+    video = start(student(1), config(), cache="static")
+    video.next_chunk(part, update_cache=False)
+    video.rewind(0)
     video.next_chunk(part)

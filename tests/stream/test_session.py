@@ -14,6 +14,7 @@ from models.diffusion.noise import KeyedNoise
 from models.motion.tracks import Tracks
 from models.rollout import rollout
 from models.vae.tiny_vae import TinyVae, TinyVaeConfig
+from models.wan.dit import WanDiT
 from stream.codecs import Codecs, to_frames, to_pixels
 from stream.session import StreamSession
 
@@ -62,6 +63,17 @@ def test_a_stream_equals_the_whole_clip_rolled_out_and_decoded_at_once(student, 
     assert streamed.std() > 5
 
 
+def test_seed_and_sample_name_noise_and_identities(student, codecs, first_frame) -> None:
+    def made(seed: int, sample_id: int) -> list[float]:
+        session = _open(student, codecs, first_frame, tracks=None, seed=seed, sample_id=sample_id)
+        session.next_chunk()
+        return [*session.unused_track_ids(4).tolist(), session.latents.sum().item()]
+
+    first, *others = (made(*pair) for pair in ((0, 0), (0, 1), (1, 0)))
+    assert made(0, 0) == first
+    assert all(found != wanted for other in others for found, wanted in zip(other, first))
+
+
 @pytest.mark.parametrize("num_frames", [1, 9, 10, 40])
 def test_any_length_and_the_chunk_sizes(student, codecs, first_frame, num_frames: int) -> None:
     sizes = [len(chunk) for chunk in _open(student, codecs, first_frame, num_frames=num_frames)]
@@ -85,8 +97,9 @@ def test_a_snapshot_replays_bit_for_bit_and_may_branch(student, codecs, first_fr
         session.next_chunk()
     state = session.snapshot()
     first = [session.next_chunk() for _ in range(3)]
+    session.push_tracks(_moving(12))  # came since, and is forgotten
     session.restore(state)
-    assert session.chunk_index == 3 and session.num_frames == 33
+    assert session.chunk_index == 3 and session.num_frames == 33 and not session.num_pending_track_frames
     for expected in first:
         np.testing.assert_array_equal(session.next_chunk(), expected)
     session.restore(state)
@@ -163,12 +176,18 @@ def test_no_context_is_needed_for_an_unlimited_window(tiny_weights, student, fir
     session.next_chunk()
 
 
-def test_tracks_drawn_as_pictures_stream_like_the_whole_clip(tiny_weights, first_frame) -> None:
-    """With track_encoding=rgb the VAE encodes the drawn tracks; its state must run on from chunk to chunk."""
+def _drawing(tiny_weights) -> tuple[WanDiT, Codecs]:
+    """A student that reads drawn tracks, and its codecs: the VAE's state must run on from chunk to chunk."""
     cfg = tiny_weights.model_cfg
     cfg = replace(cfg, dit=replace(cfg.dit, track_encoding="rgb"))
-    codecs, dit = Codecs.load(cfg), build_dit(cfg, seed=0).eval()
+    dit = build_dit(cfg, seed=0).eval()
     torch.nn.init.normal_(dit.head.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    return dit, Codecs.load(cfg)
+
+
+def test_tracks_drawn_as_pictures_stream_like_the_whole_clip(tiny_weights, first_frame) -> None:
+    dit, codecs = _drawing(tiny_weights)
+    cfg = codecs.model_cfg
     session = _open(dit, codecs, first_frame, num_frames=33)
     streamed = torch.cat([session.latents for _ in session], dim=2)
     tracks = _moving(33).with_ids(session._buffer._identities[None, :2])
@@ -178,6 +197,16 @@ def test_tracks_drawn_as_pictures_stream_like_the_whole_clip(tiny_weights, first
                          latent_shape=codecs.frame_latent_shape)  # fmt: skip
         whole = torch.cat([chunk.x0 for chunk in chunks], dim=2)
     torch.testing.assert_close(streamed, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_tracks_drawn_as_pictures_are_drawn_again_after_undo(tiny_weights, first_frame) -> None:
+    session = _open(*_drawing(tiny_weights), first_frame)
+    for _ in range(3):
+        session.next_chunk()
+    expected = session.latents
+    session.undo()
+    session.next_chunk()
+    assert torch.equal(session.latents, expected)
 
 
 def test_an_edit_that_changes_nothing_changes_nothing(student, codecs, first_frame) -> None:
@@ -196,6 +225,11 @@ def test_wrong_inputs_are_refused(student, codecs, first_frame) -> None:
 
 def test_frames_survive_the_way_to_pixels_and_back(first_frame) -> None:
     np.testing.assert_array_equal(to_frames(to_pixels(first_frame[None, None])), first_frame[None, None])
+
+
+def test_what_a_decoder_gives_beyond_black_and_white_is_black_and_white() -> None:
+    pixels = torch.tensor([-3.0, -1.01, -1.0, 1.0, 1.01, 3.0]).expand(1, 3, 1, 1, -1)
+    assert to_frames(pixels)[0, 0, 0].tolist() == [[0] * 3] * 3 + [[255] * 3] * 3
 
 
 def test_a_first_frame_may_be_read_only(student, codecs, first_frame) -> None:

@@ -92,6 +92,15 @@ def test_dropping_what_is_pending_ends_the_motion_where_it_was_read(ending: str)
         assert torch.equal(found.ids, wanted.ids)
 
 
+def test_what_was_dropped_before_it_was_read_leaves_no_tracks() -> None:
+    buffer = _buffer()
+    buffer.push(_tracks(3))
+    buffer.drop_pending()
+    assert buffer.take(1).num_tracks == 0
+    buffer.push(_tracks(2, count=1, ids=[7]))
+    assert buffer.take(2).ids.tolist() == [[7]]
+
+
 def _then_other(buffer: TrackBuffer) -> Tracks:
     buffer.push(_tracks(3, start=20))
     return buffer.take(4)
@@ -131,6 +140,34 @@ def test_snapshot_and_restore() -> None:
     buffer.restore(state)
     torch.testing.assert_close(buffer.take(3).points, first)
     assert buffer.num_pending == 1
+
+
+def test_what_is_returned_to_knows_nothing_of_later_drags() -> None:
+    """The same drag takes the same identities again: it would else make another chunk."""
+    buffer = _buffer()
+    state, first = buffer.snapshot(), buffer.unused_ids(2)
+    buffer.lead(_tracks(2, count=2, ids=first.tolist()))
+    buffer.take(2)
+    buffer.stop_leading()
+    buffer.restore(state)
+    assert buffer.unused_ids(2).equal(first)
+
+
+def test_of_two_tracks_in_one_cell_the_led_and_then_the_later_is_in_front() -> None:
+    """Tracks are told in this order, and the first wins the cell."""
+    buffer = _buffer()
+    buffer.push(_tracks(2, count=2, ids=[7, 8]))
+    buffer.push(_tracks(2, count=2, start=2, ids=[9, 8]))
+    assert buffer.take(3).ids.tolist() == [[9, 8, 7]]
+    buffer.lead(_tracks(1, count=1, ids=[8]))
+    assert buffer.take(1).ids.tolist() == [[8, 9]]
+
+
+def test_new_tracks_take_no_identity_of_the_columns_to_come() -> None:
+    buffer = _buffer()
+    reserved = buffer.reserve_ids(5)
+    buffer.push(_tracks(2, count=5))
+    assert not set(reserved.tolist()) & set(buffer.take(2).ids[0].tolist())
 
 
 def test_an_empty_buffer_gives_no_tracks_and_another_resolution_is_refused() -> None:
@@ -224,3 +261,6 @@ def test_the_identity_of_a_stroke_that_ended_is_given_to_no_other_while_there_ar
     assert first == buffer.unused_ids(NUM_TRACK_IDS - 2)[-1]
     with pytest.raises(ValueError, match=f"{NUM_TRACK_IDS - 1} new tracks need identities, and {NUM_TRACK_IDS - 2} of"):
         buffer.unused_ids(NUM_TRACK_IDS - 1)
+    buffer.release([first])  # what is pushed for it is not followed any more
+    with pytest.raises(ValueError, match=f"and {NUM_TRACK_IDS - 3} of"):
+        buffer.reserve_ids(NUM_TRACK_IDS - 2)

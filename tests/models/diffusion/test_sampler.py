@@ -101,6 +101,15 @@ def test_kept_steps_are_inputs_in_the_order_asked():
     assert not torch.equal(kept[0], x0) and kept[0].dtype == torch.float32
 
 
+def test_sampling_goes_on_from_the_input_of_a_step():
+    dit, given, done = teacher(), condition(), []
+    x0, (kept,) = sample(dit, given, keep_steps=[2])
+    found = sample(dit, given, resume=(2, kept), progress=lambda *step: done.append(step))
+    assert torch.equal(found, x0) and done == [(3, 4), (4, 4)]
+    (again,) = sample(dit, given, resume=(1, kept), keep_steps=[1])[1]
+    assert torch.equal(again, kept)
+
+
 def test_a_sample_does_not_depend_on_its_batch():
     dit, given = teacher(), condition()
     both = sample(dit, given)

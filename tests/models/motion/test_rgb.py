@@ -44,7 +44,8 @@ def test_colours_are_distinct_bright_and_in_range():
     colours = id_colours(torch.arange(10_000))
     assert colours.min() >= -1 and colours.max() <= 1
     assert colours.max(1).values.min() > 0.1
-    assert len(colours.unique(dim=0)) > 9_900
+    assert len(colours.unique(dim=0)) == 10_000
+    assert (colours[2584:] - colours[:-2584]).abs().amax(1).min() > 0.1, "of nearly one hue, but not as bright"
 
 
 def test_a_crowd_is_deterministic_and_in_range():

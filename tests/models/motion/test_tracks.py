@@ -134,8 +134,21 @@ def test_padding_is_invisible_and_stacking_pads():
     assert batch.points.shape == (2, 5, 5, 2)
     assert not batch.visibility[0, :, 3:].any()
     assert torch.equal(batch.points[0, :, :3], small.points[0])
+    assert torch.equal(batch.ids[0, :3], small.ids[0]) and torch.equal(batch.ids[1], large.ids[0])
     with pytest.raises(ValueError, match="num_tracks=4 must be at least the 5"):
         Tracks.pad(large, 4)
+
+
+def test_released_tracks_are_seen_until_that_frame_and_not_in_it():
+    tracks = random_tracks()
+    released = tracks.released_at(3)
+    assert torch.equal(released.visibility[:, :3], tracks.visibility[:, :3]) and not released.visibility[:, 3:].any()
+    assert torch.equal(released.points, tracks.points)
+
+
+def test_a_move_to_another_device_takes_all():
+    moved = random_tracks().to("meta")
+    assert {part.device.type for part in (moved.points, moved.visibility, moved.ids)} == {"meta"}
 
 
 def test_joining_tracks_of_the_same_clips():

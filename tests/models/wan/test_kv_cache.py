@@ -327,6 +327,7 @@ def run_chunk(cache: StaticKVCache, seed: int) -> list[Tensor]:
     history=st.integers(1, 4), done=st.integers(1, 9), back=st.integers(0, 9), begin=st.booleans(),
 )  # fmt: skip
 @example(sinks=0, window=2, positions="slot", history=1, done=2, back=1, begin=False)
+@example(sinks=1, window=1, positions="slot", history=4, done=9, back=4, begin=False)  # two of them in one slot
 def test_rewinding_repeats_the_stream_bit_for_bit(
     sinks: int, window: int, positions: str, history: int, done: int, back: int, begin: bool
 ):
@@ -372,3 +373,23 @@ def test_a_context_is_current_until_its_chunk_is_finished_or_taken_back():
     with pytest.raises(RuntimeError, match="call cache.context"):
         context.extend(0, *[torch.ones(1, 2, TOKENS, 40)] * 2)
     assert cache.context(GRID).is_current
+
+
+def test_the_latest_chunk_of_a_snapshot_can_be_taken_back_in_another_cache():
+    spec = CacheSpec(CHUNK, 1, 2)
+    first, other = StaticKVCache.empty(spec, 2), StaticKVCache.empty(spec, 2)
+    seen = [run_chunk(first, seed) for seed in range(7)]
+    other.restore(first.snapshot()).rewind(6)
+    assert all(torch.equal(a, b) for a, b in zip(seen[6], run_chunk(other, 6)))
+
+
+def test_what_a_cache_remembered_before_it_was_restored_is_forgotten():
+    spec = CacheSpec(CHUNK, 1, 2)
+    cache, other = (StaticKVCache.empty(spec, 2, history_chunks=4) for _ in range(2))
+    for seed in range(9):
+        run_chunk(cache, seed)
+        if seed < 8:
+            run_chunk(other, seed + 100)
+    cache.restore(other.snapshot()).rewind(7)
+    with pytest.raises(RuntimeError, match="context of chunk 6 is gone"):
+        cache.past(0, 6)

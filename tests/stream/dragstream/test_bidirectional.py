@@ -9,7 +9,8 @@ from models.condition import Condition
 from models.diffusion.guidance import Guidance
 from models.diffusion.noise import KeyedNoise
 from models.wan.config import WanConfig
-from stream.dragstream.bidirectional import drag_clip
+from stream.dragstream import bidirectional
+from stream.dragstream.bidirectional import ClipDragEditor, drag_clip
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, Handle, Pose
 from stream.dragstream.features import Reference
@@ -63,3 +64,25 @@ def test_what_does_not_fit_is_refused_before_the_clip_is_sampled(monkeypatch, ch
 def test_a_drag_beyond_the_clip_is_refused(frame: int, mode: str, count: int) -> None:
     with pytest.raises(ValueError, match=f"animates 1 to {FRAMES - frame - 1} latent frames after frame {frame}"):
         run((Pose(dx=4.0),) * count, frame, mode)
+
+
+def test_features_are_of_the_frame_dragged_in_and_the_last_pose_is_held_to_the_end(monkeypatch) -> None:
+    read, editors = [], []
+    original = bidirectional.read_references
+
+    def reading(*args: object) -> tuple[Reference, ...]:
+        read.append((args[-1], original(*args)[0].clean, original(*args[:-1], -1)[0].clean))
+        return original(*args)
+
+    class Seen(ClipDragEditor):
+        def __init__(self, *args: object, **settings: object) -> None:
+            super().__init__(*args, **settings)
+            editors.append(self)
+
+    monkeypatch.setattr(bidirectional, "read_references", reading)
+    monkeypatch.setattr(bidirectional, "ClipDragEditor", Seen)
+    run((Pose(dx=8.0), Pose(dx=16.0)), frame=1, iterations=1)
+    ((frame, clean, last),) = read
+    assert frame == 1 and not torch.equal(clean, last)
+    held = [Pose(dx=16.0)]
+    assert editors[0]._poses(0, FRAMES) == ([Pose()], [None, None, [Pose(dx=8.0)], held, held])

@@ -15,6 +15,7 @@ from models.rollout import ChunkPass, LatentEdit, Rollout, RolloutConfig
 from models.wan.config import WanConfig
 from models.wan.dit import WanDiT
 from stream.dragstream import editor as editor_module
+from stream.dragstream import features as features_module
 from stream.dragstream.config import METHODS, DragConfig
 from stream.dragstream.drag import Drag, Handle, Pose
 from stream.dragstream.editor import DragEditor, LatentAdam, read_references, segment_poses
@@ -167,6 +168,65 @@ def test_the_update_is_that_of_torchs_adam():
     torch.testing.assert_close(ours, leaf.detach(), atol=1e-6, rtol=1e-5)
 
 
+def test_a_restarted_optimizer_descends_by_the_sign_at_each_iteration():
+    before, rng = torch.zeros(1, 2, 1, 4, 4), torch.Generator().manual_seed(0)
+    adam = LatentAdam(config(restart_optimizer=True, lr=0.1))
+    for _ in range(3):
+        gradient = torch.randn(before.shape, generator=rng)
+        after = adam.step(before, gradient, None)
+        torch.testing.assert_close(after, before - 0.1 * gradient.sign(), atol=1e-5, rtol=0)
+        before = after
+
+
+def test_a_gradient_longer_than_the_limit_is_shortened_to_it():
+    gradient = torch.full((1, 2, 1, 4, 4), 3.0)
+    for limit, wanted in ((0.5, gradient * 0.5 / gradient.norm()), (50.0, gradient)):
+        adam = LatentAdam(config(grad_clip=limit))
+        adam.step(torch.zeros_like(gradient), gradient, None)
+        torch.testing.assert_close(adam.mean, 0.1 * wanted)  # of Adam's first step
+
+
+def test_frames_without_a_target_may_change_around_the_last_one(shown):
+    cfg, targets = config(css_box="target"), [None, [Pose(dx=8.0)], [Pose(dx=40.0)]]
+    scene = editor_module.Scene(cfg, None, shown[1], RIGHT.handles, (), [Pose()], None, SIZE, NOISE)
+    first, middle, last = make_editor(shown, cfg, RIGHT)._gain(scene, targets)[0, 0]
+    assert torch.equal(first, last) and not torch.equal(middle, last)
+
+
+def test_what_comes_back_changes_where_it_shall_be_and_not_where_its_mask_was(shown):
+    cfg, pose = config(css_box="handle"), Pose(dx=24.0)
+    reference = FeatureReader(shown[0], cfg, shown[1].sigma).reference(shown[1], [])
+    gains = []
+    for given in (replace(handle(pose), reference=reference), handle(pose)):
+        drag = Drag("edit", (given,))
+        scene = editor_module.Scene(cfg, None, shown[1], drag.handles, (reference,), [None], None, SIZE, NOISE)
+        gains.append(make_editor(shown, cfg, drag)._gain(scene, [[pose]])[0, 0, 0].sum(0).argmax().item())
+    assert gains[0] - gains[1] == 3  # columns of 8 px
+
+
+def test_the_whole_has_the_statistics_of_before_in_the_end_where_the_profile_says_so(shown):
+    found = edit(shown, config(iterations=1, method="sg_i2v", adsr="compat"), RIGHT)
+    for ours, wanted in zip(torch.std_mean(found), torch.std_mean(shown[1].noisy_latents)):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_reference_is_of_the_frame_asked_for(shown):
+    reader = FeatureReader(shown[0], config(), shown[1].sigma)
+    for frame in (0, 1, -1):
+        found = reader.reference(shown[1], [None], frame)
+        with torch.no_grad():
+            features, x0 = reader.features_and_x0(shown[1], shown[1].noisy_latents)
+        torch.testing.assert_close(found.clean, x0[0, :, frame], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.variants[None], features[frame], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("left_as_it_is", ["low_pass_keys", "low_pass_tokens"])
+def test_both_keys_and_values_lose_their_high_frequencies(shown, monkeypatch, left_as_it_is: str):
+    monkeypatch.setattr(features_module, left_as_it_is, lambda tokens, *_: tokens)
+    found = FeatureReader(shown[0], config(), shown[1].sigma).reference(shown[1], [None, 0.1]).variants
+    assert (found[None] - found[0.1]).abs().max() > 1e-4
+
+
 def test_segments_are_equal_parts_of_at_most_the_given_length():
     cfg = config(segment_ratio=0.25, segment_degrees=8.0, iterations=1)
     start, targets = [Pose(10.0, 0.0)], [[Pose(20.0, 0.0)], None, [Pose(41.0, 0.0)]]
@@ -198,6 +258,11 @@ def test_an_edit_of_the_first_chunk_leaves_the_given_frame(shown):
     assert editor._poses(0, 1) == ([Pose()], [None])
 
 
+def test_an_edit_of_the_last_frame_alone_has_no_target_in_the_others(shown):
+    editor = make_editor(shown, config(edit_frames="last"), Drag("edit", (handle(Pose(dx=8.0)),)))
+    assert editor._poses(1, 3) == ([Pose()], [None, None, [Pose(dx=8.0)]])
+
+
 def test_what_comes_back_has_no_way_and_no_old_place(shown):
     reference = FeatureReader(shown[0], config(), shown[1].sigma).reference(shown[1], (None,))
     back = replace(handle(Pose(dx=200.0), Pose(dx=100.0), Pose(dx=8.0)), reference=reference)
@@ -209,7 +274,7 @@ def test_what_comes_back_has_no_way_and_no_old_place(shown):
 
 def test_a_handle_that_leaves_the_frame_is_no_error_and_one_far_away_has_no_pull(shown):
     far = Drag("edit", (handle(Pose(dx=500.0)),))
-    cfg = config(cst_weight=0.0, edit_frames="last", segment_ratio=None, warm_rounds=0)
+    cfg = config(iterations=1, cst_weight=0.0, edit_frames="last", warm_rounds=0)
     before = shown[1].noisy_latents
     torch.testing.assert_close(edit(shown, cfg, far), before, atol=1e-5, rtol=0)
     partly = edit(shown, config(iterations=1), Drag("edit", (handle(Pose(dx=70.0)), handle(Pose(dy=-30.0)))))

@@ -8,15 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stream.dragstream.drag import Pose
+from stream.dragstream.drag import Drag, Handle, Pose
+from stream.dragstream.features import Reference
 from stream.dragstream.geometry import (
     bounding_box,
     cell_centers,
+    contains,
     gaussian_map,
     moved,
     moved_mask,
     sample,
     source_of,
+    swept_region,
 )
 
 SIZE = (480, 832)  # px, a token is 16 px, a latent cell 8
@@ -102,3 +105,28 @@ def test_the_gaussian_map_has_the_papers_width():
     both = gaussian_map([box, (600.0, 300.0, 680.0, 380.0)], 480, 832, SIZE, alpha=1.0)
     assert (both >= found).all() and both[340, 640] == pytest.approx(1.0, abs=1e-3)
     assert gaussian_map([], 4, 4, SIZE, alpha=1.0).abs().max() == 0
+
+
+def test_the_gaussian_of_a_box_is_as_wide_and_as_high_as_the_box():
+    """Twice as wide as high: it has fallen alike half a width beside the middle and half a height below it."""
+    found = gaussian_map([(10.0, 20.0, 50.0, 40.0)], 60, 60, (60, 60), alpha=1.0)
+    x, y = 30.5 - 30, 30.5 - 30
+    for row, col in ((30, 50), (40, 30), (40, 50)):
+        offset = ((col - 30 + x) / 20) ** 2 + ((row - 30 + y) / 10) ** 2
+        assert float(found[row, col]) == pytest.approx(np.exp(-offset / 2), rel=1e-4)
+
+
+def test_a_mask_contains_the_points_over_its_pixels_and_none_beyond_the_frame():
+    mask = np.zeros((4, 8), bool)
+    mask[1:3, 5:] = True
+    points = torch.tensor([[5.0, 1.0], [7.9, 2.9], [4.9, 1.0], [8.0, 1.0], [5.0, 3.0], [6.0, -0.1], [1.0, 5.0]])
+    assert contains(mask, points).tolist() == [True, True, False, False, False, False, False]
+
+
+def test_what_comes_back_sweeps_its_targets_alone():
+    mask = np.zeros((8, 8), bool)
+    mask[2:4, 0:2] = True
+    handle = Handle(mask, (1.0, 3.0), (Pose(dx=3.0),), (1.0, 3.0))
+    assert np.unique(swept_region(Drag("edit", (handle,))).nonzero()[1]).tolist() == [0, 1, 3, 4]
+    back = Handle(mask, (1.0, 3.0), (Pose(dx=3.0),), (1.0, 3.0), Reference(torch.zeros(1, 2, 2)))
+    assert np.unique(swept_region(Drag("edit", (back,))).nonzero()[1]).tolist() == [3, 4]

@@ -95,12 +95,28 @@ def test_our_drags_survive_the_format(tmp_path: Path):
     drag = Drag("animate", handles, editable=~mask(0, 5), chunk=1)
     path = DragLabel.from_drag(drag, "a red disc", 2, chunk_frames=3).write(tmp_path)
     assert path.name == "block_2_Animation_trajectory.json"
+    for trajectory in DragLabel.from_drag(drag, "a red disc", 2, chunk_frames=1).content["trajectories"]:
+        assert [len(part["deltas"]) for part in trajectory["block_trajectories"]] == [1, 1, 1], "one part a chunk"
     found = DragLabel.read(path).to_drag()
     assert found.chunk == 1 and found.mode == "animate"
     np.testing.assert_array_equal(found.editable, drag.editable)
     for ours, theirs in zip(drag.handles, found.handles):
         np.testing.assert_array_equal(ours.mask, theirs.mask)
         assert ours.poses == theirs.poses and ours.center == theirs.center
+
+
+def test_a_drag_keeps_its_place_in_a_picture_of_another_size():
+    """From 64 x 48 px the middle 48 x 48 are left, at two thirds of their size."""
+    handle = Handle(mask(29, 50), (35.0, 12.0), (Pose(dx=3.0, dy=-6.0, degrees=10.0),), (41.0, 15.0))
+    found = Drag("edit", (handle,), editable=mask(8, 32)).resize_to(32, 32)
+    (moved,) = found.handles
+    np.testing.assert_allclose([*moved.point, *moved.center], [18.0, 8.0, 22.0, 10.0])
+    (pose,) = moved.poses
+    np.testing.assert_allclose([pose.dx, pose.dy, pose.degrees], [2.0, -4.0, 10.0])
+    for inside, columns in ((moved.mask, slice(14, 28)), (found.editable, slice(0, 16))):
+        wanted = np.zeros((32, 32), bool)
+        wanted[5:16, columns] = True
+        np.testing.assert_array_equal(inside, wanted)
 
 
 def test_what_the_format_cannot_say_is_refused():

@@ -104,6 +104,7 @@ def test_a_prompt_set_before_an_edit_holds_from_the_next_chunk_on(parts) -> None
     [
         (mask(12, 16, 12, 16), [2, 3]),  # something else
         (mask(0, 3, 4, 10), [2]),  # where it is now, 3 px further to the left
+        (mask(6, 7, 4, 10), [2]),  # there too, and not a frame later
         (mask(8, 10, 4, 10), [2, 3]),  # where it was when it was grabbed
     ],
 )
@@ -378,6 +379,16 @@ def test_the_official_profiles_shift_of_clean_latents_is_a_switch(parts) -> None
     expected, found = advance(plain, 4), advance(shifted, 4)
     np.testing.assert_array_equal(np.concatenate(found[:2]), np.concatenate(expected[:2]))  # not before chunk 2
     assert (found[2] != expected[2]).any()
+
+
+def test_clean_latents_are_shifted_to_those_of_two_chunks_but_the_first(parts) -> None:
+    session, latents = open_session(parts, drag=DragConfig(match_clean=True)), []
+    for first in (1, 1, 1, 2):
+        session.next_chunk()
+        latents.append(session.latents)
+        wanted = latents[first:]
+        assert len(session._memory.clean) == len(wanted)
+        assert all(found is x0 for found, x0 in zip(session._memory.clean, wanted))
 
 
 POSES = st.builds(Pose, st.floats(-30, 30), st.floats(-30, 30), st.floats(-200, 200))

@@ -7,12 +7,14 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from drag_sessions import LEFT, advance, drag, mask, open_session, tracked_session, ways
 
 from models.motion.tracks import NUM_TRACK_IDS, Tracks
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, Handle, Pose
-from stream.dragstream.led_tracks import led, pixel_poses, tracks_on
+from stream.dragstream.features import Reference
+from stream.dragstream.led_tracks import led, pixel_poses, tracks_on, tracks_on_way
 from stream.session import StreamSession
 from stream.track_buffer import TrackBuffer
 
@@ -94,6 +96,16 @@ def test_an_edit_bends_the_tracks_of_its_chunk_and_undo_straightens_them(parts) 
     assert session.num_pending_track_frames == 2  # what was pushed since the chunk is not lost
     session.undo()
     assert ways(session) == before
+
+
+def test_the_first_frame_of_the_video_which_is_given_keeps_its_tracks(parts, monkeypatch) -> None:
+    session, taken = tracked_session(parts), []
+    session.next_chunk()
+    take = session._buffer.take
+    monkeypatch.setattr(session._buffer, "take", lambda count: taken.append(take(count)) or taken[-1])
+    session.drag(drag("edit", LEFT))
+    followed = taken[-1].points[0, :, 0, 0]  # of the chunk that was made again
+    np.testing.assert_allclose(followed, 7 - 4 * np.arange(9) / 8, atol=1e-5)
 
 
 def test_a_handle_without_tracks_gets_one_per_cell(parts) -> None:
@@ -224,3 +236,27 @@ def test_a_drag_that_finds_no_identities_leaves_the_one_before_it(parts, monkeyp
     with pytest.raises(ValueError, match="none are left"):
         session.drag(Drag("animate", (away,)))
     assert ways(session) == before and session._animation is animation
+
+
+def test_a_track_that_is_led_out_of_the_frame_is_not_seen_there() -> None:
+    """In a frame of 16 x 8 px, where x and y end elsewhere."""
+    region = np.zeros((8, 16), bool)
+    region[4:6, 4:6] = True
+    poses = (Pose(dx=7.0), Pose(dy=5.0), Pose(dx=12.0))
+    asked = Drag("animate", (Handle(region, (5.0, 5.0), poses, (5.0, 5.0)),))
+    track = Tracks.from_arrays(np.full((1, 1, 2), 5.0), np.ones((1, 1), bool), 8, 16)
+    found = led(asked, [track], [[pose] for pose in poses])
+    assert found.points[0, :, 0].tolist() == [[12.0, 5.0], [5.0, 10.0], [17.0, 5.0]]
+    assert found.visibility[0, :, 0].tolist() == [True, False, False]
+
+
+def test_a_track_is_on_the_way_where_the_middle_of_its_pixel_is() -> None:
+    buffer = TrackBuffer(16, 16, ending="hold", rng=torch.Generator().manual_seed(0))
+    points = np.array([[[12.6, 7.0], [5.0, 7.0]]], np.float32)
+    buffer.push(Tracks.from_arrays(points, np.ones((1, 2), bool), 16, 16))
+    reached, grabbed = buffer.take(1).ids[0].tolist()
+    handle = Handle(mask(), (7.0, 7.0), (Pose(dx=8.25),), (7.0, 7.0))
+    asked, poses = Drag("edit", (handle,)), [[Pose(dx=8.25)]]
+    assert tracks_on_way(buffer, asked, poses) == {reached, grabbed}
+    back = Drag("edit", (replace(handle, reference=Reference(torch.zeros(4, 4, 4))),))
+    assert tracks_on_way(buffer, back, poses) == {reached}, "what lies where it was grabbed is something else now"

@@ -9,6 +9,7 @@ import torch
 
 from models.diffusion.noise import KeyedNoise
 from models.rollout import ChunkPass
+from stream.dragstream import warm_start
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Handle, Pose
 from stream.dragstream.objectives import Scene
@@ -52,6 +53,13 @@ def scene(*poses: Pose, start: Pose | None = HERE, **settings: object) -> Scene:
     shown = ChunkPass(1, 1, 0.75, draw(1), None, None)
     starts = [start] * len(handles)
     return Scene(DragConfig(**settings), Reader(), shown, handles, references, starts, None, SIZE, KeyedNoise(0))
+
+
+class MixingReader(Reader):
+    """One whose prediction anywhere depends on latents elsewhere, as a student's does."""
+
+    def x0(self, shown: ChunkPass, latents: torch.Tensor) -> torch.Tensor:
+        return super().x0(shown, latents) + latents.mean()
 
 
 X0 = draw(0)
@@ -132,3 +140,21 @@ def test_what_is_not_editable_is_left_as_it_is_but_for_handle_and_target():
     changed = (found != warm_started(given, [[pose], [pose]]))[0].any(dim=(0, 1))
     assert not changed[free].any(), "what is editable becomes what it would without a mask"
     assert (found != given.before)[0].any(dim=(0, 1))[3:5, 5:7].all()
+
+
+def test_what_is_not_editable_stays_though_the_prediction_there_changes():
+    pose, editable = Pose(dx=24.0), torch.zeros(SIZE, dtype=torch.bool)
+    editable[:, :8] = True
+    given = replace(scene(pose, warm_rounds=3), reader=MixingReader(), editable=editable)
+    found = warm_started(given, [[pose], [pose]])
+    kept = given.kept([[pose], [pose]], CELLS) == 1
+    assert torch.equal(found[..., kept], given.before[..., kept])
+    assert (found != given.before)[..., ~kept].any()
+
+
+def test_all_rounds_lead_to_the_same_result(monkeypatch):
+    """To the first prediction with the handles moved; a later prediction shows them moved already."""
+    pose, asked = Pose(dx=24.0), []
+    monkeypatch.setattr(warm_start, "warped", lambda *given: asked.append(given) or warped(*given))
+    warm_started(scene(pose, warm_rounds=3), [[pose], [pose]])
+    assert len(asked) == 1
