@@ -15,6 +15,7 @@ Left out: tensor and sequence parallelism.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import logging
@@ -204,12 +205,20 @@ class Parallel:
                 raise ValueError(f"{folder} holds no DeepSpeed state; resume in the launch mode that wrote it")
 
     def close(self) -> None:
-        """Leave the process group; another `Parallel` of this process, in the next job of --multirun, makes its own."""
+        """Forget the launch mode. The process group stays, for the next job of --multirun too: processes that met
+        again would read the addresses of their first meeting, which torchrun's store keeps.
+        """
         from accelerate.state import AcceleratorState
 
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate has no public way to forget the group
+        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate has no public way to do so
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+atexit.register(_leave_group)
 
 
 def shard(module: nn.Module, device: torch.device) -> None:

@@ -361,11 +361,11 @@ def _check_patience():
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_the_jobs_of_a_multirun_follow_each_other_in_the_same_processes(mode):
-    run_forked(_agree_twice, mode, (mode,))
+    run_forked(_agree_again, mode, (mode,))
 
 
-def _agree_twice(mode):
-    for _ in range(2):
+def _agree_again(mode):
+    for _ in range(4):
         parallel = Parallel(device="cpu", precision="fp32")
         assert parallel.mode == mode and parallel.gather(parallel.rank) == [0, 1]
         parallel.close()
