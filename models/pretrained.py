@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 SHOWN_NAMES, SHOWN_LETTERS = 3, 100  # in an error
 
@@ -69,7 +69,9 @@ def load_state(module: nn.Module, state: Any, path: str | Path, *, assign: bool 
         "absent": own.keys() - found.keys(),
         "unknown": found.keys() - own.keys(),
         "of another shape": [
-            name for name in own.keys() & found.keys() if getattr(found[name], "shape", None) != own[name].shape
+            name
+            for name in own.keys() & found.keys()
+            if not isinstance(found[name], Tensor) or found[name].shape != own[name].shape
         ],
     }
     if told := "; ".join(f"{kind}: {shortened(map(str, names))}" for kind, names in kinds.items() if names):
