@@ -161,9 +161,9 @@ class Codecs:
         return self.decoder.streaming()
 
     def decode(self, latents: Tensor) -> np.ndarray:  # [B, C, F, h, w] -> uint8 [B, T, H, W, 3]
-        """Whole clips from normalised latents."""
+        """Whole clips from normalised latents; those of damaged weights are refused (`require_finite`)."""
         with torch.no_grad():
-            return to_frames(self.decoder.decode(latents))
+            return to_frames(require_finite(self.decoder.decode(latents)))
 
     def clock(self) -> float:
         """Wall-clock seconds, after everything queued on the device has finished."""
@@ -182,3 +182,13 @@ def to_frames(pixels: Tensor) -> np.ndarray:
     """[B, 3, T, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3], rounded to nearest."""
     scaled = ((pixels.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return scaled.permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
+
+
+def require_finite(pixels: Tensor) -> Tensor:
+    """The same; ValueError where one is nan or infinite: as uint8 it would be a black pixel, to be seen and judged."""
+    if not pixels.isfinite().all():
+        raise ValueError(
+            "generated frames hold values that are nan or infinite: the weights of the DiT or of the VAE do, or a "
+            "product overflowed; look at the loss of the run that made them, or try model.dtype=float32"
+        )
+    return pixels

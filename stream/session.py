@@ -27,7 +27,7 @@ from models.motion.tracks import Tracks
 from models.rollout import ChunkPass, ChunkStart, LatentEdit, Rollout
 from models.wan.dit import WanDiT
 from models.wan.static_cache import StaticKVCache
-from stream.codecs import Codecs, to_frames
+from stream.codecs import Codecs, require_finite, to_frames
 from stream.dragstream.config import DragConfig
 from stream.dragstream.drag import Drag, check_drag
 from stream.dragstream.editor import DragEditor, DragLog, read_references
@@ -407,7 +407,7 @@ class StreamSession:
         edit_x0 = self._memory.clean_edit(self.drag_cfg)
         chunk = self._rollout.next_chunk(condition, start=start, edit=remembered, edit_x0=edit_x0)
         denoised = self.codecs.clock()
-        frames = to_frames(self._decoder.push(chunk.x0))[0]
+        frames = to_frames(require_finite(self._decoder.push(chunk.x0)))[0]
         decoded = self.codecs.clock()
         timing = ChunkTiming(
             self._chunk_index, len(frames), conditioned - started, denoised - conditioned, decoded - denoised

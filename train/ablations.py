@@ -30,10 +30,13 @@ from train.pipeline import PROCESSES, ROOT, Step, forget_outdated, run, run_chai
 from train.zoo import ZOO
 
 VAE, TEACHER = ZOO / "vae", ZOO / "teacher"  # shipped: what every run starts from, sees the clips through or follows
+FEATURES = ZOO / "features"  # shipped: lpips_sprites of long streams is measured in them
 SHIPPED_TEACHER, VIDEO_MODEL = "shipped teacher", "shipped teacher without its tracks"  # that a run may start from
 NUM_CLIPS = 3000  # rendered and encoded for all variants
-KEPT_METRICS = ("epe_px", "psnr_db", "registration_correlation", "registration_position_px", "seconds_per_frame",
-                "chunk_seconds", "denoise_seconds")  # fmt: skip
+KEPT_METRICS = (
+    "epe_px", "psnr_db", "lpips_sprites", "registration_correlation", "registration_position_px",
+    "registration_position_px_last_window", "seconds_per_frame", "chunk_seconds", "denoise_seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,9 @@ class Judged:
 
     def described(self) -> dict[str, Any]:
         """What made it, as the result file tells."""
-        evaluation = {"bench": self.bench, "overrides": list(self.settings)}
+        evaluation: dict[str, Any] = {"bench": self.bench, "overrides": list(self.settings)}
+        if self.bench == "long_video":
+            evaluation["features"] = fingerprint(str(FEATURES))
         training = BY_NAME[self.training].described()
         return {"shipped": shipped_weights(), "training": training, "evaluation": evaluation}
 

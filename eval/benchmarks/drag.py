@@ -37,6 +37,7 @@ from eval.metrics.drag import (
     objmc,
     psnr_outside,
 )
+from eval.metrics.sprites_network import check_frame_size
 from eval.report import Section, Table, video_side_by_side
 from eval.results import Results
 from models.condition import FRAMES_PER_LATENT, num_pixel_frames
@@ -134,6 +135,8 @@ class DragBenchmark:
         for remark in context.drag.remarks():
             log.warning(remark)
         detectors = Detectors.load(self.cfg.features, self.cfg.i3d_weights, self.cfg.inception_weights)
+        if self.cfg.features is not None:
+            check_frame_size(context.model_cfg.clip.height, context.model_cfg.clip.width)
         if self.cfg.labels is not None:
             require_available(self.cfg.tracker, has_scene=False)
         settings = {OURS: context.drag} | {name: baseline_settings(name) for name in self.cfg.baselines}

@@ -1,12 +1,12 @@
 """Does a long stream keep following its tracks, and does it keep its looks? Error and drift over time.
 
-Paper: MotionStream table 4 and figure 7 (EPE over time, drift with and without a sink). Sprites clips are
-rendered at the full length and streamed by the student from their first frame. Two ways to give tracks: one
-grid at frame 0 for the whole video (`requery_frames=0`, the paper's), or a fresh grid with new identities
-every so many frames, so that there is something to follow after the first points have left. Errors are
-measured from each grid's own frame; the registration judge gives the absolute position. Drift is the change
-of colour saturation and of the latents' mean and spread between the first and the last 15 %; the ground
-truth's own is given beside it.
+Paper: MotionStream table 4 and figure 6 (EPE and LPIPS of long streams, drift with and without a sink). Sprites
+clips are rendered at the full length and streamed by the student from their first frame. Two ways to give
+tracks: one grid at frame 0 for the whole video (`requery_frames=0`, the paper's), or a fresh grid with new
+identities every so many frames, so that there is something to follow after the first points have left. Errors
+are measured from each grid's own frame; the registration judge gives the absolute position, likeness to the
+ground truth (PSNR, LPIPS) all that has gone astray. Drift is the change of colour saturation and of the
+latents' mean and spread between the first and the last 15 %; the ground truth's own is given beside it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from eval.clips import EvalClip, sprites_clips
 from eval.judge import check_tracker, check_workers, worker_pool, workers_for
 from eval.metrics.drift import drift, frame_saturation, latent_moments, window_means
 from eval.metrics.epe import endpoint_error
+from eval.metrics.image import frame_psnr
+from eval.metrics.lpips import load_lpips
 from eval.metrics.registration import RegistrationConfig, register_sprites
+from eval.metrics.sprites_network import SpritesNetwork, check_frame_size
 from eval.report import Section, line_figure, video_side_by_side
 from eval.results import Results
 from models.condition import FRAMES_PER_LATENT, ClipGeometry, num_pixel_frames
@@ -54,6 +57,8 @@ class LongVideoConfig:
     world: SpritesConfig = field(default_factory=SpritesConfig)  # the sprites world; frame size comes from model.clip
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     registration: RegistrationConfig = field(default_factory=RegistrationConfig)
+    lpips_weights: str | None = None  # folder with the two LPIPS files; null: reported as unavailable
+    features: str | None = None  # folder of the sprites feature network: lpips_sprites; null: without
     num_shown: int = 2  # clips shown in the report
 
     def __post_init__(self) -> None:
@@ -100,6 +105,19 @@ def _course(cfg: LongVideoConfig, segments: list[Tracks], frames: np.ndarray) ->
     return _Course(errors, frame_saturation(torch.from_numpy(frames[: cfg.num_frames])))
 
 
+@dataclass(frozen=True)
+class _Likeness:
+    """How like the ground truth the frames of a stream are, by one measure."""
+
+    metric: str
+    unit: str  # ends the keys of its figures
+    measure: Callable[[Tensor, Tensor], Tensor]  # uint8 [T, H, W, 3] twice -> [T - 1]: frame 0 is given
+
+    def of(self, frames: np.ndarray, reference: np.ndarray) -> Tensor:  # [T], nan at frame 0
+        judged = self.measure(torch.from_numpy(frames), torch.from_numpy(reference))
+        return torch.cat([torch.tensor([math.nan]), judged])
+
+
 class LongVideo:
     """The benchmark; see the module's docstring."""
 
@@ -112,6 +130,7 @@ class LongVideo:
         """Stream every clip and follow error and drift over time."""
         require_available(self.cfg.tracker, has_scene=False)
         cfg, student, results = self.cfg, context.load("student"), Results(seed=context.seed)
+        measures = self._measures(context.model_cfg.clip, results)
         clips = self._clips(context)
         results.clips = [clip.key for clip in clips]
         tracks = [[self._segment_tracks(context, clip, span) for span in cfg.segments()] for clip in clips]
@@ -122,17 +141,34 @@ class LongVideo:
                 videos.append(frames)
                 moments.append(latent_moments(latents))
         floor = clips[: cfg.num_floor_clips]
-        with progress_bar(len(clips) + len(floor), "judge") as bar:
+        with progress_bar((1 + len(measures)) * len(clips) + len(floor), "judge") as bar:
             courses = {
                 "student": self._courses(tracks, videos, bar.update),
                 "noise_floor": self._courses(tracks[: len(floor)], [clip.frames for clip in floor], bar.update),
             }
+            likeness = {one: self._likeness(one, clips, videos, bar.update) for one in measures}
         for name, found in courses.items():
             self._put_course(results, name, found)
+        for one, found in likeness.items():
+            self._put_over_time(results, f"student.{one.metric}", one.unit, found)
         self._put_registration(results, clips, videos)
         results.add("student.latent_mean_drift", [drift(mean) for mean, _ in moments])
         results.add("student.latent_std_drift", [drift(std) for _, std in moments])
-        return Outcome(results, lambda: self._sections(context, results, clips, videos, courses, moments))
+        return Outcome(results, lambda: self._sections(context, results, clips, videos, courses, likeness, moments))
+
+    def _measures(self, clip: ClipGeometry, results: Results) -> list[_Likeness]:
+        """Of likeness; what is wrong with the weights of one shows before anything is streamed."""
+        lpips = load_lpips(self.cfg.lpips_weights)
+        measures = [_Likeness("psnr", "_db", frame_psnr)]
+        if isinstance(lpips, str):
+            results.put("student.lpips", lpips)
+        else:
+            measures.append(_Likeness("lpips", "", lpips.frame_distances))
+        if self.cfg.features is not None:
+            network = SpritesNetwork.from_folder(self.cfg.features)
+            check_frame_size(clip.height, clip.width)
+            measures.append(_Likeness("lpips_sprites", "", network.frame_distances))
+        return measures
 
     def _clips(self, context: EvalContext) -> list[EvalClip]:
         clip = context.model_cfg.clip
@@ -189,13 +225,26 @@ class LongVideo:
                 progress(1)
         return found
 
+    def _likeness(
+        self, measure: _Likeness, clips: list[EvalClip], videos: list[np.ndarray], progress: Callable[[int], None]
+    ) -> list[Tensor]:
+        found = []
+        for clip, video in zip(clips, videos, strict=True):
+            found.append(measure.of(video[: self.cfg.num_frames], clip.frames[: self.cfg.num_frames]))
+            progress(1)
+        return found
+
     def _put_course(self, results: Results, name: str, courses: list[_Course]) -> None:
-        results.add(f"{name}.epe_px", [float(course.error_px.nanmean()) for course in courses])
-        windows = torch.stack([window_means(course.error_px, self.cfg.window_frames) for course in courses])
+        self._put_over_time(results, f"{name}.epe", "_px", [course.error_px for course in courses])
+        results.add(f"{name}.saturation_drift", [drift(course.saturation) for course in courses])
+
+    def _put_over_time(self, results: Results, key: str, unit: str, per_frame: list[Tensor]) -> None:
+        """Means over each stream, and over its spans of window_frames; per_frame: [T] of each stream."""
+        results.add(f"{key}{unit}", [float(values.nanmean()) for values in per_frame])
+        windows = torch.stack([window_means(values, self.cfg.window_frames) for values in per_frame])
         for number, per_clip in enumerate(windows.T):
             end = min((number + 1) * self.cfg.window_frames, self.cfg.num_frames) - 1
-            results.add(f"{name}.epe_frames_{number * self.cfg.window_frames}_to_{end}_px", per_clip.tolist())
-        results.add(f"{name}.saturation_drift", [drift(course.saturation) for course in courses])
+            results.add(f"{key}_frames_{number * self.cfg.window_frames}_to_{end}{unit}", per_clip.tolist())
 
     def _put_registration(self, results: Results, clips: list[EvalClip], videos: list[np.ndarray]) -> None:
         """The second judge, on the first and on the last window."""
@@ -220,6 +269,7 @@ class LongVideo:
         clips: list[EvalClip],
         videos: list[np.ndarray],
         courses: dict[str, list[_Course]],
+        likeness: dict[_Likeness, list[Tensor]],
         moments: list[tuple[Tensor, Tensor]],
     ) -> list[Section]:
         cfg, rollout = self.cfg, context.model_cfg.rollout
@@ -233,10 +283,22 @@ class LongVideo:
             name: (frames, torch.stack([one.saturation for one in found]).mean(0).tolist())
             for name, found in courses.items()
         }
+        alike = {
+            f"{one.metric}{one.unit}": torch.stack(found)[:, 1:].mean(0).tolist() for one, found in likeness.items()
+        }
         mean, std = (torch.stack(values).mean(0).tolist() for values in zip(*moments, strict=True))
         latent_frames = list(range(len(mean)))
         figures = [
             line_figure(error, x_label="frame", y_label="end-point error (px)", caption="Error over time."),
+            *(
+                line_figure(
+                    {"student": (frames[1:], values)},
+                    x_label="frame",
+                    y_label=name,
+                    caption="Likeness to the ground truth over time.",
+                )
+                for name, values in alike.items()
+            ),
             line_figure(colour, x_label="frame", y_label="saturation", caption="Colour saturation over time."),
             line_figure(
                 {"mean": (latent_frames, mean), "std": (latent_frames, std)},
@@ -257,7 +319,7 @@ class LongVideo:
             f"{rollout.window_chunks} window chunks."
         )
         return [
-            Section("Long video", text, results.by_role()),
+            Section("Long video", "\n".join([text, *results.notes()]), results.by_role()),
             Section("Further figures", table=results.others()),
             Section("Over time", figures=figures),
             Section("Clips", "The tracks of the grid in frame 0 are drawn over both videos.", videos=shown),

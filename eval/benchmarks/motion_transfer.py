@@ -28,7 +28,7 @@ from eval.clips import EvalClip, folder_clips, sprites_clips
 from eval.judge import Judge, Verdict, check_workers, still_error
 from eval.metrics.lpips import load_lpips
 from eval.metrics.registration import RegistrationConfig
-from eval.metrics.sprites_network import SpritesNetwork, event_accuracy
+from eval.metrics.sprites_network import SpritesNetwork, check_frame_size, event_accuracy
 from eval.report import Figure, Section, contact_sheet, enlarge, line_figure, video_side_by_side
 from eval.results import Results
 from eval.roles import ROLES, Generated, SamplingConfig, generate
@@ -127,6 +127,8 @@ class MotionTransfer:
         dits = {role: context.load(role) for role in cfg.roles}  # wrong weights show at once
         lpips = load_lpips(cfg.lpips_weights)
         network = None if cfg.features is None else SpritesNetwork.from_folder(cfg.features)
+        if network is not None:
+            check_frame_size(context.model_cfg.clip.height, context.model_cfg.clip.width)
         clips = load_clips(cfg, context)
         judge = Judge(clips, cfg.tracker, cfg.registration, lpips, cfg.num_workers)
         results = Results(seed=context.seed)
@@ -263,8 +265,10 @@ def text_accuracy(network: SpritesNetwork, clips: Sequence[EvalClip], frames: np
 
 def perceptual_distances(network: SpritesNetwork, clips: Sequence[EvalClip], frames: np.ndarray) -> list[float]:
     """Per clip the distance from the ground truth in the features of the sprites network."""
-    pairs = ((to_pixels(video[None]), to_pixels(clip.frames[None])) for video, clip in zip(frames, clips, strict=True))
-    return [float(network.perceptual_distance(*pair)) for pair in pairs]
+    pairs = (
+        (torch.from_numpy(video), torch.from_numpy(clip.frames)) for video, clip in zip(frames, clips, strict=True)
+    )
+    return [float(network.frame_distances(*pair).mean()) for pair in pairs]
 
 
 def round_trip(codecs: Codecs, clip: EvalClip) -> np.ndarray:

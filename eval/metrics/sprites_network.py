@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.sprites import COLORS, SHAPES, TEXTURES
+from eval.metrics.image import unit_images
 from models.assemble import located
 from models.pretrained import load_state
 from models.vae.folder import read_model, save_model
@@ -200,22 +201,21 @@ class SpritesNetwork(nn.Module):
         return reduce(self._cells(video), "b d t h w -> b t d", "mean")
 
     @torch.no_grad()
-    def perceptual_distance(self, videos: Tensor, references: Tensor) -> Tensor:
-        """As LPIPS (Zhang et al. 2018, eq. 1) in this network's features of single frames: two videos as of
-        `features` -> [B], 0 for equal ones.
+    def frame_distances(self, frames: Tensor, reference: Tensor) -> Tensor:  # uint8 [T, H, W, 3] twice -> [T - 1]
+        """As LPIPS (Zhang et al. 2018, eq. 1) in this network's features: of frames 1.., 0 for equal ones.
 
         Features of each layer at unit length, squared difference, mean over cells, sum over layers; no channel is
         weighted, for there are no human judgements of this world. Frame 0 is given to a model, and left out.
         """
-        totals = []
-        for ours, theirs in zip(videos, references, strict=True):
-            layers = (self._layers(_as_floats(video[None])[0, :, 1:]) for video in (ours, theirs))
-            pairs = zip(*layers, strict=True)
-            totals.append(sum((F.normalize(a) - F.normalize(b)).square().sum(1).mean() for a, b in pairs))
-        return torch.stack(totals)
+        return torch.cat([self._distances(*pair) for pair in unit_images(frames, reference)])
 
-    def _layers(self, video: Tensor) -> Iterator[Tensor]:  # [3, T, H, W] in [-1, 1] -> [T, D, h, w] for each
-        x = self.conv_in(rearrange(video.to(self.conv_in.weight.dtype), "c t h w -> t c h w"))
+    def _distances(self, images: Tensor, reference: Tensor) -> Tensor:  # [N, 3, H, W] in [0, 1] twice -> [N]
+        check_frame_size(*images.shape[2:])
+        pairs = zip(self._layers(2 * images - 1), self._layers(2 * reference - 1), strict=True)
+        return torch.stack([(F.normalize(a) - F.normalize(b)).square().sum(1).mean((1, 2)) for a, b in pairs]).sum(0)
+
+    def _layers(self, images: Tensor) -> Iterator[Tensor]:  # [N, 3, H, W] in [-1, 1] -> [N, D, h, w] for each
+        x = self.conv_in(images.to(self.conv_in.weight.dtype))
         for layer in self.frame_part:
             x = layer(x)
             yield x
@@ -263,10 +263,16 @@ def _coordinates(cells: Tensor) -> Tensor:
 def _as_floats(video: Tensor) -> Tensor:
     """Refuses what the network cannot read; uint8 becomes [-1, 1]."""
     shape = tuple(video.shape)
-    is_video = len(shape) == 5 and shape[1] == 3 and shape[2] >= MIN_FRAMES
-    if not is_video or any(size < MIN_PX or size % SPATIAL_STRIDE for size in shape[3:]):
-        raise ValueError(
-            f"video has shape {shape}; the sprites network takes [B, 3, T, H, W] with T >= {MIN_FRAMES}, and height "
-            f"and width of at least {MIN_PX} px divisible by {SPATIAL_STRIDE}"
-        )
+    if len(shape) != 5 or shape[1] != 3 or shape[2] < MIN_FRAMES:
+        raise ValueError(f"video has shape {shape}; the sprites network takes [B, 3, T, H, W] with T >= {MIN_FRAMES}")
+    check_frame_size(*shape[3:])
     return video.float() / 127.5 - 1 if video.dtype == torch.uint8 else video
+
+
+def check_frame_size(height: int, width: int) -> None:
+    """Raises ValueError for frames that the network cannot read."""
+    if any(size < MIN_PX or size % SPATIAL_STRIDE for size in (height, width)):
+        raise ValueError(
+            f"frames are {height} x {width} px; the sprites network takes height and width of at least {MIN_PX} px, "
+            f"divisible by {SPATIAL_STRIDE}"
+        )

@@ -16,11 +16,13 @@ from data.trackers import TrackerConfig
 from data.video import write_video
 from eval.benchmarks.context import EvalContext, progress_bar
 from eval.benchmarks.latency import Latency, LatencyConfig, growth
-from eval.benchmarks.long_video import LongVideoConfig, _course
+from eval.benchmarks.long_video import LongVideo, LongVideoConfig, _course
 from eval.benchmarks.motion_transfer import MotionTransferConfig
 from eval.clips import sprites_clips
 from eval.judge import Judge, still_error, worker_pool, workers_for
+from eval.metrics.image import frame_psnr
 from eval.metrics.registration import RegistrationConfig
+from eval.metrics.sprites_network import SpritesNetwork, SpritesNetworkConfig
 from eval.roles import SamplingConfig, generate
 from eval.run import EvalConfig, main
 from models.assemble import load_for_inference
@@ -183,7 +185,7 @@ def test_long_video_follows_error_and_drift(tiny_weights, tmp_path: Path) -> Non
     ):
         assert metrics[f"student.{key}"] > 0
     assert metrics["noise_floor.saturation_drift"] < metrics["student.saturation_drift"] + 1
-    assert (tmp_path / "a" / "report.html").read_text().count("<img") == 3
+    assert (tmp_path / "a" / "report.html").read_text().count("<img") == 4
     shared = ["bench.num_workers=1", "bench.num_floor_clips=1"]
     again = _run(tiny_weights, tmp_path / "b", "bench.requery_frames=13", *common, *shared)
     assert again["student.epe_px"] == metrics["student.epe_px"]
@@ -194,6 +196,32 @@ def test_long_video_follows_error_and_drift(tiny_weights, tmp_path: Path) -> Non
     assert len(json.loads((tmp_path / "b" / "meta.json").read_text())["clips"]) == 2
     once = _run(tiny_weights, tmp_path / "c", "bench.requery_frames=0", *common)
     assert once["student.epe_px"] != metrics["student.epe_px"]
+
+
+def test_long_video_compares_each_frame_with_the_ground_truth(tiny_weights, tmp_path: Path, monkeypatch) -> None:
+    streamed = []
+    stream = LongVideo._stream
+
+    def watched(self, context, student, clip, *others):
+        frames, latents = stream(self, context, student, clip, *others)
+        streamed.append((torch.from_numpy(frames[:30]), torch.from_numpy(clip.frames[:30])))
+        return frames, latents
+
+    monkeypatch.setattr(LongVideo, "_stream", watched)
+    network = SpritesNetwork.from_config(SpritesNetworkConfig([8, 8, 8], [8, 8], 8))
+    network.save(tmp_path / "features")
+    size = ["model.clip.height=32", "model.clip.width=32"]  # the least that the network reads
+    settings = ["bench.num_frames=30", "bench.window_frames=15", "bench.num_clips=2", "bench.requery_frames=0", *size]
+    features = f"bench.features={tmp_path / 'features'}"
+    metrics = _run(tiny_weights, tmp_path / "out", "bench=long_video", features, *settings, *QUICK[1:])
+    per_clip = json.loads((tmp_path / "out" / "per_clip.json").read_text())
+    for metric, unit, measure in (("psnr", "_db", frame_psnr), ("lpips_sprites", "", network.frame_distances)):
+        expected = torch.stack([measure(*pair) for pair in streamed])  # of frames 1 to 29
+        for key, span in (("", slice(29)), ("_frames_0_to_14", slice(14)), ("_frames_15_to_29", slice(14, 29))):
+            assert per_clip[f"student.{metric}{key}{unit}"] == pytest.approx(expected[:, span].mean(1).tolist())
+    assert metrics["student.lpips"].startswith("unavailable") and "noise_floor.psnr_db" not in metrics
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert report.count("<img") == 5 and "lpips: unavailable" in report
 
 
 def test_segments_cover_every_frame_once() -> None:
@@ -324,6 +352,20 @@ def test_weights_of_metrics_are_looked_for_before_any_clip_is_tracked(
     monkeypatch.setattr("eval.benchmarks.motion_transfer.load_clips", lambda *given: pytest.fail("too late"))
     with pytest.raises(FileNotFoundError, match=message):
         _run(tiny_weights, tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("bench", "work"),
+    [("motion_transfer", "motion_transfer.load_clips"), ("long_video", "long_video.LongVideo._clips"),
+     ("drag", "drag.DragBenchmark.scenarios")],
+)  # fmt: skip
+def test_frames_that_the_sprites_network_cannot_read_are_refused_before_any_is_made(
+    tiny_weights, tmp_path: Path, monkeypatch, bench, work
+) -> None:
+    monkeypatch.setattr(f"eval.benchmarks.{work}", lambda *given: pytest.fail("too late"))
+    SpritesNetwork.from_config().save(tmp_path / "features")
+    with pytest.raises(ValueError, match="^frames are 16 x 16 px; the sprites network takes .* at least 32 px"):
+        _run(tiny_weights, tmp_path / "out", f"bench={bench}", f"bench.features={tmp_path / 'features'}")
 
 
 def test_a_tracker_without_weights_is_refused_before_a_long_stream(tiny_weights, tmp_path: Path, monkeypatch) -> None:

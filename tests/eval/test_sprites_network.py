@@ -15,7 +15,6 @@ from data.sprites import COLORS, SpritesConfig, simulate
 from eval.metrics.sprites_network import (
     HEADS,
     LABELS,
-    MIN_FRAMES,
     MOTION_UNIT,
     CaptionLabels,
     SpritesNetwork,
@@ -40,16 +39,21 @@ def video(frames: int = 9, height: int = 32, width: int = 40, clips: int = 2) ->
 
 
 def test_the_perceptual_distance_is_of_frames_and_leaves_out_the_first(network):
-    clips = video()
-    first_changed, last_changed = clips.clone(), clips.clone()
-    first_changed[:, :, 0] = 0
-    last_changed[1, :, -1] = 0
-    assert network.perceptual_distance(clips, first_changed).tolist() == [0.0, 0.0]
-    same, other = network.perceptual_distance(clips, last_changed).tolist()
-    assert same == 0.0 and other > 0.0
-    far = network.perceptual_distance(clips, clips.flip(2))
-    assert (far > other).all()
-    torch.testing.assert_close(network.perceptual_distance(clips[:1], clips.flip(2)[:1]), far[:1])
+    frames = video(clips=1)[0].permute(1, 2, 3, 0)
+    first_changed, last_changed = frames.clone(), frames.clone()
+    first_changed[0] = 0
+    last_changed[-1] = 0
+    assert network.frame_distances(frames, first_changed).tolist() == [0.0] * 8
+    *same, other = network.frame_distances(frames, last_changed).tolist()
+    assert same == [0.0] * 7 and other > 0.0
+    assert (network.frame_distances(frames, frames.flip(0))[:3] > 0).all()
+
+
+def test_the_perceptual_distance_of_a_frame_depends_on_no_other(network):
+    frames = video(frames=12, clips=1)[0].permute(1, 2, 3, 0)
+    far = network.frame_distances(frames, frames.flip(1))
+    two = network.frame_distances(frames[9:], frames[9:].flip(1))
+    torch.testing.assert_close(two, far[9:])
 
 
 def color_name(rgb: np.ndarray) -> str:
@@ -194,18 +198,18 @@ def test_folders_that_are_not_one_are_refused(network, tmp_path):
         SpritesNetwork.from_folder(tmp_path / "features")
 
 
-def test_the_shortest_videos_have_a_perceptual_distance(network):
-    videos = torch.rand(2, 1, 3, MIN_FRAMES, 32, 32) * 2 - 1
-    assert float(network.perceptual_distance(videos[0], videos[1])) > 0
-    with pytest.raises(ValueError, match="T >= 5"):
-        network.perceptual_distance(*videos[:, :, :, 1:])
+def test_two_frames_have_a_perceptual_distance_and_smaller_ones_are_refused(network):
+    frames = video(frames=5, clips=1)[0].permute(1, 2, 3, 0)
+    assert float(network.frame_distances(frames[:2], frames[2:4])) > 0
+    with pytest.raises(ValueError, match="frames are 32 x 24 px; .* at least 32 px, divisible by 8"):
+        network.frame_distances(frames[:, :, :24], frames[:, :, :24])
 
 
 @pytest.mark.parametrize(
     "shape", [(3, 9, 32, 32), (1, 4, 9, 32, 32), (1, 3, 4, 32, 32), (1, 3, 9, 36, 32), (1, 3, 9, 24, 32)]
 )
 def test_videos_it_cannot_read_are_refused(network, shape):
-    with pytest.raises(ValueError, match=r"the sprites network takes \[B, 3, T, H, W\] with T >= 5"):
+    with pytest.raises(ValueError, match="the sprites network takes (.B, 3, T, H, W. with T >= 5|height and width of)"):
         network(torch.zeros(shape))
 
 

@@ -12,7 +12,7 @@ from models import assemble
 from models.assemble import build_dit, build_vae, load_role
 from models.diffusion.noise import KeyedNoise
 from models.motion.tracks import Tracks
-from models.rollout import rollout
+from models.rollout import ChunkPass, rollout
 from models.vae.tiny_vae import TinyVae, TinyVaeConfig
 from models.wan.dit import WanDiT
 from stream.codecs import Codecs, to_frames, to_pixels
@@ -230,6 +230,22 @@ def test_frames_survive_the_way_to_pixels_and_back(first_frame) -> None:
 def test_what_a_decoder_gives_beyond_black_and_white_is_black_and_white() -> None:
     pixels = torch.tensor([-3.0, -1.01, -1.0, 1.0, 1.01, 3.0]).expand(1, 3, 1, 1, -1)
     assert to_frames(pixels)[0, 0, 0].tolist() == [[0] * 3] * 3 + [[255] * 3] * 3
+
+
+def test_frames_that_are_not_finite_are_refused_and_the_stream_stays_where_it_was(student, codecs, first_frame) -> None:
+    session, again = (_open(student, codecs, first_frame) for _ in range(2))
+    session.next_chunk(), again.next_chunk()
+
+    def overflow(pass_: ChunkPass) -> torch.Tensor:
+        return torch.full_like(pass_.noisy_latents, torch.inf)
+
+    with pytest.raises(ValueError, match="^generated frames hold values that are nan or infinite"):
+        session.next_chunk(overflow)
+    assert np.array_equal(session.next_chunk(), again.next_chunk())
+    latents = torch.zeros(1, *codecs.frame_latent_shape).unsqueeze(2)
+    assert codecs.decode(latents).shape[1] == 1
+    with pytest.raises(ValueError, match="^generated frames hold values that are nan or infinite"):
+        codecs.decode(latents * torch.nan)
 
 
 def test_a_first_frame_may_be_read_only(student, codecs, first_frame) -> None:

@@ -113,6 +113,15 @@ def _judge(folder: Path, value: float) -> Path:
     return folder
 
 
+def test_long_streams_are_judged_anew_by_other_features(tmp_path, monkeypatch):
+    result = tmp_path / "ablations.json"
+    for judged in JUDGED:
+        store(result, judged, 0, _judge(tmp_path / judged.name, 1.0))
+    assert outdated(read_results(result)) == []
+    monkeypatch.setattr(ablations, "FEATURES", ZOO / "vae")
+    assert set(outdated(read_results(result))) == {judged.name for judged in JUDGED if judged.bench == "long_video"}
+
+
 def test_what_is_stored_under_the_same_settings_is_not_made_again(tmp_path):
     result, plan = tmp_path / "zoo" / "ablations.json", Plan(tmp_path / "out")
     for judged in JUDGED:
