@@ -34,6 +34,7 @@ from eval.metrics.drag import (
     RegionLocator,
     dragging_accuracy,
     largest_radius,
+    moved_map,
     objmc,
     psnr_outside,
 )
@@ -47,7 +48,7 @@ from models.rollout import ChunkPass
 from models.wan.dit import WanDiT
 from stream.codecs import to_pixels
 from stream.dragstream.config import DragConfig
-from stream.dragstream.drag import Handle, Point, Pose
+from stream.dragstream.drag import Handle, Pose
 from stream.dragstream.editor import DragEditor, read_references
 from stream.dragstream.features import FeatureReader
 from stream.dragstream.geometry import moved
@@ -64,7 +65,9 @@ WARM_CHUNKS = 4  # before memory is measured: the cache is full
 LOST_CORRELATION = 0.5  # a region found with less is not there
 DAI_RADIUS = 20  # cells; smaller where the patch would not fit
 DAI_RADII = (1, 5, 10, 20)  # of GoodDrag's script; patches are cropped
-DAI_KEYS = [f"dai_{of}{radius}" for of in ("latent", "rgb") for radius in ("", *(f"_r{r}" for r in DAI_RADII))]
+DAI_KEYS = [
+    f"dai_{of}{kind}" for of in ("latent", "rgb") for kind in ("", "_warped", *(f"_r{r}" for r in DAI_RADII))
+]  # fmt: skip
 
 
 @dataclass
@@ -112,6 +115,8 @@ class Verdict:
     background_psnr_db: float
     seconds: float  # of a dragged chunk, median
     plain_seconds: float  # of a chunk that nobody drags, median
+    dai_latent_warped: float  # the same, against the frame that the drag found moved as the handle is
+    dai_rgb_warped: float
     dai_latent_r1: float
     dai_latent_r5: float
     dai_latent_r10: float
@@ -252,13 +257,12 @@ class DragBenchmark:
             distances.append((found.per_point_px if handle.is_rotation else found.displacement_px, found.per_point_px))
             lost += [float(value < LOST_CORRELATION) for value in correlations]
             for frame, pose in seen:
-                target = _moved(np.array(handle.point), pose, handle.center).tolist()
                 after = dragged.latents[:, _latent_of(frame, dragged)]
+                before, now = _unit(dragged.before), _unit(dragged.frames[frame])
                 accuracies.append(
-                    _accuracies("dai_latent", dragged.before_latent, after, handle.point, target, size)
-                    | _accuracies("dai_rgb", _unit(dragged.before), _unit(dragged.frames[frame]), handle.point, target,
-                                  size)
-                )  # fmt: skip
+                    _accuracies("dai_latent", dragged.before_latent, after, handle, pose, size)
+                    | _accuracies("dai_rgb", before, now, handle, pose, size)
+                )
         return {
             "objmc_px": _mean(mean for mean, _ in distances),
             "objmc_per_point_px": _mean(per_point for _, per_point in distances),
@@ -417,12 +421,16 @@ def _unit(frame: np.ndarray) -> Tensor:
 
 
 def _accuracies(
-    name: str, before: Tensor, after: Tensor, start: Point, target: Point, size: tuple[int, int]
+    name: str, before: Tensor, after: Tensor, handle: Handle, pose: Pose, size: tuple[int, int]
 ) -> dict[str, float]:
-    """DAI of the largest patch that fits, and of each radius, as figures of a `Verdict`."""
-    radii = {name: largest_radius(start, target, (before.shape[-2], before.shape[-1]), size, DAI_RADIUS)}
-    radii |= {f"{name}_r{radius}": radius for radius in DAI_RADII}
-    return {key: dragging_accuracy(before, after, start, target, radius, size) for key, radius in radii.items()}
+    """DAI of the largest patch that fits, upright and warped, and of each radius, as figures of a `Verdict`."""
+    start = handle.point
+    target = _moved(np.array(start), pose, handle.center).tolist()
+    fits = largest_radius(start, target, (before.shape[-2], before.shape[-1]), size, DAI_RADIUS)
+    radii = {name: fits} | {f"{name}_r{radius}": radius for radius in DAI_RADII}
+    found = {key: dragging_accuracy(before, after, start, target, radius, size) for key, radius in radii.items()}
+    warped = moved_map(before, pose, handle.center, size)
+    return found | {f"{name}_warped": dragging_accuracy(warped, after, target, target, fits, size)}
 
 
 def _mean(values: Iterable[float]) -> float:

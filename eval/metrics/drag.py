@@ -4,7 +4,9 @@ Papers: DragStream appendix C.2. ObjMC: points are tracked from the handle; the 
 the user's. Here the *displacement* of the mean is (a handle point need not be the middle of its region), and, since
 turning about its own middle moves no mean, each point with its own target beside it. DAI (eq. 11): the patch around
 the target point against the one around the handle point, unsquared norm over the patch's size. GoodDrag's script
-squares, and divides by the number of points twice. Patches are cropped equally at the frame's border.
+squares, and divides by the number of points twice. Patches are cropped equally at the frame's border. A square patch
+stays upright where its region turns and moves by whole cells: of the frame that the drag found, moved as the region is
+(`moved_map`), the patch at the target is another reference.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from eval.metrics.registration import peak_offset
 from stream.dragstream.drag import Point, Pose
-from stream.dragstream.geometry import moved
+from stream.dragstream.geometry import cell_centers, moved, sample, source_of
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,13 @@ def dragging_accuracy(
         for image, (y, x) in zip((before, after), centers)
     ]
     return float((patches[1] - patches[0]).norm() / (1 + 2 * radius) ** 2)
+
+
+def moved_map(before: Tensor, pose: Pose, center: Point, size: tuple[int, int]) -> Tensor:
+    """All of [C, h, w] moved and turned as a handle is, bilinearly, over a frame of ``size`` px; its edge goes on."""
+    rows, cols = before.shape[-2:]
+    centers = cell_centers(rows, cols, size, before.device)
+    return sample(before, source_of(centers, pose, center), size).movedim(-1, 0)
 
 
 def largest_radius(start: Point, target: Point, grid: tuple[int, int], size: tuple[int, int], limit: int = 20) -> int:

@@ -104,6 +104,8 @@ def test_a_turned_handle_is_judged_where_its_point_has_gone() -> None:
         found[name] = DragBenchmark(DragBenchConfig()).judge(run, run)
     assert found["turned"].dai_rgb_r1 == 0.0 < found["still"].dai_rgb_r1
     assert found["turned"].dai_rgb_r5 < found["still"].dai_rgb_r5
+    assert found["turned"].dai_rgb_warped < 1e-6 < found["turned"].dai_rgb, "the patch turns as the bar does"
+    assert found["still"].dai_rgb_warped > found["turned"].dai_rgb
 
 
 def test_a_rotation_is_pulled_at_a_point_beside_its_middle() -> None:

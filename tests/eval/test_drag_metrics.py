@@ -12,6 +12,7 @@ from eval.metrics.drag import (
     RegionLocator,
     dragging_accuracy,
     largest_radius,
+    moved_map,
     objmc,
     psnr_outside,
 )
@@ -47,6 +48,19 @@ def test_dai_is_zero_for_a_moved_patch_and_unsquared():
     # cut at the border, equally on both sides: only the column x = 0 and to its right is shared
     assert dragging_accuracy(before, before + 1, (1, 30), (1, 30), 1, SIZE) == pytest.approx((4 * 6) ** 0.5 / 9)
     assert np.isnan(dragging_accuracy(before, after, start, (300.0, 30.0), 1, SIZE))
+
+
+def test_a_moved_map_turns_and_moves_by_parts_of_a_cell():
+    before = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(0))
+    size = (64, 64)
+    moved = moved_map(before, Pose(dx=12, dy=8), (0.0, 0.0), size)
+    torch.testing.assert_close(moved[:, 2:, 3:], before[:, :-2, :-3])
+    half = moved_map(before, Pose(dx=2), (0.0, 0.0), size)
+    torch.testing.assert_close(half[:, :, 1:], (before[:, :, 1:] + before[:, :, :-1]) / 2)
+    turned = moved_map(before, Pose(degrees=90), (32.0, 32.0), size)  # clockwise on screen
+    torch.testing.assert_close(turned, before.rot90(-1, (1, 2)), atol=1e-5, rtol=0)
+    target = (30.0, 34.0)
+    assert dragging_accuracy(turned, before.rot90(-1, (1, 2)), target, target, 3, size) < 1e-5
 
 
 def test_the_largest_radius_fits_at_both_points():
