@@ -92,8 +92,8 @@ class Step:
     def environment(self) -> dict[str, str]:
         """The cores are shared among the processes, which get the time to save; what the user has set of that stays."""
         threads = max(1, usable_cores() // self.processes)
-        own = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-        return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), **os.environ, **own}
+        own = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)}
+        return {**own, **os.environ, "PYTHONUNBUFFERED": "1"}
 
     @property
     def product(self) -> Path | None:

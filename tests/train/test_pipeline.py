@@ -24,12 +24,15 @@ from train.pipeline import ROOT, Record, Step, forget_outdated, last_line, proce
 
 def test_training_stages_share_the_cores_among_processes(monkeypatch):
     monkeypatch.setattr(pipeline, "usable_cores", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     step = Step("teacher", ("train", "steps=1"), processes=2)
     assert step.environment["OMP_NUM_THREADS"] == "2"
     assert step.command[:2] == ["-m", "torch.distributed.run"] and "--nproc_per_node=2" in step.command
     assert step.command[-3:] == ["-m", "train", "steps=1"]
     assert Step("eval", ("eval",)).command == ["-m", "eval"]
     assert Step("eval", ("eval",)).environment["OMP_NUM_THREADS"] == "4"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two chains beside each other
+    assert Step("eval", ("eval",)).environment["OMP_NUM_THREADS"] == "1"
 
 
 def test_processes_under_torchrun_get_the_time_to_save(monkeypatch):
