@@ -79,7 +79,7 @@ class Judged:
     def described(self) -> dict[str, Any]:
         """What made it, as the result file tells."""
         evaluation: dict[str, Any] = {"bench": self.bench, "overrides": list(self.settings)}
-        if self.bench == "long_video":
+        if BY_LOOKS in self.settings:
             evaluation["features"] = fingerprint(str(FEATURES))
         training = BY_NAME[self.training].described()
         return {"shipped": shipped_weights(), "training": training, "evaluation": evaluation}
@@ -123,6 +123,8 @@ TRAININGS = [
     Training("random_context", "self_forcing", 40, START, ("stage.sink_chunks=[0,1]", "stage.window_chunks=[1,2]")),
     Training("causal_teacher", "causal_teacher", 100, SHIPPED_TEACHER),
     Training("causal_teacher_student", "self_forcing", 40, "causal_teacher"),
+    Training("zoo_start", "causal_teacher", 300, SHIPPED_TEACHER),  # as long as those of the shipped student
+    Training("zoo_student", "self_forcing", 120, "zoo_start"),
     Training("chunk_3_init", "causal_init", 100, START),  # as many steps as chunk 1 gets
     Training("chunk_3", "self_forcing", 40, "chunk_3_init"),
     Training("chunk_1_init", "causal_init", 100, START, CHUNK_1),
@@ -137,9 +139,10 @@ RELEASED = ("bench.release_frame=17", "bench.registration.first_frame=17")
 # of two sprites that stay in so small a frame one is often covered: the tracker loses it, the student forgets it.
 STAYING = ("bench.world.max_sprites=1", "bench.tracker.max_layers=2", "bench.world.leave_margin=-0.2",
            "bench.requery_frames=0", "bench.frame_stride=2", "bench.num_floor_clips=1")  # fmt: skip
-LONG = (*STAYING, "bench.num_clips=32")  # of 241 frames
+BY_LOOKS = "bench.features=models/zoo/sprites/features"  # lpips_sprites beside the end-point error
+LONG = (*STAYING, BY_LOOKS, "bench.num_clips=32")  # of 241 frames
 MANY_LONG = (*STAYING, "bench.num_clips=48")  # more of them: what a window chunk adds is little
-LONGER = (*STAYING, "bench.num_clips=16", "bench.num_frames=481")  # fifteen times as long as a clip
+LONGER = (*STAYING, BY_LOOKS, "bench.num_clips=16", "bench.num_frames=481")  # fifteen times as long as a clip
 VERY_LONG = (*STAYING, "bench.num_clips=8", "bench.num_frames=1001")
 TIMED = ("bench.num_chunks=60",)
 WINDOW_2, WINDOW_3, WINDOW_6 = (f"model.rollout.window_chunks={chunks}" for chunks in (2, 3, 6))
@@ -166,8 +169,8 @@ JUDGED = [
     Judged("random_context_long_window_2", "random_context", (*MANY_LONG, WINDOW_2), "long_video"),
     Judged("random_context_long_window_3", "random_context", (*MANY_LONG, WINDOW_3), "long_video"),
     Judged("random_context_long_window_6", "random_context", (*MANY_LONG, WINDOW_6), "long_video"),
-    Judged("base_longer", "base_student", LONGER, "long_video"),
-    Judged("absolute_longer", "base_student", (*LONGER, *ABSOLUTE), "long_video"),  # three chunks train both alike
+    Judged("zoo_longer", "zoo_student", LONGER, "long_video"),
+    Judged("zoo_longer_absolute", "zoo_student", (*LONGER, *ABSOLUTE), "long_video"),  # three chunks train both alike
     Judged("random_context_very_long", "random_context", VERY_LONG, "long_video"),
     Judged("random_context_very_long_no_sink", "random_context", (*VERY_LONG, NO_SINK), "long_video"),
 ]

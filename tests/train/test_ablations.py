@@ -41,7 +41,7 @@ def test_runs_use_weights_of_runs_before_them():
     assert f"{folder['chunk_1_init']}/export/student" in commands["chunk_1"]
     assert f"{folder['ode_pairs']}/pairs" in commands["chunk_1_init"] and "seed=" not in commands["causal_init"]
     assert "init_from" not in commands["no_ode"] and f"init_from={ZOO / 'teacher'}" in commands["no_mid_mask"]
-    assert f"model.student={folder['base_student']}/export/student" in commands["judge base_longer"]
+    assert f"model.student={folder['zoo_student']}/export/student" in commands["judge zoo_longer"]
 
 
 def test_a_run_of_other_settings_and_those_that_go_on_from_it_have_other_folders(monkeypatch):
@@ -58,7 +58,7 @@ def test_a_run_of_other_settings_and_those_that_go_on_from_it_have_other_folders
 def test_an_edited_recipe_makes_its_runs_and_what_goes_on_from_them_anew(tmp_path, monkeypatch):
     def steps() -> dict[str, tuple[str, ...]]:
         ablations.recipe.cache_clear()
-        planned = schedule(Plan(Path("out")), {}, seed=0, only=["base_longer", "chunk_1_long", "no_ode"])
+        planned = schedule(Plan(Path("out")), {}, seed=0, only=["base_long_window_2", "chunk_1_long", "no_ode"])
         return {step.name: step.arguments for step, _ in planned}
 
     conf = shutil.copytree(CONF_DIR, tmp_path / "conf")
@@ -113,13 +113,14 @@ def _judge(folder: Path, value: float) -> Path:
     return folder
 
 
-def test_long_streams_are_judged_anew_by_other_features(tmp_path, monkeypatch):
+def test_what_is_judged_by_looks_is_judged_anew_by_other_features(tmp_path, monkeypatch):
     result = tmp_path / "ablations.json"
     for judged in JUDGED:
         store(result, judged, 0, _judge(tmp_path / judged.name, 1.0))
     assert outdated(read_results(result)) == []
     monkeypatch.setattr(ablations, "FEATURES", ZOO / "vae")
-    assert set(outdated(read_results(result))) == {judged.name for judged in JUDGED if judged.bench == "long_video"}
+    by_looks = {judged.name for judged in JUDGED if ablations.BY_LOOKS in judged.settings}
+    assert set(outdated(read_results(result))) == by_looks >= {"chunk_1_long", "zoo_longer"}
 
 
 def test_what_is_stored_under_the_same_settings_is_not_made_again(tmp_path):
@@ -136,7 +137,7 @@ def test_what_is_stored_under_the_same_settings_is_not_made_again(tmp_path):
     assert schedule(plan, found, 0) == []
 
     names = [step.name for step, _ in schedule(plan, found, 1)]
-    assert "no_ode" not in names and "judge no_ode" not in names and "judge base_longer" in names
+    assert "no_ode" not in names and "judge no_ode" not in names and "judge zoo_longer" in names
     del found["chunk_1_long"]
     found["merged_cache"]["training"]["steps"] = 7  # other settings
     assert [step.name for step, _ in schedule(plan, found, 0)] == [
