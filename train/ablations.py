@@ -142,7 +142,7 @@ STAYING = ("bench.world.max_sprites=1", "bench.tracker.max_layers=2", "bench.wor
 BY_LOOKS = "bench.features=models/zoo/sprites/features"  # lpips_sprites beside the end-point error
 LONG = (*STAYING, BY_LOOKS, "bench.num_clips=32")  # of 241 frames
 MANY_LONG = (*STAYING, "bench.num_clips=48")  # more of them: what a window chunk adds is little
-LONGER = (*STAYING, BY_LOOKS, "bench.num_clips=16", "bench.num_frames=481")  # fifteen times as long as a clip
+LONGER = (*STAYING, BY_LOOKS, "bench.num_clips=48", "bench.num_frames=481")  # fifteen times as long as a clip
 VERY_LONG = (*STAYING, "bench.num_clips=8", "bench.num_frames=1001")
 TIMED = ("bench.num_chunks=60",)
 WINDOW_2, WINDOW_3, WINDOW_6 = (f"model.rollout.window_chunks={chunks}" for chunks in (2, 3, 6))
