@@ -33,7 +33,7 @@ from eval.metrics.image import frame_psnr
 from eval.metrics.lpips import load_lpips
 from eval.metrics.registration import RegistrationConfig, register_sprites
 from eval.metrics.sprites_network import SpritesNetwork, check_frame_size
-from eval.report import Section, line_figure, video_side_by_side
+from eval.report import Figure, Section, line_figure, video_side_by_side
 from eval.results import Results
 from models.condition import FRAMES_PER_LATENT, ClipGeometry, num_pixel_frames
 from models.motion.tracks import NUM_TRACK_IDS, Tracks, sample_track_ids
@@ -116,6 +116,16 @@ class _Likeness:
     def of(self, frames: np.ndarray, reference: np.ndarray) -> Tensor:  # [T], nan at frame 0
         judged = self.measure(torch.from_numpy(frames), torch.from_numpy(reference))
         return torch.cat([torch.tensor([math.nan]), judged])
+
+    def figure(self, streams: list[Tensor]) -> Figure:
+        """Their mean over time; streams: [T] each, as `of` gives them."""
+        mean = torch.stack(streams)[:, 1:].mean(0).tolist()
+        return line_figure(
+            {"student": (list(range(1, 1 + len(mean))), mean)},
+            x_label="frame",
+            y_label=f"{self.metric}{self.unit}",
+            caption="Likeness to the ground truth over time.",
+        )
 
 
 class LongVideo:
@@ -283,22 +293,11 @@ class LongVideo:
             name: (frames, torch.stack([one.saturation for one in found]).mean(0).tolist())
             for name, found in courses.items()
         }
-        alike = {
-            f"{one.metric}{one.unit}": torch.stack(found)[:, 1:].mean(0).tolist() for one, found in likeness.items()
-        }
         mean, std = (torch.stack(values).mean(0).tolist() for values in zip(*moments, strict=True))
         latent_frames = list(range(len(mean)))
         figures = [
             line_figure(error, x_label="frame", y_label="end-point error (px)", caption="Error over time."),
-            *(
-                line_figure(
-                    {"student": (frames[1:], values)},
-                    x_label="frame",
-                    y_label=name,
-                    caption="Likeness to the ground truth over time.",
-                )
-                for name, values in alike.items()
-            ),
+            *(one.figure(found) for one, found in likeness.items()),
             line_figure(colour, x_label="frame", y_label="saturation", caption="Colour saturation over time."),
             line_figure(
                 {"mean": (latent_frames, mean), "std": (latent_frames, std)},
