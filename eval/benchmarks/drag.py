@@ -66,7 +66,9 @@ LOST_CORRELATION = 0.5  # a region found with less is not there
 DAI_RADIUS = 20  # cells; smaller where the patch would not fit
 DAI_RADII = (1, 5, 10, 20)  # of GoodDrag's script; patches are cropped
 DAI_KEYS = [
-    f"dai_{of}{kind}" for of in ("latent", "rgb") for kind in ("", "_warped", *(f"_r{r}" for r in DAI_RADII))
+    f"dai_{of}{kind}"
+    for of in ("latent", "rgb")
+    for kind in ("", "_squared", "_warped", *(f"_r{r}" for r in DAI_RADII))
 ]  # fmt: skip
 
 
@@ -115,6 +117,8 @@ class Verdict:
     background_psnr_db: float
     seconds: float  # of a dragged chunk, median
     plain_seconds: float  # of a chunk that nobody drags, median
+    dai_latent_squared: float  # the same patch, squared norm
+    dai_rgb_squared: float  # as GoodDrag's script has it
     dai_latent_warped: float  # the same, against the frame that the drag found moved as the handle is
     dai_rgb_warped: float
     dai_latent_r1: float
@@ -423,12 +427,13 @@ def _unit(frame: np.ndarray) -> Tensor:
 def _accuracies(
     name: str, before: Tensor, after: Tensor, handle: Handle, pose: Pose, size: tuple[int, int]
 ) -> dict[str, float]:
-    """DAI of the largest patch that fits, upright and warped, and of each radius, as figures of a `Verdict`."""
+    """DAI of the largest patch that fits, upright, squared and warped, and of each radius: figures of a `Verdict`."""
     start = handle.point
     target = _moved(np.array(start), pose, handle.center).tolist()
     fits = largest_radius(start, target, (before.shape[-2], before.shape[-1]), size, DAI_RADIUS)
     radii = {name: fits} | {f"{name}_r{radius}": radius for radius in DAI_RADII}
     found = {key: dragging_accuracy(before, after, start, target, radius, size) for key, radius in radii.items()}
+    found[f"{name}_squared"] = dragging_accuracy(before, after, start, target, fits, size, squared=True)
     warped = moved_map(before, pose, handle.center, size)
     return found | {f"{name}_warped": dragging_accuracy(warped, after, target, target, fits, size)}
 

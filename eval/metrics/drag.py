@@ -3,10 +3,12 @@
 Papers: DragStream appendix C.2. ObjMC: points are tracked from the handle; the path of their mean is compared with
 the user's. Here the *displacement* of the mean is (a handle point need not be the middle of its region), and, since
 turning about its own middle moves no mean, each point with its own target beside it. DAI (eq. 11): the patch around
-the target point against the one around the handle point, unsquared norm over the patch's size. GoodDrag's script
-squares, and divides by the number of points twice. Patches are cropped equally at the frame's border. A square patch
-stays upright where its region turns and moves by whole cells: of the frame that the drag found, moved as the region is
-(`moved_map`), the patch at the target is another reference.
+the target point against the one around the handle point, unsquared norm over the patch's size. GoodDrag, whose
+measure it is, takes RGB and squares the norm (its script also divides by the number of points twice). The paper's own
+figures, 0.133 without a drag and 0.051 with it, must be of that kind: the official demo's drag has 0.38 and 0.08 by
+it, and nothing near by eq. 11 as printed (tests/eval/test_drag_metrics.py). Both are here. Patches are cropped equally
+at the frame's border. A square patch stays upright where its region turns and moves by whole cells: of the frame that
+the drag found, moved as the region is (`moved_map`), the patch at the target is another reference.
 """
 
 from __future__ import annotations
@@ -53,7 +55,14 @@ def objmc(points: np.ndarray, poses: list[Pose], center: Point) -> Objmc:
 
 
 def dragging_accuracy(
-    before: Tensor, after: Tensor, start: Point, target: Point, radius: int, size: tuple[int, int]
+    before: Tensor,
+    after: Tensor,
+    start: Point,
+    target: Point,
+    radius: int,
+    size: tuple[int, int],
+    *,
+    squared: bool = False,
 ) -> float:
     """DAI of one point: |after[patch at the target] - before[patch at the handle]| / (1 + 2 radius)^2.
 
@@ -61,6 +70,7 @@ def dragging_accuracy(
         before, after: [C, h, w] over a frame of ``size`` (height, width) px: latents or RGB in [0, 1].
         start, target: handle and target point in px.
         radius: of the square patch, in cells of the maps.
+        squared: the squared norm, as GoodDrag's script has it (on RGB), not the norm of eq. 11.
 
     Returns:
         nan where no cell of the patch lies in the frame at both places.
@@ -75,7 +85,8 @@ def dragging_accuracy(
         image[:, y + low[0] : y + high[0] + 1, x + low[1] : x + high[1] + 1].float()
         for image, (y, x) in zip((before, after), centers)
     ]
-    return float((patches[1] - patches[0]).norm() / (1 + 2 * radius) ** 2)
+    distance = float((patches[1] - patches[0]).norm())
+    return (distance**2 if squared else distance) / (1 + 2 * radius) ** 2
 
 
 def moved_map(before: Tensor, pose: Pose, center: Point, size: tuple[int, int]) -> Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.sprites import SpritesConfig, render_clip
+from data.video import read_video
 from eval.metrics.drag import (
     LocatorConfig,
     RegionLocator,
@@ -17,9 +20,11 @@ from eval.metrics.drag import (
     psnr_outside,
 )
 from stream.dragstream.drag import Pose
-from stream.dragstream.geometry import cell_centers, sample, source_of
+from stream.dragstream.geometry import cell_centers, moved, sample, source_of
+from stream.dragstream.labels import DragLabel
 
 SIZE = (64, 64)
+LABEL = Path(__file__).parents[3] / "shared/data/dragstream_label/block_3_Drag_trajectory.json"
 
 
 def test_objmc_is_zero_on_the_users_path_and_the_distance_off_it():
@@ -48,13 +53,39 @@ def test_dai_is_zero_for_a_moved_patch_and_unsquared():
     # cut at the border, equally on both sides: only the column x = 0 and to its right is shared
     assert dragging_accuracy(before, before + 1, (1, 30), (1, 30), 1, SIZE) == pytest.approx((4 * 6) ** 0.5 / 9)
     assert np.isnan(dragging_accuracy(before, after, start, (300.0, 30.0), 1, SIZE))
+    # GoodDrag's script: the sum of squares; patches of 9 cells, cut to 6
+    assert dragging_accuracy(before, before + 2, start, start, 1, SIZE, squared=True) == pytest.approx(4 * 4)
+    assert dragging_accuracy(before, before + 2, (1, 30), (1, 30), 1, SIZE, squared=True) == pytest.approx(
+        4 * 4 * 6 / 9
+    )
+
+
+@pytest.mark.skipif(not LABEL.exists(), reason="the real drag in ../shared/data/dragstream_label is absent")
+def test_the_official_demos_own_drag_has_a_dai_of_the_papers_size():
+    """The paper has 0.133 without a drag and 0.051 with its own; only the squared norm in RGB is of that size."""
+    drag = DragLabel.read(LABEL).drag_in(480, 832, 3)
+    handle = drag.handles[0]
+    target = moved(torch.tensor(handle.point), handle.poses[-1], handle.center).tolist()
+    before, after = (_last_frame(LABEL.parent / name) for name in ("before.mp4", "after.mp4"))
+
+    def dai(frame: torch.Tensor, *, squared: bool) -> float:
+        return dragging_accuracy(before, frame, handle.point, target, 20, (480, 832), squared=squared)
+
+    assert 0.05 < dai(after, squared=True) < 0.1 and 0.2 < dai(before, squared=True) < 0.5
+    assert dai(after, squared=True) < 0.38 * dai(before, squared=True)
+    assert dai(after, squared=False) < dai(before, squared=False) < 0.03
+
+
+def _last_frame(video: Path) -> torch.Tensor:
+    """RGB [3, H, W] in [0, 1]."""
+    return torch.from_numpy(read_video(video)[-1]).permute(2, 0, 1).float() / 255
 
 
 def test_a_moved_map_turns_and_moves_by_parts_of_a_cell():
     before = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(0))
     size = (64, 64)
-    moved = moved_map(before, Pose(dx=12, dy=8), (0.0, 0.0), size)
-    torch.testing.assert_close(moved[:, 2:, 3:], before[:, :-2, :-3])
+    there = moved_map(before, Pose(dx=12, dy=8), (0.0, 0.0), size)
+    torch.testing.assert_close(there[:, 2:, 3:], before[:, :-2, :-3])
     half = moved_map(before, Pose(dx=2), (0.0, 0.0), size)
     torch.testing.assert_close(half[:, :, 1:], (before[:, :, 1:] + before[:, :, :-1]) / 2)
     turned = moved_map(before, Pose(degrees=90), (32.0, 32.0), size)  # clockwise on screen
@@ -96,8 +127,8 @@ def test_a_region_is_found_where_it_went(dx: float, dy: float, degrees: float):
     points = source_of(cell_centers(*SIZE, SIZE), pose, locator.center)
     image = torch.from_numpy(frame).permute(2, 0, 1).float()
     there = sample(torch.from_numpy(mask)[None].float(), points, SIZE, outside="zeros") > 0.5
-    moved = torch.where(there, sample(image, points, SIZE), image.permute(1, 2, 0).flip(0))
-    found = locator.locate(moved.round().to(torch.uint8).numpy())
+    composed = torch.where(there, sample(image, points, SIZE), image.permute(1, 2, 0).flip(0))
+    found = locator.locate(composed.round().to(torch.uint8).numpy())
     assert found.correlation > 0.7
     assert np.hypot(found.pose.dx - dx, found.pose.dy - dy) < 0.7
     assert abs(found.pose.degrees - degrees) < 5
