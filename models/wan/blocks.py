@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.device import fast_dtype
 from models.wan.attention import ChunkMask, attend, chunk_causal_attention
 from models.wan.cache import KVContext, LayerKV
 from models.wan.config import WanConfig
+from models.wan.packed_linear import Linear, PackedWeight, pack
 from models.wan.rope import apply_rope
 
 
@@ -144,17 +144,17 @@ class SelfAttention(nn.Module):
     def __init__(self, config: WanConfig):
         super().__init__()
         self.num_heads = config.num_heads
-        self.q = nn.Linear(config.dim, config.dim)
-        self.k = nn.Linear(config.dim, config.dim)
-        self.v = nn.Linear(config.dim, config.dim)
-        self.o = nn.Linear(config.dim, config.dim)
+        self.q = Linear(config.dim, config.dim)
+        self.k = Linear(config.dim, config.dim)
+        self.v = Linear(config.dim, config.dim)
+        self.o = Linear(config.dim, config.dim)
         self.norm_q = _qk_norm(config)
         self.norm_k = _qk_norm(config)
         self._fused: FusedProjections | None = None
 
     def fuse_projections(self) -> None:
         """For inference: one product for query, key and value; see `FusedProjections`. Adapters are left alone."""
-        are_plain = all(type(layer) is nn.Linear for layer in (self.q, self.k, self.v))
+        are_plain = all(type(layer) is Linear for layer in (self.q, self.k, self.v))
         if are_plain and (self._fused is None or self._fused.places != _places(self)):
             self._fused = FusedProjections.of(self)
 
@@ -203,6 +203,7 @@ class FusedProjections:
     weight: Tensor  # [3 D, D]
     bias: Tensor  # [3 D]
     places: tuple[int, int, int]  # addresses of the three weights in it
+    packed: PackedWeight | None  # the weight in a layout that is faster to read
 
     @classmethod
     @torch.no_grad()
@@ -211,7 +212,7 @@ class FusedProjections:
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
         for layer, its_weight, its_bias in zip(layers, weight.chunk(3), bias.chunk(3), strict=True):
             layer.weight.data, layer.bias.data = its_weight, its_bias
-        return cls(weight, bias, _places(attention))
+        return cls(weight, bias, _places(attention), PackedWeight.of(weight, _weights(attention)))
 
     def apply_to(self, attention: SelfAttention) -> bool:
         """Whether no gradient is wanted, which the value would keep the memory of all three for, and the layers still
@@ -223,7 +224,11 @@ class FusedProjections:
 
     def project(self, attention: SelfAttention, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, L, D] -> query's and key's heads [B, L, 2 heads, head_dim], normalised, and value [B, L, D]."""
-        both, value = F.linear(x, self.weight, self.bias).split([2 * x.shape[-1], x.shape[-1]], dim=-1)
+        if self.packed is not None and self.packed.serves(x, _weights(attention)):
+            joined = self.packed.product(x, self.bias)
+        else:
+            joined = F.linear(x, self.weight, self.bias)
+        both, value = joined.split([2 * x.shape[-1], x.shape[-1]], dim=-1)
         both = both.unflatten(-1, (2, -1))
         if isinstance(attention.norm_q, RMSNorm):
             scale = torch.stack([attention.norm_q.weight, attention.norm_k.weight]).float()
@@ -231,8 +236,13 @@ class FusedProjections:
         return both.flatten(-2).unflatten(-1, (2 * attention.num_heads, -1)), value
 
 
+def _weights(attention: SelfAttention) -> tuple[Tensor, Tensor, Tensor]:
+    return attention.q.weight, attention.k.weight, attention.v.weight
+
+
 def _places(attention: SelfAttention) -> tuple[int, int, int]:
-    return attention.q.weight.data_ptr(), attention.k.weight.data_ptr(), attention.v.weight.data_ptr()
+    query, key, value = _weights(attention)
+    return query.data_ptr(), key.data_ptr(), value.data_ptr()
 
 
 class CrossAttention(nn.Module):
@@ -241,16 +251,16 @@ class CrossAttention(nn.Module):
     def __init__(self, config: WanConfig):
         super().__init__()
         self.num_heads, self.backend = config.num_heads, config.attention_backend
-        self.q = nn.Linear(config.dim, config.dim)
-        self.k = nn.Linear(config.dim, config.dim)
-        self.v = nn.Linear(config.dim, config.dim)
-        self.o = nn.Linear(config.dim, config.dim)
+        self.q = Linear(config.dim, config.dim)
+        self.k = Linear(config.dim, config.dim)
+        self.v = Linear(config.dim, config.dim)
+        self.o = Linear(config.dim, config.dim)
         self.norm_q = _qk_norm(config)
         self.norm_k = _qk_norm(config)
         self.has_image_branch = config.clip_dim is not None
         if self.has_image_branch:
-            self.k_img = nn.Linear(config.dim, config.dim)
-            self.v_img = nn.Linear(config.dim, config.dim)
+            self.k_img = Linear(config.dim, config.dim)
+            self.v_img = Linear(config.dim, config.dim)
             self.norm_k_img = _qk_norm(config)
 
     def project(self, tokens: TextTokens) -> TextKV:
@@ -294,10 +304,15 @@ class WanBlock(nn.Module):
         self.norm3 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
         self.cross_attn = CrossAttention(config)
         self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim),
+            Linear(config.dim, config.ffn_dim),
             nn.GELU(approximate="tanh"),
-            nn.Linear(config.ffn_dim, config.dim),
+            Linear(config.ffn_dim, config.dim),
         )
+
+    def fuse_projections(self) -> None:
+        """For inference: see `WanDiT.fuse_projections`."""
+        self.self_attn.fuse_projections()
+        pack([self.self_attn.o, self.cross_attn.q, self.cross_attn.o, self.ffn[0], self.ffn[2]])
 
     def modulation_table(self, time: TimeEmbedding) -> Tensor:
         """[B, F, 6, D] float32: shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2."""
@@ -358,9 +373,7 @@ class WanBlock(nn.Module):
     def _feed_forward(self, x: Tensor) -> Tensor:
         """Tokens [B, L, D] -> [B, L, D]."""
         widen, _, narrow = self.ffn
-        if not _fuses_gelu(widen, x):
-            return self.ffn(x)
-        return narrow(torch.ops.mkldnn._linear_pointwise(x, widen.weight, widen.bias, "gelu", [], "tanh"))
+        return narrow(widen.with_gelu(x)) if type(widen) is Linear and widen.is_packed_for(x) else self.ffn(x)
 
     def _table(self, time: TimeEmbedding | Tensor) -> Tensor:
         return self.modulation_table(time) if isinstance(time, TimeEmbedding) else time
@@ -368,16 +381,6 @@ class WanBlock(nn.Module):
     def _norm(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """Modulated norm, as tokens [B, L, D] in the dtype of the products that follow."""
         return modulated_norm(x, shift, scale, self.eps).flatten(1, 2).to(compute_dtype(self.self_attn.q.weight))
-
-
-def _fuses_gelu(layer: nn.Module, x: Tensor) -> bool:
-    """Whether oneDNN's product with a GELU at its end serves: inference on a CPU with products of bfloat16, where
-    torch's own GELU takes as long as the product before it. It rounds once instead of twice.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
-        return False
-    is_plain = type(layer) is nn.Linear and layer.weight.dtype == x.dtype == torch.bfloat16
-    return is_plain and fast_dtype(x.device) == "bfloat16" and torch.backends.mkldnn.is_available()
 
 
 def _layer_kv(key: Tensor, value: Tensor) -> LayerKV:
