@@ -63,7 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     WITHOUT_CONTEXT: {},  # the rollout's sink and window are 0
 }
 MAX_NEIGHBOURS = max(changes.get("adsr_frames", 0) for changes in VARIANTS.values())  # frames made before a drag
-OBJMC, DAI, BACKGROUND = "objmc_px", "dai_rgb_squared", "background_psnr_db"
+OBJMC, DAI, BACKGROUND = "objmc_px", "dai_latent", "background_psnr_db"
 
 
 @dataclass
