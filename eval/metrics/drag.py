@@ -4,11 +4,11 @@ Papers: DragStream appendix C.2. ObjMC: points are tracked from the handle; the 
 the user's. Here the *displacement* of the mean is (a handle point need not be the middle of its region), and, since
 turning about its own middle moves no mean, each point with its own target beside it. DAI (eq. 11): the patch around
 the target point against the one around the handle point, unsquared norm over the patch's size. GoodDrag, whose
-measure it is, takes RGB and squares the norm (its script also divides by the number of points twice). The paper's own
-figures, 0.133 without a drag and 0.051 with it, must be of that kind: the official demo's drag has 0.38 and 0.08 by
-it, and nothing near by eq. 11 as printed (tests/eval/test_drag_metrics.py). Both are here. Patches are cropped equally
-at the frame's border. A square patch stays upright where its region turns and moves by whole cells: of the frame that
-the drag found, moved as the region is (`moved_map`), the patch at the target is another reference.
+measure it is, takes RGB and squares the norm (its script also divides by the number of points twice). The paper gives
+0.133 without a drag and 0.051 with it, and does not say by which; what speaks for the squares is in docs/evaluation.md.
+Both are here. Patches are cropped equally at the frame's border. A square patch stays upright where its region turns
+and moves by whole cells: of the frame that the drag found, moved as the region is (`moved_map`), the patch at the
+target is another reference.
 """
 
 from __future__ import annotations

@@ -196,8 +196,9 @@ class SelfAttention(nn.Module):
 class FusedProjections:
     """The weights of query, key and value in one piece of memory, read by one product.
 
-    The layers keep their weights, as parts of it: what is written to them is read here. Ends by itself where they
-    get other memory, as by `.to(...)`, and pauses where gradients are wanted.
+    The layers keep their weights, as parts of it: what is written to them in place is read here (not by their
+    ``.data`` once the weight is packed). Ends by itself where they get other memory, as by `.to(...)`, and pauses where
+    gradients are wanted.
     """
 
     weight: Tensor  # [3 D, D]

@@ -1,9 +1,9 @@
 """A linear layer whose weight is laid out once for the products of a CPU, for inference in bfloat16.
 
 torch lays a weight out anew in every product, and computes a GELU in bfloat16 as slowly as the product before it: at
-the few hundred tokens of a small student that is a tenth of each pass. oneDNN takes a weight that is laid out already,
-and has a GELU at the end of a product. Costs the weight's memory once more. Leaves out float32, other devices, and
-gradients: there, and where a weight has changed since, the layer is an nn.Linear.
+the few hundred tokens of a small student that is an eighth of each pass. oneDNN takes a weight that is laid out
+already, and has a GELU at the end of a product. Costs the weight's memory once more. Leaves out float32, other devices,
+and gradients: there, and where a weight has changed since, the layer is an nn.Linear.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class Linear(nn.Linear):
         return self.packed is not None and self.packed.serves(x, [self.weight])
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.packed is None or not self.is_packed_for(input):
-            return super().forward(input)
-        return self.packed.product(input, self.bias)
+        if self.packed is not None and self.packed.serves(input, [self.weight]):
+            return self.packed.product(input, self.bias)
+        return super().forward(input)
 
     def with_gelu(self, x: Tensor) -> Tensor:
         """The tanh GELU of `forward`, for an x that it is packed for: rounded once instead of twice."""
