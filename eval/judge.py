@@ -9,14 +9,16 @@ the ground truth.
 
 from __future__ import annotations
 
+import pickle
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -32,6 +34,7 @@ from eval.metrics.registration import Registration, RegistrationConfig, register
 from eval.results import Results
 from models.device import usable_cores
 
+T = TypeVar("T")
 MAX_WORKERS = 16  # a quarter of a minute and a gigabyte of memory each to start
 
 
@@ -127,9 +130,25 @@ def workers_for(num_workers: int | None, num_clips: int, tracker: TrackerConfig)
     return cores if cores > 1 and tracker.name == "lucas_kanade" else 0
 
 
+class _WorkerPool(ProcessPoolExecutor):
+    """What goes to a worker is pickled by the caller, to plain bytes.
+
+    The executor's own thread would copy tensors to shared memory, with threads of OpenMP beside those of the caller.
+    More of them than cores, and OpenMP lets all sleep between operations for as long as the process lives: the
+    generation that goes on, and whose time is a figure, then takes half as long again.
+    """
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        return super().submit(_call, pickle.dumps(partial(fn, *args, **kwargs)))
+
+
+def _call(pickled: bytes) -> Any:
+    return pickle.loads(pickled)()
+
+
 def worker_pool(num_workers: int) -> ProcessPoolExecutor | None:
     """So many processes; None for 0."""
-    return ProcessPoolExecutor(num_workers, get_context("spawn"), _one_thread) if num_workers else None
+    return _WorkerPool(num_workers, get_context("spawn"), _one_thread) if num_workers else None
 
 
 def _one_thread() -> None:

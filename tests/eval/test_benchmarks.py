@@ -379,6 +379,13 @@ def test_interrupted_judges_end_without_a_word() -> None:
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_DFL
 
 
+def test_tensors_go_to_a_judge_without_shared_memory() -> None:
+    """A thread of the executor would copy them there, with threads that slow the caller down from then on."""
+    with worker_pool(1) as pool:
+        assert not pool.submit(torch.Tensor.is_shared, torch.ones(3)).result()
+        assert list(pool.map(torch.Tensor.is_shared, [torch.ones(3), torch.zeros(2)])) == [False, False]
+
+
 def test_unknown_fields_of_a_benchmark_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"no field 'bench.num_clip'"):
         compose_config("eval", ["bench.num_clip=4"])
