@@ -96,10 +96,14 @@ class Norm(ChannelNorm):
         gamma = self.gamma.flatten().float() * features.shape[-1] ** 0.5
         frames = max(1, AT_ONCE // features[:, 0].numel())
         for before, after in zip(features.split(frames, dim=1), target.split(frames, dim=1)):
-            part = before.to(torch.float32, copy=True)
-            length = torch.linalg.vector_norm(part, dim=-1, keepdim=True).clamp_(min=SMALLEST_SQUARE**0.5)
-            part.mul_(length.reciprocal_()).mul_(gamma)
-            after.copy_(F.silu(part, inplace=True) if activate else part)
+            length = torch.linalg.vector_norm(before, dim=-1, keepdim=True, dtype=torch.float32)
+            shrink = length.clamp_(min=SMALLEST_SQUARE**0.5).reciprocal_()
+            part = after if after.dtype == torch.float32 else torch.empty_like(before, dtype=torch.float32)
+            torch.mul(before, shrink, out=part).mul_(gamma)
+            if activate:
+                F.silu(part, inplace=True)
+            if part is not after:
+                after.copy_(part)
 
 
 class Resample(WanResample):
