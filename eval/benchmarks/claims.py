@@ -52,7 +52,7 @@ class ClaimsConfig:
 
     rows: list[int] = field(default_factory=list)  # numbers of the rows wanted; empty: all
     ablations: str = "models/zoo/sprites/ablations.json"  # written by `python -m train.ablations`
-    num_clips: int = 64  # of a motion transfer
+    num_clips: int = 512  # of a motion transfer
     batch_size: int = 16
     num_inference_steps: int = 25  # of the teacher
     num_chunks: int = 80  # of a timed stream
